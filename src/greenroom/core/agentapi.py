@@ -1,0 +1,266 @@
+"""What the control plane and an agent say to each other: one record per call and per answer.
+
+Every call about an actor carries ``operation_id``, ``actor_uid`` and ``generation``. An agent refuses a generation
+lower than the highest it has seen for that actor (`LeaseLost`), and answers a known (operation, call) with the
+recorded result instead of doing the work again. On the wire a call travels as its class name and its JSON.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from greenroom.core.records import Endpoint, LayerProgress, PhaseTime, Record, Snapshot, TemplateSpec
+
+
+class Identity(Record, frozen=True, kw_only=True):
+    """Who a sandbox is. The sandbox sees it as files below ``/run/greenroom/`` and as its host name."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+
+    @property
+    def hostname(self) -> str:
+        return self.name.lstrip("_")[:63]
+
+
+class Call(Record, frozen=True, kw_only=True, tag_field="call", tag=True):
+    """Base of the calls; ``tag`` is the class name."""
+
+
+class ActorCall(Call, frozen=True, kw_only=True):
+    operation_id: str
+    actor_uid: str
+    generation: int
+
+
+# --- calls to an agent ------------------------------------------------------------------------------------
+
+
+class Prepare(Call, frozen=True, kw_only=True):
+    """Pulls and unpacks an image (idempotent); progress events carry a `LayerProgress` list. -> `Prepared`"""
+
+    image: str
+
+
+class Start(ActorCall, frozen=True, kw_only=True):
+    """Cold start: boots the image and returns once the readiness probe answers. -> `Started`"""
+
+    identity: Identity
+    spec: TemplateSpec
+    image_digest: str
+
+
+class Restore(ActorCall, frozen=True, kw_only=True):
+    """Wakes from a snapshot; the files are verified against the manifest before success is reported. -> `Started`
+
+    Raises `DataLoss` (reason ``SNAPSHOT_CORRUPT``) when a file is not what the manifest says.
+    """
+
+    identity: Identity
+    spec: TemplateSpec
+    image_digest: str
+    snapshot: Snapshot
+
+
+class Checkpoint(ActorCall, frozen=True, kw_only=True):
+    """Freezes the sandbox and writes its snapshot to the worker's own disk. The sandbox stays frozen: `Thaw` undoes,
+    `Discard` ends it. On an error it is running again. -> `Checkpointed`"""
+
+    snapshot: Snapshot
+
+
+class Publish(ActorCall, frozen=True, kw_only=True):
+    """Uploads what `Checkpoint` wrote, with sizes and digests verified. The sandbox stays frozen. -> `Published`"""
+
+    snapshot_id: str
+
+
+class Discard(ActorCall, frozen=True, kw_only=True):
+    """Destroys the sandbox and the worker's local snapshot files of that operation; unknown is success. -> `Done`"""
+
+
+class Freeze(ActorCall, frozen=True, kw_only=True):
+    """Stops the sandbox's CPU, memory stays. Idempotent. -> `Done`"""
+
+
+class Thaw(ActorCall, frozen=True, kw_only=True):
+    """Lets a frozen sandbox go on. Idempotent. -> `Started` with the endpoint."""
+
+
+class ListResident(Call, frozen=True, kw_only=True):
+    """-> `Residents`"""
+
+
+class Warm(Call, frozen=True, kw_only=True):
+    """Hint: actors of this template will wake here; keep sandboxes ready for it. -> `Done`"""
+
+    spec: TemplateSpec
+    image_digest: str
+
+
+class Exec(Call, frozen=True, kw_only=True):
+    """Runs a command in the sandbox. Stream: data frames of stdin one way, stdout and stderr the other. ->
+    `Exited`"""
+
+    actor_uid: str
+    argv: tuple[str, ...]
+    env: dict[str, str] = {}
+    cwd: str = ""
+    timeout_s: float = 0.0
+
+
+class Logs(Call, frozen=True, kw_only=True):
+    """Streams what the actor wrote to stdout and stderr: the last ``tail_lines`` (-1: all that is kept), then, with
+    ``follow``, what comes. -> `Done`"""
+
+    actor_uid: str
+    tail_lines: int = -1
+    follow: bool = False
+
+
+class Stats(Call, frozen=True, kw_only=True):
+    """-> `ActorStats`"""
+
+    actor_uid: str
+
+
+class Shutdown(Call, frozen=True, kw_only=True):
+    """The agent destroys its pooled sandboxes and network and ends. With ``wipe`` also every resident actor."""
+
+    wipe: bool = False
+
+
+# --- answers ----------------------------------------------------------------------------------------------
+
+
+class Done(Record, frozen=True, kw_only=True):
+    phases: tuple[PhaseTime, ...] = ()
+
+
+class Prepared(Record, frozen=True, kw_only=True):
+    image_digest: str
+    size_bytes: int
+
+
+class Started(Record, frozen=True, kw_only=True):
+    """``warm``: whether a pre-created sandbox was waiting. ``phases`` in the order they happened."""
+
+    endpoint: Endpoint
+    phases: tuple[PhaseTime, ...] = ()
+    warm: bool = False
+
+
+class Checkpointed(Record, frozen=True, kw_only=True):
+    size_bytes: int
+    phases: tuple[PhaseTime, ...] = ()
+
+
+class Published(Record, frozen=True, kw_only=True):
+    snapshot: Snapshot
+    phases: tuple[PhaseTime, ...] = ()
+
+
+class ResidentState(enum.StrEnum):
+    STARTING = "Starting"
+    RUNNING = "Running"
+    FROZEN = "Frozen"
+
+
+class Resident(Record, frozen=True, kw_only=True):
+    """A sandbox that exists on the worker now. ``operation_id`` is the last operation that touched it."""
+
+    actor_uid: str
+    namespace: str
+    name: str
+    generation: int
+    state: ResidentState
+    endpoint: Endpoint | None = None
+    operation_id: str = ""
+
+
+class Residents(Record, frozen=True, kw_only=True):
+    residents: tuple[Resident, ...] = ()
+
+
+class Exited(Record, frozen=True, kw_only=True):
+    """``code`` is the exit status, or 128 + signal number."""
+
+    code: int
+
+
+class ActorStats(Record, frozen=True, kw_only=True):
+    memory_bytes: int = 0
+    cpu_seconds: float = 0.0
+    pids: int = 0
+
+
+# --- what an agent says unasked ---------------------------------------------------------------------------
+
+
+class Hello(Record, frozen=True, kw_only=True):
+    """First frame of an agent: who it is and what lives on it. ``boot_id`` is new with each agent process."""
+
+    worker: str
+    pool: str
+    backend: str
+    fingerprint: str
+    capacity: int
+    boot_id: str
+    memory_snapshots: bool
+    freeze: bool
+    residents: tuple[Resident, ...] = ()
+
+
+class Progress(Record, frozen=True, kw_only=True):
+    """How far a call is; sent at most ten times a second."""
+
+    phase: str
+    layers: tuple[LayerProgress, ...] = ()
+
+
+class SandboxExited(Record, frozen=True, kw_only=True):
+    """A resident ended by itself."""
+
+    actor_uid: str
+    generation: int
+    code: int
+    last_lines: str = ""
+
+
+AgentCall = (
+    Prepare
+    | Start
+    | Restore
+    | Checkpoint
+    | Publish
+    | Discard
+    | Freeze
+    | Thaw
+    | ListResident
+    | Warm
+    | Exec
+    | Logs
+    | Stats
+    | Shutdown
+)
+"""Everything that can be asked of an agent."""
+
+#: What each call answers with.
+ANSWERS: dict[str, type[Record]] = {
+    "Prepare": Prepared,
+    "Start": Started,
+    "Restore": Started,
+    "Checkpoint": Checkpointed,
+    "Publish": Published,
+    "Discard": Done,
+    "Freeze": Done,
+    "Thaw": Started,
+    "ListResident": Residents,
+    "Warm": Done,
+    "Exec": Exited,
+    "Logs": Done,
+    "Stats": ActorStats,
+    "Shutdown": Done,
+}

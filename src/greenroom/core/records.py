@@ -1,0 +1,357 @@
+"""The records that the control plane keeps: what is stored, shown and sent.
+
+All are immutable; a change makes a new record. Times are seconds since the epoch (float, UTC), durations and
+sizes carry their unit in the name. ``version`` is the row version: every write adds one and is conditional on
+the version it was decided from.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+import msgspec
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of all records: immutable, keyword-only, compact as JSON; unknown JSON fields are ignored, so that a
+    program one version older can read what a newer one wrote."""
+
+
+class Key(NamedTuple):
+    """Who an actor or template is to people. The uid tells namesakes over time apart."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+# --- actors -----------------------------------------------------------------------------------------------
+
+
+class ActorState(enum.StrEnum):
+    SUSPENDED = "Suspended"
+    RESUMING = "Resuming"
+    RUNNING = "Running"
+    SUSPENDING = "Suspending"
+    PAUSING = "Pausing"
+    PAUSED = "Paused"
+    CRASHED = "Crashed"
+    DELETING = "Deleting"
+
+
+class Endpoint(Record, frozen=True, kw_only=True):
+    """Where a running actor takes connections; enough for a router on the same machine to connect by itself.
+
+    Either ``path`` (unix stream socket), or ``host`` and ``port`` (TCP). With ``netns`` (path of a network
+    namespace) the socket is to be made inside that namespace, and with ``device`` bound to that interface:
+    several actors share one guest address and are told apart by the interface, whose name is never used twice.
+    """
+
+    host: str = ""
+    port: int = 0
+    netns: str = ""
+    device: str = ""
+    path: str = ""
+
+
+class Actor(Record, frozen=True, kw_only=True):
+    """A stateful process that may sleep.
+
+    ``generation`` is the fencing token: it grows with every lease that is taken on the actor and is never
+    reused. ``snapshot`` is the latest verified snapshot ("" means the template's golden one), and
+    ``previous_snapshot`` the one before, kept as the way back. ``unsaved_since`` is set while the actor is
+    CRASHED: what it did after that time is lost.
+    """
+
+    namespace: str
+    name: str
+    uid: str
+    template: str
+    state: ActorState
+    created_at: float
+    state_since: float
+    reason: str = ""
+    message: str = ""
+    generation: int = 0
+    version: int = 1
+    worker: str = ""
+    last_worker: str = ""
+    operation: str = ""
+    endpoint: Endpoint | None = None
+    snapshot: str = ""
+    previous_snapshot: str = ""
+    wakes: int = 0
+    resumed_at: float | None = None
+    suspended_at: float | None = None
+    unsaved_since: float | None = None
+    labels: dict[str, str] = {}
+    #: The hidden actor that a template boots once to make its golden snapshot.
+    golden: bool = False
+
+    @property
+    def key(self) -> Key:
+        return Key(self.namespace, self.name)
+
+
+# --- templates --------------------------------------------------------------------------------------------
+
+
+class TemplateState(enum.StrEnum):
+    PENDING = "Pending"
+    PREPARING = "Preparing"
+    READY = "Ready"
+    FAILED = "Failed"
+
+
+class OnCrash(enum.StrEnum):
+    """What a request for a crashed actor does: ``hold`` answers with an error until somebody resumes it on
+    purpose (nothing is ever silently reset); ``restore-last`` wakes it from its last good snapshot."""
+
+    HOLD = "hold"
+    RESTORE_LAST = "restore-last"
+
+
+class Probe(Record, frozen=True, kw_only=True):
+    """Readiness: HTTP GET ``path`` on ``port`` answers 200 to 399. ``port`` 0 means the template's first port."""
+
+    path: str = "/"
+    port: int = 0
+    timeout_s: float = 60.0
+
+
+class Resources(Record, frozen=True, kw_only=True):
+    """Limits of one actor, enforced by cgroups where the backend can."""
+
+    memory_bytes: int = 512 << 20
+    cpus: float = 1.0
+    pids: int = 512
+
+
+class TemplateSpec(Record, frozen=True, kw_only=True):
+    """What actors of one kind are made from. Immutable once applied.
+
+    ``command`` replaces the image's entrypoint and ``args`` its arguments (as in Kubernetes); empty means the
+    image's own. ``env`` is added to the image's. ``idle_timeout_s``: an actor without an open request for this
+    long is suspended; 0 means never.
+    """
+
+    image: str
+    command: tuple[str, ...] = ()
+    args: tuple[str, ...] = ()
+    env: dict[str, str] = {}
+    workdir: str = ""
+    user: str = ""
+    ports: tuple[int, ...] = (8080,)
+    readyz: Probe = Probe()
+    resources: Resources = Resources()
+    pool: str = "default"
+    idle_timeout_s: float = 300.0
+    on_crash: OnCrash = OnCrash.HOLD
+
+
+class LayerProgress(Record, frozen=True, kw_only=True):
+    """Bytes of one image layer: ``done`` of ``total`` (0 when the registry does not say)."""
+
+    digest: str
+    done_bytes: int = 0
+    total_bytes: int = 0
+    phase: str = "download"
+
+
+class Template(Record, frozen=True, kw_only=True):
+    namespace: str
+    name: str
+    uid: str
+    spec: TemplateSpec
+    state: TemplateState
+    created_at: float
+    state_since: float
+    reason: str = ""
+    message: str = ""
+    version: int = 1
+    image_digest: str = ""
+    golden_snapshot: str = ""
+    operation: str = ""
+
+    @property
+    def key(self) -> Key:
+        return Key(self.namespace, self.name)
+
+
+# --- pools and workers ------------------------------------------------------------------------------------
+
+
+class PoolSpec(Record, frozen=True, kw_only=True):
+    """``replicas`` workers (0 to 64 on one machine) of ``slots`` actors each (1 to 10 000), of one backend."""
+
+    replicas: int = 2
+    slots: int = 4
+    backend: str = "gvisor"
+
+
+class Pool(Record, frozen=True, kw_only=True):
+    """A group of like workers. Pools are named without a namespace on one machine."""
+
+    name: str
+    uid: str
+    spec: PoolSpec
+    created_at: float
+    version: int = 1
+
+
+class WorkerState(enum.StrEnum):
+    ACTIVE = "Active"
+    DRAINING = "Draining"
+    DISCONNECTED = "Disconnected"
+
+
+class Worker(Record, frozen=True, kw_only=True):
+    """One agent process. ``used`` of ``capacity`` slots are taken; a slot is taken and freed only in the same
+    transaction that binds and unbinds an actor, so it can't leak. ``fingerprint`` is what a memory snapshot is
+    bound to: a snapshot is only ever restored on a worker of the same fingerprint."""
+
+    name: str
+    pool: str
+    backend: str
+    fingerprint: str
+    capacity: int
+    used: int = 0
+    state: WorkerState = WorkerState.ACTIVE
+    message: str = ""
+    boot_id: str = ""
+    memory_snapshots: bool = True
+    registered_at: float = 0.0
+    last_seen: float = 0.0
+    version: int = 1
+
+
+# --- snapshots --------------------------------------------------------------------------------------------
+
+
+class SnapshotState(enum.StrEnum):
+    PRESENT = "Present"
+    CORRUPT = "Corrupt"
+    CONDEMNED = "Condemned"
+
+
+class SnapshotScope(enum.StrEnum):
+    MEMORY = "memory"  # memory and file system: the actor goes on exactly where it was
+    DATA = "data"  # files only: the actor's process starts anew over them
+
+
+class FileDigest(Record, frozen=True, kw_only=True):
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+class Snapshot(Record, frozen=True, kw_only=True):
+    """The manifest of one snapshot; stored beside its files as well as in the database.
+
+    ``backend`` and ``fingerprint`` say what made it and hence where it can run; ``image_digest`` which root
+    file system lies under it; ``hostname`` what the frozen memory believes its host is called.
+    """
+
+    id: str
+    namespace: str
+    actor: str
+    actor_uid: str
+    template: str
+    generation: int
+    scope: SnapshotScope
+    backend: str
+    fingerprint: str
+    image_digest: str
+    hostname: str
+    created_at: float
+    parent: str = ""
+    worker: str = ""
+    files: tuple[FileDigest, ...] = ()
+    state: SnapshotState = SnapshotState.PRESENT
+    golden: bool = False
+    version: int = 1
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(f.size_bytes for f in self.files)
+
+
+# --- operations and leases --------------------------------------------------------------------------------
+
+
+class OperationKind(enum.StrEnum):
+    CREATE = "Create"
+    RESUME = "Resume"
+    SUSPEND = "Suspend"
+    PAUSE = "Pause"
+    DELETE = "Delete"
+    PREPARE = "Prepare"  # a template: image, first boot, golden snapshot
+
+
+class OperationState(enum.StrEnum):
+    RUNNING = "Running"
+    DONE = "Done"
+    FAILED = "Failed"
+
+
+class Failure(Record, frozen=True, kw_only=True):
+    """An error as stored in an operation: gRPC code name, stable reason, message, further facts."""
+
+    code: str
+    reason: str
+    message: str
+    metadata: dict[str, str] = {}
+
+
+class PhaseTime(Record, frozen=True, kw_only=True):
+    """One phase of an operation and how long it took; phases follow each other, so they sum to the total."""
+
+    name: str
+    seconds: float
+
+
+class Operation(Record, frozen=True, kw_only=True):
+    """One mutation as a row: it goes on when its caller gives up and when the control plane restarts.
+
+    ``phase`` is the last step that is known to have been begun. ``cause`` says who asked: ``request``, ``api``,
+    ``idle``, ``capacity``, ``recovery``, ``shutdown``, ``template``.
+    """
+
+    id: str
+    kind: OperationKind
+    namespace: str
+    name: str
+    uid: str
+    created_at: float
+    updated_at: float
+    deadline_at: float
+    state: OperationState = OperationState.RUNNING
+    phase: str = ""
+    request_id: str = ""
+    cause: str = "api"
+    generation: int = 0
+    attempts: int = 1
+    worker: str = ""
+    snapshot: str = ""
+    error: Failure | None = None
+    phases: tuple[PhaseTime, ...] = ()
+    layers: tuple[LayerProgress, ...] = ()
+    finished_at: float | None = None
+    version: int = 1
+
+    @property
+    def key(self) -> Key:
+        return Key(self.namespace, self.name)
+
+
+class Lease(Record, frozen=True, kw_only=True):
+    """The right to change one actor, held by one operation of one control-plane process until ``expires_at``."""
+
+    uid: str
+    owner: str
+    operation: str
+    generation: int
+    expires_at: float

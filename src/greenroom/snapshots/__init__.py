@@ -1,0 +1,1 @@
+"""Snapshot stores: the port and its adapters."""
