@@ -1,8 +1,8 @@
 """The records that the control plane keeps: what is stored, shown and sent.
 
 All are immutable; a change makes a new record. Times are seconds since the epoch (float, UTC), durations and
-sizes carry their unit in the name. ``version`` is the row version: every write adds one and is conditional on
-the version it was decided from.
+sizes carry their unit in the name. ``version`` is the row version: 0 before the record is stored, then every
+write adds one and is conditional on the version it was decided from. ``pk`` is what a record is stored under.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Actor(Record, frozen=True, kw_only=True):
     reason: str = ""
     message: str = ""
     generation: int = 0
-    version: int = 1
+    version: int = 0
     worker: str = ""
     last_worker: str = ""
     operation: str = ""
@@ -94,6 +94,10 @@ class Actor(Record, frozen=True, kw_only=True):
     @property
     def key(self) -> Key:
         return Key(self.namespace, self.name)
+
+    @property
+    def pk(self) -> str:
+        return f"{self.namespace}/{self.name}"
 
 
 # --- templates --------------------------------------------------------------------------------------------
@@ -171,7 +175,7 @@ class Template(Record, frozen=True, kw_only=True):
     state_since: float
     reason: str = ""
     message: str = ""
-    version: int = 1
+    version: int = 0
     image_digest: str = ""
     golden_snapshot: str = ""
     operation: str = ""
@@ -179,6 +183,10 @@ class Template(Record, frozen=True, kw_only=True):
     @property
     def key(self) -> Key:
         return Key(self.namespace, self.name)
+
+    @property
+    def pk(self) -> str:
+        return f"{self.namespace}/{self.name}"
 
 
 # --- pools and workers ------------------------------------------------------------------------------------
@@ -199,7 +207,11 @@ class Pool(Record, frozen=True, kw_only=True):
     uid: str
     spec: PoolSpec
     created_at: float
-    version: int = 1
+    version: int = 0
+
+    @property
+    def pk(self) -> str:
+        return self.name
 
 
 class WorkerState(enum.StrEnum):
@@ -225,7 +237,11 @@ class Worker(Record, frozen=True, kw_only=True):
     memory_snapshots: bool = True
     registered_at: float = 0.0
     last_seen: float = 0.0
-    version: int = 1
+    version: int = 0
+
+    @property
+    def pk(self) -> str:
+        return self.name
 
 
 # --- snapshots --------------------------------------------------------------------------------------------
@@ -272,11 +288,15 @@ class Snapshot(Record, frozen=True, kw_only=True):
     files: tuple[FileDigest, ...] = ()
     state: SnapshotState = SnapshotState.PRESENT
     golden: bool = False
-    version: int = 1
+    version: int = 0
 
     @property
     def size_bytes(self) -> int:
         return sum(f.size_bytes for f in self.files)
+
+    @property
+    def pk(self) -> str:
+        return self.id
 
 
 # --- operations and leases --------------------------------------------------------------------------------
@@ -336,15 +356,21 @@ class Operation(Record, frozen=True, kw_only=True):
     attempts: int = 1
     worker: str = ""
     snapshot: str = ""
+    #: The state that the actor was in before, and goes back to when a resume or a pause is backed out.
+    from_state: ActorState | None = None
     error: Failure | None = None
     phases: tuple[PhaseTime, ...] = ()
     layers: tuple[LayerProgress, ...] = ()
     finished_at: float | None = None
-    version: int = 1
+    version: int = 0
 
     @property
     def key(self) -> Key:
         return Key(self.namespace, self.name)
+
+    @property
+    def pk(self) -> str:
+        return self.id
 
 
 class Lease(Record, frozen=True, kw_only=True):

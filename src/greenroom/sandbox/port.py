@@ -95,9 +95,8 @@ class SandboxClass(Record, frozen=True, kw_only=True):
     @property
     def digest(self) -> str:
         """A short stable name for the class, 16 hex digits."""
-        raw = msgspec.json.encode(
-            [str(self.rootfs), self.image_digest, self.argv, self.env, self.cwd, self.uid, self.gid, self.port, self.resources]
-        )
+        identity = (self.rootfs, self.image_digest, self.argv, self.env, self.cwd, self.uid, self.gid, self.port)
+        raw = msgspec.json.encode([*map(str, identity), self.resources])
         return hashlib.sha256(raw).hexdigest()[:16]
 
 

@@ -1,0 +1,42 @@
+# The two commands of a newcomer are `make demo` and `make test`; both first make what they need (scripts/setup.sh).
+PYTHON_BIN := .venv/bin/python
+export PATH := $(PATH):$(CURDIR)/.tools/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-test demo test lint unit proto bench clean
+
+help:  ## Shows this list
+	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup:  ## Installs what running Greenroom needs (.venv, .tools)
+	@scripts/setup.sh
+
+setup-test:  ## The same and what the tests need
+	@scripts/setup.sh --test
+
+demo: setup  ## Shows actors that sleep and wake, in about a minute
+	@$(PYTHON_BIN) demo/run.py
+
+test: setup-test lint  ## All checks and all tests
+	$(PYTHON_BIN) -m pytest -n 2 --dist loadgroup $(ARGS)
+
+lint: setup-test  ## Form, types and floors
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+unit: setup-test  ## The tests that need nothing but Python
+	$(PYTHON_BIN) -m pytest -q tests/unit tests/sim $(ARGS)
+
+proto: setup-test  ## Generates the code of the wire protocol again
+	@scripts/proto.sh
+
+bench: $(patsubst bench/%.py,bench-%,$(wildcard bench/[a-z]*.py))  ## Every benchmark; results in bench/results
+
+bench-%: setup
+	$(PYTHON_BIN) bench/$*.py $(ARGS)
+
+clean:  ## Removes everything that setup, tests and benchmarks made
+	rm -rf .venv .tools .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache bench/results dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

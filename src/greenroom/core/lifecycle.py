@@ -1,0 +1,665 @@
+"""What each command does to an actor: pure decisions over what a store loaded in one transaction.
+
+A store's `apply` loads a `View` of the actor that a command names, calls `decide`, and writes the `Change` in the
+same transaction. Everything that must hold together is decided here once, for every store: the state table, the lease
+and its generation, the binding of actor, worker slot and operation.
+
+Fencing: a command that goes on with an operation (`OperationCommand`) carries the operation's id and generation and
+changes nothing unless both are the actor's current ones.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import ClassVar, assert_never
+
+from msgspec.structs import replace
+
+from greenroom.core import placement, states
+from greenroom.core.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    LeaseHeld,
+    LeaseLost,
+    NotFound,
+)
+from greenroom.core.records import (
+    Actor,
+    ActorState,
+    Endpoint,
+    Failure,
+    Key,
+    LayerProgress,
+    Lease,
+    Operation,
+    OperationKind,
+    OperationState,
+    PhaseTime,
+    Record,
+    Snapshot,
+    SnapshotState,
+    Template,
+    TemplateState,
+    Worker,
+)
+
+# --- commands ---------------------------------------------------------------------------------------------
+
+
+class Command(Record, frozen=True, kw_only=True):
+    """``needs``: which parts of the `View` the store must load beside actor, lease and current operation."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    key: Key
+    now: float
+
+
+class CreateActor(Command, frozen=True, kw_only=True):
+    needs = frozenset({"template", "prior"})
+    operation_id: str
+    uid: str
+    template: str
+    request_id: str = ""
+    labels: dict[str, str] = {}
+    golden: bool = False
+
+
+class Begin(Command, frozen=True, kw_only=True):
+    """Starts an operation: takes the lease for ``lease_ttl_s``, bumps the generation, writes the operation row.
+
+    ``uid`` may be "" (whoever has the name now). A repeated ``request_id`` returns the operation of the first time.
+    """
+
+    needs = frozenset({"prior"})
+    operation_id: str
+    owner: str
+    request_id: str = ""
+    cause: str = "api"
+    uid: str = ""
+    lease_ttl_s: float = 30.0
+    deadline_s: float = 300.0
+
+
+class BeginResume(Begin, frozen=True, kw_only=True):
+    needs = frozenset({"prior", "template", "source", "workers"})
+    prefer: tuple[str, ...] = ()
+    avoid: tuple[str, ...] = ()
+
+
+class BeginSuspend(Begin, frozen=True, kw_only=True):
+    """``snapshot_id``: what the new snapshot will be called."""
+
+    snapshot_id: str
+
+
+class BeginPause(Begin, frozen=True, kw_only=True):
+    pass
+
+
+class BeginDelete(Begin, frozen=True, kw_only=True):
+    pass
+
+
+class OperationCommand(Command, frozen=True, kw_only=True):
+    operation_id: str
+    generation: int
+
+
+class FinishResume(OperationCommand, frozen=True, kw_only=True):
+    endpoint: Endpoint
+    phases: tuple[PhaseTime, ...] = ()
+
+
+class FinishSuspend(OperationCommand, frozen=True, kw_only=True):
+    """The new snapshot is verified: it becomes the actor's latest, and the slot is free."""
+
+    needs = frozenset({"previous"})
+    snapshot: Snapshot
+    phases: tuple[PhaseTime, ...] = ()
+
+
+class FinishPause(OperationCommand, frozen=True, kw_only=True):
+    phases: tuple[PhaseTime, ...] = ()
+
+
+class FinishDelete(OperationCommand, frozen=True, kw_only=True):
+    needs = frozenset({"owned"})
+    phases: tuple[PhaseTime, ...] = ()
+
+
+class BackOut(OperationCommand, frozen=True, kw_only=True):
+    """Ends an operation that failed; the actor goes to ``to_state``, which frees its slot unless that is bound."""
+
+    to_state: ActorState
+    error: Failure
+    endpoint: Endpoint | None = None
+    phases: tuple[PhaseTime, ...] = ()
+
+
+class Rebind(OperationCommand, frozen=True, kw_only=True):
+    """A resume failed on its worker before the sandbox started: tries the next one, in the same operation."""
+
+    needs = frozenset({"template", "source", "workers"})
+    avoid: tuple[str, ...] = ()
+
+
+class FallBack(OperationCommand, frozen=True, kw_only=True):
+    """The snapshot that a resume wanted is corrupt: it is marked so, and the one before takes its place (the golden one
+    when there is none before). Said so in the actor's reason and message."""
+
+    needs = frozenset({"source", "previous", "template"})
+    snapshot_id: str
+    detail: str
+
+
+class Advance(OperationCommand, frozen=True, kw_only=True):
+    """Records how far an operation is."""
+
+    phase: str
+    layers: tuple[LayerProgress, ...] = ()
+
+
+class TakeOver(Command, frozen=True, kw_only=True):
+    """Takes an operation over from an owner that is gone; the generation grows, so the old owner is fenced."""
+
+    operation_id: str
+    owner: str
+    lease_ttl_s: float = 30.0
+    #: Also when the lease has not run out: only for an owner that is known to be dead.
+    force: bool = False
+
+
+class RenewLease(OperationCommand, frozen=True, kw_only=True):
+    owner: str
+    lease_ttl_s: float = 30.0
+
+
+class Crash(Command, frozen=True, kw_only=True):
+    """The live incarnation is gone. Changes nothing unless the actor is running or paused on that worker with a
+    generation not above ``generation``."""
+
+    uid: str
+    worker: str
+    generation: int
+    reason: str
+    message: str
+
+
+ActorCommand = (
+    CreateActor
+    | BeginResume
+    | BeginSuspend
+    | BeginPause
+    | BeginDelete
+    | FinishResume
+    | FinishSuspend
+    | FinishPause
+    | FinishDelete
+    | BackOut
+    | Rebind
+    | FallBack
+    | Advance
+    | TakeOver
+    | RenewLease
+    | Crash
+)
+
+
+# --- what is read and what is written ---------------------------------------------------------------------
+
+
+class View(Record, frozen=True, kw_only=True):
+    """What the store read in the transaction.
+
+    Attributes:
+        actor, lease, operation: by the key; the lease by uid; the operation that ``actor.operation`` names.
+        prior: the operation of this key that was recorded with the command's (kind, request_id), if any.
+        template: the actor's (for `CreateActor`: the named one).
+        source: the snapshot a resume would start from: the actor's, else the template's golden one.
+        previous: the record of ``actor.previous_snapshot``.
+        owned: all snapshots of the actor's uid.
+        workers: of the template's pool.
+    """
+
+    actor: Actor | None = None
+    lease: Lease | None = None
+    operation: Operation | None = None
+    prior: Operation | None = None
+    template: Template | None = None
+    source: Snapshot | None = None
+    previous: Snapshot | None = None
+    owned: tuple[Snapshot, ...] = ()
+    workers: tuple[Worker, ...] = ()
+
+
+class Outcome(enum.StrEnum):
+    CHANGED = "changed"
+    JOINED = "joined"  # an operation of that kind is already under way: `operation`
+    REPEATED = "repeated"  # this request id was seen before: `operation`
+    ALREADY = "already"  # the actor is in the wanted state; nothing to do
+
+
+class Change(Record, frozen=True, kw_only=True):
+    """What to write, and what the caller wants to know. Nothing is written unless ``outcome`` is CHANGED.
+
+    ``slots``: (worker name, +1 or -1). ``drop_lease``: uid. Versions are raised here already.
+    """
+
+    outcome: Outcome = Outcome.CHANGED
+    actor: Actor | None = None
+    delete_actor: bool = False
+    operation: Operation | None = None
+    lease: Lease | None = None
+    drop_lease: str = ""
+    slots: tuple[tuple[str, int], ...] = ()
+    snapshots: tuple[Snapshot, ...] = ()
+    #: For the caller, not written:
+    template: Template | None = None
+    source: Snapshot | None = None
+
+
+# --- decisions --------------------------------------------------------------------------------------------
+
+
+def decide(view: View, command: ActorCommand) -> Change:
+    """Raises `GreenroomError` when the command is refused; then nothing is to be written."""
+    match command:
+        case CreateActor():
+            return _create(view, command)
+        case BeginResume() | BeginSuspend() | BeginPause() | BeginDelete():
+            return _begin(view, command)
+        case FinishResume():
+            return _finish_resume(view, command)
+        case FinishSuspend():
+            return _finish_suspend(view, command)
+        case FinishPause():
+            actor, op = _current(view, command)
+            return _end(actor, op, command.now, ActorState.PAUSED, phases=command.phases)
+        case FinishDelete():
+            return _finish_delete(view, command)
+        case BackOut():
+            return _back_out(view, command)
+        case Rebind():
+            return _rebind(view, command)
+        case FallBack():
+            return _fall_back(view, command)
+        case Advance():
+            _, op = _current(view, command)
+            op = replace(op, phase=command.phase, layers=command.layers, updated_at=command.now, version=op.version + 1)
+            return Change(operation=op)
+        case TakeOver():
+            return _take_over(view, command)
+        case RenewLease():
+            actor, op = _current(view, command)
+            if view.lease is None or view.lease.owner != command.owner:
+                raise _lost(actor, command)
+            return Change(lease=replace(view.lease, expires_at=command.now + command.lease_ttl_s))
+        case Crash():
+            return _crash(view, command)
+        case _:
+            assert_never(command)
+
+
+def _create(view: View, c: CreateActor) -> Change:
+    if view.prior is not None:
+        return Change(outcome=Outcome.REPEATED, actor=view.actor, operation=view.prior)
+    if view.actor is not None:
+        raise AlreadyExists(f"actor {c.key} exists already; choose another name or delete it first")
+    if view.template is None:
+        raise NotFound(
+            f"template {c.key.namespace}/{c.template} does not exist; `greenroom get templates` lists those there are",
+            reason="TEMPLATE_NOT_FOUND",
+        )
+    if view.template.state is TemplateState.FAILED and not c.golden:
+        raise _template_not_ready(view.template)
+    actor = Actor(
+        namespace=c.key.namespace,
+        name=c.key.name,
+        uid=c.uid,
+        template=c.template,
+        state=ActorState.SUSPENDED,
+        reason="Created",
+        created_at=c.now,
+        state_since=c.now,
+        labels=c.labels,
+        golden=c.golden,
+        version=1,
+    )
+    operation = Operation(
+        id=c.operation_id,
+        kind=OperationKind.CREATE,
+        namespace=c.key.namespace,
+        name=c.key.name,
+        uid=c.uid,
+        created_at=c.now,
+        updated_at=c.now,
+        finished_at=c.now,
+        deadline_at=c.now,
+        state=OperationState.DONE,
+        request_id=c.request_id,
+        version=1,
+    )
+    return Change(actor=actor, operation=operation, template=view.template)
+
+
+#: Kind of operation -> (state while it runs, state that it leads to).
+_KINDS = {
+    BeginResume: (OperationKind.RESUME, ActorState.RESUMING, ActorState.RUNNING, "bind"),
+    BeginSuspend: (OperationKind.SUSPEND, ActorState.SUSPENDING, ActorState.SUSPENDED, "checkpoint"),
+    BeginPause: (OperationKind.PAUSE, ActorState.PAUSING, ActorState.PAUSED, "freeze"),
+    BeginDelete: (OperationKind.DELETE, ActorState.DELETING, None, "discard"),
+}
+
+
+def _begin(view: View, c: BeginResume | BeginSuspend | BeginPause | BeginDelete) -> Change:
+    kind, doing, goal, phase = _KINDS[type(c)]
+    if view.prior is not None:
+        return Change(outcome=Outcome.REPEATED, actor=view.actor, operation=view.prior)
+    actor = view.actor
+    if actor is None or (c.uid and actor.uid != c.uid):
+        raise NotFound(
+            f"actor {c.key} does not exist; `greenroom get actors` lists those there are", reason="ACTOR_NOT_FOUND"
+        )
+    if actor.state is goal:
+        return Change(outcome=Outcome.ALREADY, actor=actor)
+    if view.operation is not None and actor.state in states.BUSY:
+        if view.operation.kind is kind:
+            return Change(outcome=Outcome.JOINED, actor=actor, operation=view.operation)
+        raise _held(actor, view.operation, view.lease)
+    states.check(str(actor.key), actor.state, doing)
+
+    slots: tuple[tuple[str, int], ...] = ()
+    worker, snapshot, source = actor.worker, "", None
+    if isinstance(c, BeginResume) and actor.state is not ActorState.PAUSED:
+        source = _source(view, actor)
+        assert view.template is not None
+        worker = placement.choose(view.workers, view.template.spec.pool, source, c.prefer, c.avoid).name
+        slots, snapshot = ((worker, 1),), source.id if source else ""
+    elif isinstance(c, BeginSuspend):
+        snapshot = c.snapshot_id
+
+    generation = actor.generation + 1
+    operation = Operation(
+        id=c.operation_id,
+        kind=kind,
+        namespace=actor.namespace,
+        name=actor.name,
+        uid=actor.uid,
+        created_at=c.now,
+        updated_at=c.now,
+        deadline_at=c.now + c.deadline_s,
+        phase=phase,
+        request_id=c.request_id,
+        cause=c.cause,
+        generation=generation,
+        worker=worker,
+        snapshot=snapshot,
+        from_state=actor.state,
+        version=1,
+    )
+    lease = Lease(
+        uid=actor.uid,
+        owner=c.owner,
+        operation=c.operation_id,
+        generation=generation,
+        expires_at=c.now + c.lease_ttl_s,
+    )
+    actor = replace(
+        actor,
+        state=doing,
+        reason="",
+        message="",
+        state_since=c.now,
+        generation=generation,
+        worker=worker,
+        operation=c.operation_id,
+        version=actor.version + 1,
+    )
+    return Change(actor=actor, operation=operation, lease=lease, slots=slots, template=view.template, source=source)
+
+
+def _source(view: View, actor: Actor) -> Snapshot | None:
+    """The snapshot to resume from; None boots (only the golden actor's very first time)."""
+    template = view.template
+    if template is None:
+        raise FailedPrecondition(
+            f"actor {actor.key} was made from template {actor.template!r}, which is gone; apply it again",
+            reason="TEMPLATE_NOT_FOUND",
+        )
+    if view.source is not None or (actor.golden and not actor.snapshot):
+        return view.source
+    if actor.snapshot:
+        raise FailedPrecondition(
+            f"actor {actor.key}: the record of its snapshot {actor.snapshot} is missing", reason="SNAPSHOT_NOT_FOUND"
+        )
+    raise _template_not_ready(template)
+
+
+def _template_not_ready(template: Template) -> FailedPrecondition:
+    detail = f" ({template.reason}: {template.message})" if template.reason or template.message else ""
+    return FailedPrecondition(
+        f"template {template.key} is {template.state}{detail}; "
+        f"`greenroom describe template {template.name} -n {template.namespace}` tells more",
+        reason="TEMPLATE_NOT_READY",
+        metadata={"template_state": template.state},
+    )
+
+
+def _held(actor: Actor, operation: Operation, lease: Lease | None) -> LeaseHeld:
+    holder = lease.owner if lease else "nobody"
+    until = f"{lease.expires_at:.3f}" if lease else ""
+    return LeaseHeld(
+        f"actor {actor.key} is {actor.state}: operation {operation.id} ({operation.kind}, phase {operation.phase}) is "
+        f"under way; wait for it with `greenroom wait operation {operation.id}`",
+        metadata={"holder": holder, "operation": operation.id, "until": until},
+    )
+
+
+def _lost(actor: Actor | None, c: OperationCommand) -> LeaseLost:
+    now_at = f"generation {actor.generation}, operation {actor.operation or 'none'}" if actor else "gone"
+    return LeaseLost(
+        f"operation {c.operation_id} (generation {c.generation}) no longer holds actor {c.key}: it is at {now_at}",
+        metadata={"operation": c.operation_id, "generation": str(c.generation)},
+    )
+
+
+def _current(view: View, c: OperationCommand) -> tuple[Actor, Operation]:
+    """The fence: actor and operation, if the command's operation and generation are the current ones."""
+    actor, operation = view.actor, view.operation
+    if (
+        actor is None
+        or operation is None
+        or actor.operation != c.operation_id
+        or operation.id != c.operation_id
+        or actor.generation != c.generation
+        or operation.state is not OperationState.RUNNING
+    ):
+        raise _lost(actor, c)
+    return actor, operation
+
+
+def _end(
+    actor: Actor,
+    op: Operation,
+    now: float,
+    to: ActorState,
+    *,
+    phases: tuple[PhaseTime, ...],
+    error: Failure | None = None,
+    snapshots: tuple[Snapshot, ...] = (),
+    **fields: object,
+) -> Change:
+    """Ends an operation: the actor reaches ``to``, its lease is dropped, its slot is freed unless ``to`` is bound."""
+    states.check(str(actor.key), actor.state, to)
+    slots: tuple[tuple[str, int], ...] = ()
+    if to not in states.BOUND and actor.worker:
+        slots = ((actor.worker, -1),)
+        fields |= {"worker": "", "last_worker": actor.worker, "endpoint": None}
+    actor = replace(actor, state=to, state_since=now, operation="", version=actor.version + 1, **fields)
+    op = replace(
+        op,
+        state=OperationState.FAILED if error else OperationState.DONE,
+        error=error,
+        phases=phases,
+        updated_at=now,
+        finished_at=now,
+        version=op.version + 1,
+    )
+    return Change(actor=actor, operation=op, drop_lease=actor.uid, slots=slots, snapshots=snapshots)
+
+
+def _finish_resume(view: View, c: FinishResume) -> Change:
+    actor, op = _current(view, c)
+    fresh = op.from_state is not ActorState.PAUSED  # a thaw loses nothing and saves nothing
+    return _end(
+        actor,
+        op,
+        c.now,
+        ActorState.RUNNING,
+        phases=c.phases,
+        endpoint=c.endpoint,
+        wakes=actor.wakes + 1,
+        resumed_at=c.now if fresh else actor.resumed_at,
+        unsaved_since=None,
+    )
+
+
+def _finish_suspend(view: View, c: FinishSuspend) -> Change:
+    actor, op = _current(view, c)
+    assert c.snapshot.id == op.snapshot, "a suspend publishes the snapshot that it announced"
+    snapshots = [replace(c.snapshot, parent=actor.snapshot, golden=actor.golden, version=1)]
+    if view.previous is not None and not view.previous.golden:
+        snapshots.append(replace(view.previous, state=SnapshotState.CONDEMNED, version=view.previous.version + 1))
+    return _end(
+        actor,
+        op,
+        c.now,
+        ActorState.SUSPENDED,
+        phases=c.phases,
+        snapshots=tuple(snapshots),
+        snapshot=c.snapshot.id,
+        previous_snapshot=actor.snapshot,
+        suspended_at=c.now,
+        resumed_at=None,
+    )
+
+
+def _finish_delete(view: View, c: FinishDelete) -> Change:
+    actor, op = _current(view, c)
+    condemned = tuple(
+        replace(s, state=SnapshotState.CONDEMNED, version=s.version + 1)
+        for s in view.owned
+        if not s.golden and s.state is not SnapshotState.CONDEMNED
+    )
+    change = _end(actor, op, c.now, ActorState.DELETING, phases=c.phases, snapshots=condemned)
+    return replace(change, delete_actor=True)
+
+
+def _back_out(view: View, c: BackOut) -> Change:
+    actor, op = _current(view, c)
+    lost = c.to_state is ActorState.CRASHED and op.from_state is not ActorState.CRASHED
+    return _end(
+        actor,
+        op,
+        c.now,
+        c.to_state,
+        phases=c.phases,
+        error=c.error,
+        reason=c.error.reason,
+        message=c.error.message,
+        endpoint=c.endpoint,
+        unsaved_since=actor.resumed_at if lost else actor.unsaved_since,
+    )
+
+
+def _rebind(view: View, c: Rebind) -> Change:
+    actor, op = _current(view, c)
+    source = _source(view, actor)
+    assert view.template is not None
+    workers = tuple(replace(w, used=w.used - 1) if w.name == actor.worker else w for w in view.workers)
+    worker = placement.choose(workers, view.template.spec.pool, source, (), c.avoid).name
+    slots = () if worker == actor.worker else ((actor.worker, -1), (worker, 1))
+    return Change(
+        actor=replace(actor, worker=worker, version=actor.version + 1),
+        operation=replace(op, worker=worker, attempts=op.attempts + 1, updated_at=c.now, version=op.version + 1),
+        slots=slots,
+        template=view.template,
+        source=source,
+    )
+
+
+def _fall_back(view: View, c: FallBack) -> Change:
+    actor, op = _current(view, c)
+    if actor.snapshot != c.snapshot_id:
+        raise FailedPrecondition(
+            f"snapshot {c.snapshot_id} of template {actor.template} is corrupt and there is none before it: {c.detail}",
+            reason="SNAPSHOT_CORRUPT",
+        )
+    to = actor.previous_snapshot
+    said = f"snapshot {c.snapshot_id} is corrupt ({c.detail}); went back to {to or 'the golden snapshot'}"
+    snapshots: tuple[Snapshot, ...] = ()
+    if view.source is not None:
+        snapshots = (replace(view.source, state=SnapshotState.CORRUPT, version=view.source.version + 1),)
+    return Change(
+        actor=replace(
+            actor,
+            snapshot=to,
+            previous_snapshot="",
+            reason="SnapshotCorrupt",
+            message=said,
+            version=actor.version + 1,
+        ),
+        operation=replace(
+            op, snapshot=to or (view.template.golden_snapshot if view.template else ""), version=op.version + 1
+        ),
+        snapshots=snapshots,
+        source=view.previous,
+        template=view.template,
+    )
+
+
+def _take_over(view: View, c: TakeOver) -> Change:
+    actor, op, lease = view.actor, view.operation, view.lease
+    if actor is None or op is None or op.id != c.operation_id or op.state is not OperationState.RUNNING:
+        raise NotFound(f"operation {c.operation_id} is not under way")
+    if lease is not None and lease.expires_at > c.now and not c.force and lease.owner != c.owner:
+        raise _held(actor, op, lease)
+    generation = actor.generation + 1
+    return Change(
+        actor=replace(actor, generation=generation, version=actor.version + 1),
+        operation=replace(op, generation=generation, updated_at=c.now, version=op.version + 1),
+        lease=Lease(
+            uid=actor.uid,
+            owner=c.owner,
+            operation=op.id,
+            generation=generation,
+            expires_at=c.now + c.lease_ttl_s,
+        ),
+    )
+
+
+def _crash(view: View, c: Crash) -> Change:
+    actor = view.actor
+    if (
+        actor is None
+        or actor.uid != c.uid
+        or actor.worker != c.worker
+        or actor.generation > c.generation
+        or actor.state not in (ActorState.RUNNING, ActorState.PAUSED)
+    ):
+        return Change(outcome=Outcome.ALREADY, actor=actor)
+    return Change(
+        actor=replace(
+            actor,
+            state=ActorState.CRASHED,
+            state_since=c.now,
+            reason=c.reason,
+            message=c.message,
+            unsaved_since=actor.resumed_at,
+            worker="",
+            last_worker=actor.worker,
+            endpoint=None,
+            version=actor.version + 1,
+        ),
+        slots=((actor.worker, -1),),
+    )

@@ -1,0 +1,1 @@
+"""Operations, leases, scheduling and recovery: async shells around the pure core."""

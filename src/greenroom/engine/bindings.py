@@ -1,0 +1,134 @@
+"""Which running actor is where: the table between the engine, which fills it, and the gateway, which routes by it.
+
+A binding is one live incarnation of an actor: (uid, generation, endpoint). The engine binds after the commit that makes
+an actor RUNNING and revokes *before* it asks the worker to freeze, move or destroy it; whoever routes through a binding is
+told at once, by callback, and must close what it has open. Since an endpoint is never given to two actors, even a
+connection that is made through a binding revoked a moment ago can't reach another one.
+
+Everything here is synchronous and belongs to one event loop, so a check and the act that follows it can't be separated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from greenroom.core.records import Endpoint, Key, PhaseTime
+
+
+@dataclass(eq=False, slots=True)
+class Binding:
+    """One live incarnation. ``last_used`` is monotonic seconds; ``in_flight`` counts open requests and streams."""
+
+    key: Key
+    uid: str
+    generation: int
+    worker: str
+    endpoint: Endpoint
+    idle_timeout_s: float
+    last_used: float = field(default_factory=time.monotonic)
+    in_flight: int = 0
+    revoked: bool = False
+    _closers: set[Callable[[], None]] = field(default_factory=set)
+    _idle: asyncio.Event | None = None
+
+    def acquire(self) -> None:
+        """One more request uses the actor. Only on a binding that is not revoked."""
+        assert not self.revoked, "a revoked binding must not be used"
+        self.in_flight += 1
+
+    def release(self) -> None:
+        self.in_flight -= 1
+        assert self.in_flight >= 0
+        self.last_used = time.monotonic()
+        if self.in_flight == 0 and self._idle is not None:
+            self._idle.set()
+
+    def on_revoke(self, closer: Callable[[], None]) -> None:
+        """``closer`` is called once, synchronously, when the binding is revoked; it must not raise."""
+        self._closers.add(closer)
+
+    def forget(self, closer: Callable[[], None]) -> None:
+        self._closers.discard(closer)
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Waits until no request is open; False when that took longer than ``timeout_s``."""
+        if self.in_flight == 0:
+            return True
+        self._idle = asyncio.Event()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+            return True
+        except TimeoutError:
+            return False
+        finally:
+            self._idle = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """What a wake-up came to: the binding, and, when this call had to wait for an operation, that operation's id and its
+    phases."""
+
+    binding: Binding
+    operation_id: str = ""
+    phases: tuple[PhaseTime, ...] = ()
+
+
+class BindingTable:
+    def __init__(self) -> None:
+        self._by_key: dict[Key, Binding] = {}
+        self._draining: set[Key] = set()
+
+    def get(self, key: Key) -> Binding | None:
+        """The binding to route by, unless there is none or it is being drained (then wake: it waits its turn)."""
+        binding = self._by_key.get(key)
+        return None if binding is None or key in self._draining else binding
+
+    def peek(self, key: Key) -> Binding | None:
+        """As `get`, draining or not."""
+        return self._by_key.get(key)
+
+    def bind(self, binding: Binding) -> None:
+        """Replaces (and revokes) an older binding of the key; never goes back to an older generation."""
+        old = self._by_key.get(binding.key)
+        if old is not None:
+            assert (old.uid != binding.uid) or (old.generation < binding.generation)
+            self.revoke(binding.key)
+        self._by_key[binding.key] = binding
+
+    def drain(self, key: Key) -> Binding | None:
+        """No new request is routed to it from now on; ends with `revoke` or `undrain`."""
+        if key in self._by_key:
+            self._draining.add(key)
+        return self._by_key.get(key)
+
+    def undrain(self, key: Key) -> None:
+        self._draining.discard(key)
+
+    def revoke(self, key: Key) -> None:
+        """Takes the binding away and has everything that is open through it closed. Unknown is fine."""
+        self._draining.discard(key)
+        binding = self._by_key.pop(key, None)
+        if binding is None:
+            return
+        binding.revoked = True
+        for closer in list(binding._closers):
+            closer()
+        binding._closers.clear()
+
+    def longest_idle(self, workers: Iterable[str] | None = None) -> list[Binding]:
+        """Bindings without an open request, the longest idle first; on the given workers only."""
+        among = None if workers is None else set(workers)
+        idle = [
+            b
+            for b in self._by_key.values()
+            if b.in_flight == 0 and b.key not in self._draining and (among is None or b.worker in among)
+        ]
+        return sorted(idle, key=lambda b: b.last_used)
+
+    def all(self) -> list[Binding]:
+        return list(self._by_key.values())

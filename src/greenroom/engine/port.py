@@ -1,0 +1,103 @@
+"""What the doors (API, gateway) may ask of the control plane.
+
+Waiting: a mutation starts an operation (or joins the one under way) and waits for it at most ``wait_s``. When that
+passes, the operation is returned still RUNNING: giving up never cancels it. A FAILED operation is returned, not raised;
+what is refused before an operation exists is raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Protocol
+
+from greenroom.core.agentapi import ActorStats
+from greenroom.core.records import Actor, Key, Operation, Pool, PoolSpec, Template, TemplateSpec
+from greenroom.engine.bindings import BindingTable, Wake
+from greenroom.store.port import Store
+
+#: How long a mutation waits for its operation unless the caller says otherwise.
+DEFAULT_WAIT_S = 300.0
+
+
+class Waker(Protocol):
+    """What the gateway needs."""
+
+    bindings: BindingTable
+
+    async def wake(self, key: Key) -> Wake:
+        """The actor's binding, after waking it if it sleeps; any number of callers share one wake-up. Waits for an
+        operation of another kind that is under way. A caller that is cancelled does not cancel the wake-up.
+
+        Raises:
+            NotFound: no such actor.
+            ResourceExhausted: no capacity, with ``retry_after_s``.
+            FailedPrecondition: it can't be woken (template failed; crashed and held, reason ``ACTOR_CRASHED``).
+            GreenroomError: what the wake-up failed with.
+        """
+
+
+class ExecStream(Protocol):
+    """A command in a running actor; as `greenroom.sandbox.port.ExecSession`, from afar."""
+
+    async def write(self, data: bytes) -> None: ...
+    def output(self) -> AsyncIterator[tuple[int, bytes]]: ...
+    async def wait(self) -> int: ...
+    async def kill(self) -> None: ...
+
+
+class ControlPlane(Waker, Protocol):
+    """What the API needs. Reads go to ``store`` directly."""
+
+    store: Store
+
+    async def create_actor(
+        self, key: Key, template: str, *, labels: Mapping[str, str] | None = None, request_id: str = ""
+    ) -> tuple[Actor, Operation]: ...
+
+    async def resume(self, key: Key, *, request_id: str = "", wait_s: float = DEFAULT_WAIT_S) -> Operation:
+        """Also from CRASHED, on purpose: back to the last good snapshot."""
+
+    async def suspend(self, key: Key, *, request_id: str = "", wait_s: float = DEFAULT_WAIT_S) -> Operation: ...
+
+    async def pause(self, key: Key, *, request_id: str = "", wait_s: float = DEFAULT_WAIT_S) -> Operation: ...
+
+    async def delete(self, key: Key, *, request_id: str = "", wait_s: float = DEFAULT_WAIT_S) -> Operation: ...
+
+    async def apply_template(
+        self, key: Key, spec: TemplateSpec, *, request_id: str = ""
+    ) -> tuple[Template, Operation | None]:
+        """Creates the template and starts its preparation, which the caller may watch (`store.watch`). The same spec again
+        changes nothing, but prepares again when it FAILED.
+
+        Raises:
+            FailedPrecondition: it exists with another spec (reason ``TEMPLATE_IMMUTABLE``).
+        """
+
+    async def delete_template(self, key: Key) -> None:
+        """Raises `FailedPrecondition` (reason ``TEMPLATE_IN_USE``) while actors are made from it."""
+
+    async def apply_pool(self, name: str, spec: PoolSpec) -> Pool:
+        """Creates or resizes a pool; the backend of a pool can't change."""
+
+    async def delete_pool(self, name: str) -> None:
+        """Raises `FailedPrecondition` (reason ``POOL_IN_USE``) while a template names it."""
+
+    async def wait_operation(self, operation_id: str, wait_s: float = DEFAULT_WAIT_S) -> Operation:
+        """Returns it when it has ended, or as it is after ``wait_s``. Raises `NotFound`."""
+
+    async def exec(
+        self,
+        key: Key,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str = "",
+        timeout_s: float = 0,
+    ) -> ExecStream:
+        """Runs a command in the actor, waking it first."""
+
+    def logs(self, key: Key, *, tail_lines: int = -1, follow: bool = False) -> AsyncIterator[bytes]:
+        """Chunks of whole lines of stdout and stderr that are kept, oldest first; sleeping actors have logs too."""
+
+    async def stats(self, key: Key) -> ActorStats:
+        """Raises `FailedPrecondition` when the actor does not run."""

@@ -1,0 +1,1 @@
+"""Where the control plane keeps its records: the port (`port`) and its adapters, in memory and SQLite."""

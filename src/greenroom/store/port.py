@@ -1,0 +1,106 @@
+"""The port of the control plane's store.
+
+Two kinds of writes, both atomic and conditional, never read-then-overwrite in a caller:
+
+`apply`
+    one lifecycle command: the store reads the `View`, `greenroom.core.lifecycle.decide` decides, the store writes the
+    `Change`, all in one transaction. So binding actor, worker slot and operation can't come apart.
+`put`, `remove`
+    one record that no actor's lifecycle owns (templates, pools, workers, snapshots, operations on templates),
+    conditional on the version that was read.
+
+A write is durable when the call returns. A cancelled call may or may not have happened: read again.
+
+What was written is published, after it is durable, to every `watch` of this process, in commit order.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator, Mapping
+from typing import Protocol, TypeVar
+
+from greenroom.core.lifecycle import ActorCommand, Change
+from greenroom.core.records import Actor, Operation, Pool, Record, Snapshot, Template, Worker
+
+Stored = Actor | Template | Pool | Worker | Snapshot | Operation
+R = TypeVar("R", Actor, Template, Pool, Worker, Snapshot, Operation)
+
+#: Fields that `list` can filter on, by record class; each is indexed.
+FILTERS: dict[type[Stored], frozenset[str]] = {
+    Actor: frozenset({"state", "worker", "template", "uid"}),
+    Template: frozenset({"state"}),
+    Pool: frozenset(),
+    Worker: frozenset({"pool", "state"}),
+    Snapshot: frozenset({"actor_uid", "state", "template"}),
+    Operation: frozenset({"state", "uid", "kind"}),
+}
+
+#: The most records one `list` returns; ask again with ``after`` for more.
+MAX_PAGE = 1000
+#: How many finished operations are kept; older ones are dropped by `trim`.
+KEPT_OPERATIONS = 10_000
+
+
+class EventType(enum.StrEnum):
+    PUT = "Put"
+    DELETED = "Deleted"
+
+
+class Event(Record, frozen=True, kw_only=True):
+    """``sequence`` grows by one with every event of this process."""
+
+    type: EventType
+    record: Stored
+    sequence: int = 0
+
+
+class Store(Protocol):
+    async def apply(self, command: ActorCommand) -> Change:
+        """Carries out one lifecycle command; idempotent by operation id and fenced as `decide` says. The `Change` that is
+        returned has been written if its outcome is ``CHANGED``.
+
+        Raises:
+            GreenroomError: what `decide` raises; nothing was written.
+            ResourceExhausted: the disk is full (reason ``DISK_FULL``); nothing was written.
+        """
+
+    async def put(self, record: R) -> R:
+        """Inserts (``version`` 0) or replaces (``version`` as read); returns the record with its new version.
+
+        Raises:
+            AlreadyExists: version 0 and the key is taken.
+            Conflict: the stored version is another (reason ``VERSION_CONFLICT``), or the record is gone.
+        """
+
+    async def remove(self, record: Stored) -> None:
+        """Deletes a record if its version is still the one given; an absent record is success.
+
+        Raises:
+            Conflict: it was changed meanwhile.
+        """
+
+    async def get(self, cls: type[R], pk: str) -> R:
+        """Raises `NotFound` naming the kind and the key."""
+
+    async def list(
+        self,
+        cls: type[R],
+        *,
+        namespace: str = "",
+        where: Mapping[str, str] | None = None,
+        after: str = "",
+        limit: int = MAX_PAGE,
+    ) -> list[R]:
+        """Records in the order of their keys, those after key ``after``, at most ``limit`` (1 to `MAX_PAGE`).
+        ``where`` compares fields of `FILTERS` for equality. Operations are ordered by id, and ids are time-ordered."""
+
+    def watch(self, *, capacity: int = 10_000) -> AsyncIterator[Event]:
+        """Events from now on. A watcher that falls ``capacity`` events behind gets `ResourceExhausted` (reason
+        ``WATCH_TOO_SLOW``) and must list again."""
+
+    async def trim(self, keep: int = KEPT_OPERATIONS) -> int:
+        """Drops the oldest finished operations beyond ``keep``; returns how many."""
+
+    async def close(self) -> None:
+        """Waits for what is under way. Afterwards every call raises `Unavailable`."""
