@@ -78,7 +78,11 @@ class Publish(ActorCall, frozen=True, kw_only=True):
 
 
 class Discard(ActorCall, frozen=True, kw_only=True):
-    """Destroys the sandbox and the worker's local snapshot files of that operation; unknown is success. -> `Done`"""
+    """Destroys the sandbox and the worker's local snapshot files of that operation; unknown is success.
+    ``forget``: the actor is being deleted, its logs go too. -> `Done`"""
+
+    snapshot_id: str = ""
+    forget: bool = False
 
 
 class Freeze(ActorCall, frozen=True, kw_only=True):
@@ -86,7 +90,10 @@ class Freeze(ActorCall, frozen=True, kw_only=True):
 
 
 class Thaw(ActorCall, frozen=True, kw_only=True):
-    """Lets a frozen sandbox go on. Idempotent. -> `Started` with the endpoint."""
+    """Lets a frozen sandbox go on; with ``snapshot_id``, what a suspend that is off wrote and uploaded is removed.
+    Idempotent. -> `Started` with the endpoint."""
+
+    snapshot_id: str = ""
 
 
 class ListResident(Call, frozen=True, kw_only=True):

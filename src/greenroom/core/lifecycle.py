@@ -5,12 +5,17 @@ same transaction. Everything that must hold together is decided here once, for e
 and its generation, the binding of actor, worker slot and operation.
 
 Fencing: a command that goes on with an operation (`OperationCommand`) carries the operation's id and generation and
-changes nothing unless both are the actor's current ones.
+changes nothing unless both are the actor's current ones. A command whose reply was lost may be sent again: what it did
+is answered as REPEATED, not done twice.
+
+Slots: an actor holds one slot of the worker that ``actor.worker`` names, and none when that is "". A worker's count
+changes only together with that field.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Collection
 from typing import ClassVar, assert_never
 
 from msgspec.structs import replace
@@ -31,6 +36,7 @@ from greenroom.core.records import (
     Key,
     LayerProgress,
     Lease,
+    OnCrash,
     Operation,
     OperationKind,
     OperationState,
@@ -47,7 +53,7 @@ from greenroom.core.records import (
 
 
 class Command(Record, frozen=True, kw_only=True):
-    """``needs``: which parts of the `View` the store must load beside actor, lease and current operation."""
+    """``needs``: which parts of the `View` the store must load beside actor and operation."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     key: Key
@@ -55,6 +61,7 @@ class Command(Record, frozen=True, kw_only=True):
 
 
 class CreateActor(Command, frozen=True, kw_only=True):
+    kind: ClassVar[OperationKind] = OperationKind.CREATE
     needs = frozenset({"template", "prior"})
     operation_id: str
     uid: str
@@ -67,10 +74,12 @@ class CreateActor(Command, frozen=True, kw_only=True):
 class Begin(Command, frozen=True, kw_only=True):
     """Starts an operation: takes the lease for ``lease_ttl_s``, bumps the generation, writes the operation row.
 
-    ``uid`` may be "" (whoever has the name now). A repeated ``request_id`` returns the operation of the first time.
+    ``uid`` may be "" (whoever has the name now). A repeated ``request_id`` or ``operation_id`` returns the operation of
+    the first time.
     """
 
-    needs = frozenset({"prior"})
+    kind: ClassVar[OperationKind]
+    needs = frozenset({"prior", "lease"})
     operation_id: str
     owner: str
     request_id: str = ""
@@ -81,23 +90,27 @@ class Begin(Command, frozen=True, kw_only=True):
 
 
 class BeginResume(Begin, frozen=True, kw_only=True):
-    needs = frozenset({"prior", "template", "source", "workers"})
+    kind = OperationKind.RESUME
+    needs = frozenset({"prior", "lease", "template", "source", "workers"})
     prefer: tuple[str, ...] = ()
     avoid: tuple[str, ...] = ()
+    #: Not asked for by a person: an actor that crashed and whose template says ``hold`` stays as it is.
+    hold_crashed: bool = False
 
 
 class BeginSuspend(Begin, frozen=True, kw_only=True):
     """``snapshot_id``: what the new snapshot will be called."""
 
+    kind = OperationKind.SUSPEND
     snapshot_id: str
 
 
 class BeginPause(Begin, frozen=True, kw_only=True):
-    pass
+    kind = OperationKind.PAUSE
 
 
 class BeginDelete(Begin, frozen=True, kw_only=True):
-    pass
+    kind = OperationKind.DELETE
 
 
 class OperationCommand(Command, frozen=True, kw_only=True):
@@ -128,7 +141,12 @@ class FinishDelete(OperationCommand, frozen=True, kw_only=True):
 
 
 class BackOut(OperationCommand, frozen=True, kw_only=True):
-    """Ends an operation that failed; the actor goes to ``to_state``, which frees its slot unless that is bound."""
+    """Ends an operation that failed; the actor goes to ``to_state``, which frees its slot unless that is bound.
+
+    ``to_state`` is where the actor came from, or CRASHED when its live incarnation was lost meanwhile; a failed
+    checkpoint may also leave it RUNNING. A failed delete stays DELETING, keeps its slot, and may be begun again.
+    Without an ``endpoint`` the one that it had stays.
+    """
 
     to_state: ActorState
     error: Failure
@@ -145,9 +163,10 @@ class Rebind(OperationCommand, frozen=True, kw_only=True):
 
 class FallBack(OperationCommand, frozen=True, kw_only=True):
     """The snapshot that a resume wanted is corrupt: it is marked so, and the one before takes its place (the golden one
-    when there is none before). Said so in the actor's reason and message."""
+    when there is none before that is good). Said so in the actor's reason and message. When the worker can't run the
+    older one, the resume is bound to another in the same step."""
 
-    needs = frozenset({"source", "previous", "template"})
+    needs = frozenset({"source", "previous", "golden", "template", "workers"})
     snapshot_id: str
     detail: str
 
@@ -162,6 +181,7 @@ class Advance(OperationCommand, frozen=True, kw_only=True):
 class TakeOver(Command, frozen=True, kw_only=True):
     """Takes an operation over from an owner that is gone; the generation grows, so the old owner is fenced."""
 
+    needs = frozenset({"lease"})
     operation_id: str
     owner: str
     lease_ttl_s: float = 30.0
@@ -170,6 +190,9 @@ class TakeOver(Command, frozen=True, kw_only=True):
 
 
 class RenewLease(OperationCommand, frozen=True, kw_only=True):
+    """Extends the lease; one that has run out is lost, whether or not somebody took it."""
+
+    needs = frozenset({"lease"})
     owner: str
     lease_ttl_s: float = 30.0
 
@@ -212,11 +235,15 @@ class View(Record, frozen=True, kw_only=True):
     """What the store read in the transaction.
 
     Attributes:
-        actor, lease, operation: by the key; the lease by uid; the operation that ``actor.operation`` names.
-        prior: the operation of this key that was recorded with the command's (kind, request_id), if any.
+        actor: by the key.
+        operation: the one that an `OperationCommand` or `TakeOver` names; for the others that of ``actor.operation``.
+        lease: of the actor's uid.
+        prior: the operation with the id of the command, else the one of this key that was recorded with the command's
+            kind and (non-empty) request id.
         template: the actor's (for `CreateActor`: the named one).
         source: the snapshot a resume would start from: the actor's, else the template's golden one.
         previous: the record of ``actor.previous_snapshot``.
+        golden: the template's golden snapshot.
         owned: all snapshots of the actor's uid.
         workers: of the template's pool.
     """
@@ -228,6 +255,7 @@ class View(Record, frozen=True, kw_only=True):
     template: Template | None = None
     source: Snapshot | None = None
     previous: Snapshot | None = None
+    golden: Snapshot | None = None
     owned: tuple[Snapshot, ...] = ()
     workers: tuple[Worker, ...] = ()
 
@@ -235,7 +263,7 @@ class View(Record, frozen=True, kw_only=True):
 class Outcome(enum.StrEnum):
     CHANGED = "changed"
     JOINED = "joined"  # an operation of that kind is already under way: `operation`
-    REPEATED = "repeated"  # this request id was seen before: `operation`
+    REPEATED = "repeated"  # this request, or this step of an operation, was done before: `operation`
     ALREADY = "already"  # the actor is in the wanted state; nothing to do
 
 
@@ -263,6 +291,8 @@ class Change(Record, frozen=True, kw_only=True):
 
 def decide(view: View, command: ActorCommand) -> Change:
     """Raises `GreenroomError` when the command is refused; then nothing is to be written."""
+    if isinstance(command, OperationCommand) and (done := _done_before(view, command)):
+        return done
     match command:
         case CreateActor():
             return _create(view, command)
@@ -273,7 +303,7 @@ def decide(view: View, command: ActorCommand) -> Change:
         case FinishSuspend():
             return _finish_suspend(view, command)
         case FinishPause():
-            actor, op = _current(view, command)
+            actor, op = _current(view, command, OperationKind.PAUSE)
             return _end(actor, op, command.now, ActorState.PAUSED, phases=command.phases)
         case FinishDelete():
             return _finish_delete(view, command)
@@ -291,7 +321,7 @@ def decide(view: View, command: ActorCommand) -> Change:
             return _take_over(view, command)
         case RenewLease():
             actor, op = _current(view, command)
-            if view.lease is None or view.lease.owner != command.owner:
+            if view.lease is None or view.lease.owner != command.owner or view.lease.expires_at <= command.now:
                 raise _lost(actor, command)
             return Change(lease=replace(view.lease, expires_at=command.now + command.lease_ttl_s))
         case Crash():
@@ -302,7 +332,7 @@ def decide(view: View, command: ActorCommand) -> Change:
 
 def _create(view: View, c: CreateActor) -> Change:
     if view.prior is not None:
-        return Change(outcome=Outcome.REPEATED, actor=view.actor, operation=view.prior)
+        return _repeated(view, view.prior, c.key, OperationKind.CREATE)
     if view.actor is not None:
         raise AlreadyExists(f"actor {c.key} exists already; choose another name or delete it first")
     if view.template is None:
@@ -342,19 +372,29 @@ def _create(view: View, c: CreateActor) -> Change:
     return Change(actor=actor, operation=operation, template=view.template)
 
 
-#: Kind of operation -> (state while it runs, state that it leads to).
-_KINDS = {
-    BeginResume: (OperationKind.RESUME, ActorState.RESUMING, ActorState.RUNNING, "bind"),
-    BeginSuspend: (OperationKind.SUSPEND, ActorState.SUSPENDING, ActorState.SUSPENDED, "checkpoint"),
-    BeginPause: (OperationKind.PAUSE, ActorState.PAUSING, ActorState.PAUSED, "freeze"),
-    BeginDelete: (OperationKind.DELETE, ActorState.DELETING, None, "discard"),
+def _repeated(view: View, prior: Operation, key: Key, kind: OperationKind) -> Change:
+    if prior.kind is not kind or prior.key != key:
+        raise AlreadyExists(
+            f"operation id {prior.id} is taken by {prior.kind} of {prior.key}; use an id for one operation only",
+            reason="OPERATION_ID_TAKEN",
+        )
+    actor = view.actor if view.actor is not None and view.actor.uid == prior.uid else None
+    return Change(outcome=Outcome.REPEATED, actor=actor, operation=prior)
+
+
+#: What begins -> (state while it is under way, state that it leads to, first phase).
+_COURSE = {
+    BeginResume: (ActorState.RESUMING, ActorState.RUNNING, "bind"),
+    BeginSuspend: (ActorState.SUSPENDING, ActorState.SUSPENDED, "checkpoint"),
+    BeginPause: (ActorState.PAUSING, ActorState.PAUSED, "freeze"),
+    BeginDelete: (ActorState.DELETING, None, "discard"),
 }
 
 
 def _begin(view: View, c: BeginResume | BeginSuspend | BeginPause | BeginDelete) -> Change:
-    kind, doing, goal, phase = _KINDS[type(c)]
+    kind, (doing, goal, phase) = c.kind, _COURSE[type(c)]
     if view.prior is not None:
-        return Change(outcome=Outcome.REPEATED, actor=view.actor, operation=view.prior)
+        return _repeated(view, view.prior, c.key, kind)
     actor = view.actor
     if actor is None or (c.uid and actor.uid != c.uid):
         raise NotFound(
@@ -373,7 +413,10 @@ def _begin(view: View, c: BeginResume | BeginSuspend | BeginPause | BeginDelete)
     if isinstance(c, BeginResume) and actor.state is not ActorState.PAUSED:
         source = _source(view, actor)
         assert view.template is not None
-        worker = placement.choose(view.workers, view.template.spec.pool, source, c.prefer, c.avoid).name
+        if c.hold_crashed and actor.state is ActorState.CRASHED:
+            _check_not_held(actor, view.template)
+        prefer = c.prefer or (actor.last_worker,)
+        worker = placement.choose(view.workers, view.template.spec.pool, source, prefer, c.avoid).name
         slots, snapshot = ((worker, 1),), source.id if source else ""
     elif isinstance(c, BeginSuspend):
         snapshot = c.snapshot_id
@@ -426,13 +469,31 @@ def _source(view: View, actor: Actor) -> Snapshot | None:
             f"actor {actor.key} was made from template {actor.template!r}, which is gone; apply it again",
             reason="TEMPLATE_NOT_FOUND",
         )
-    if view.source is not None or (actor.golden and not actor.snapshot):
-        return view.source
+    source = view.source
+    if source is not None and source.state is SnapshotState.CONDEMNED:
+        raise FailedPrecondition(
+            f"actor {actor.key}: its snapshot {source.id} is being deleted; "
+            + ("delete the actor" if actor.snapshot else f"apply template {template.key} again"),
+            reason="SNAPSHOT_CONDEMNED",
+        )
+    if source is not None or (actor.golden and not actor.snapshot):
+        return source
     if actor.snapshot:
         raise FailedPrecondition(
-            f"actor {actor.key}: the record of its snapshot {actor.snapshot} is missing", reason="SNAPSHOT_NOT_FOUND"
+            f"actor {actor.key}: the record of its snapshot {actor.snapshot} is missing; delete the actor",
+            reason="SNAPSHOT_NOT_FOUND",
         )
     raise _template_not_ready(template)
+
+
+def _check_not_held(actor: Actor, template: Template) -> None:
+    if template.spec.on_crash is OnCrash.HOLD:
+        raise FailedPrecondition(
+            f"actor {actor.key} crashed ({actor.reason}: {actor.message}) and what it did since {actor.unsaved_since} is "
+            f"lost; `greenroom resume actor {actor.name} -n {actor.namespace}` goes back to its last snapshot",
+            reason="ACTOR_CRASHED",
+            metadata={"unsaved_since": str(actor.unsaved_since)},
+        )
 
 
 def _template_not_ready(template: Template) -> FailedPrecondition:
@@ -463,8 +524,34 @@ def _lost(actor: Actor | None, c: OperationCommand) -> LeaseLost:
     )
 
 
-def _current(view: View, c: OperationCommand) -> tuple[Actor, Operation]:
-    """The fence: actor and operation, if the command's operation and generation are the current ones."""
+#: The command that ends a kind of operation well.
+_ENDS: dict[type[OperationCommand], OperationKind] = {
+    FinishResume: OperationKind.RESUME,
+    FinishSuspend: OperationKind.SUSPEND,
+    FinishPause: OperationKind.PAUSE,
+    FinishDelete: OperationKind.DELETE,
+}
+
+
+def _done_before(view: View, c: OperationCommand) -> Change | None:
+    """What to answer when the step that ends an operation is sent again because its reply was lost: the operation as it
+    ended, so that its driver sees no failure. None for every other command."""
+    op = view.operation
+    if op is None or op.state is OperationState.RUNNING or op.id != c.operation_id or op.generation != c.generation:
+        return None
+    done = op.state is OperationState.DONE and _ENDS.get(type(c)) is op.kind
+    if done or (op.state is OperationState.FAILED and isinstance(c, BackOut)):
+        return _repeated(view, op, c.key, op.kind)
+    return None
+
+
+def _current(view: View, c: OperationCommand, kind: OperationKind | None = None) -> tuple[Actor, Operation]:
+    """The fence: actor and operation, if the command's operation and generation are the current ones.
+
+    Raises:
+        LeaseLost: they are not.
+        FailedPrecondition: the operation is not of the kind that this command is a step of.
+    """
     actor, operation = view.actor, view.operation
     if (
         actor is None
@@ -475,7 +562,17 @@ def _current(view: View, c: OperationCommand) -> tuple[Actor, Operation]:
         or operation.state is not OperationState.RUNNING
     ):
         raise _lost(actor, c)
+    if kind is not None and operation.kind is not kind:
+        raise _wrong_step(c, operation)
     return actor, operation
+
+
+def _wrong_step(c: OperationCommand, op: Operation) -> FailedPrecondition:
+    origin = f" from {op.from_state}" if op.from_state else ""
+    return FailedPrecondition(
+        f"{type(c).__name__} is no step of operation {op.id}, which is {op.kind} of {op.key}{origin}",
+        reason="WRONG_STEP",
+    )
 
 
 def _end(
@@ -489,10 +586,11 @@ def _end(
     snapshots: tuple[Snapshot, ...] = (),
     **fields: object,
 ) -> Change:
-    """Ends an operation: the actor reaches ``to``, its lease is dropped, its slot is freed unless ``to`` is bound."""
+    """Ends an operation: the actor reaches ``to`` and its lease is dropped. Its slot is freed unless ``to`` is bound;
+    while DELETING it keeps it, because the sandbox may still be there."""
     states.check(str(actor.key), actor.state, to)
     slots: tuple[tuple[str, int], ...] = ()
-    if to not in states.BOUND and actor.worker:
+    if to not in states.BOUND and to is not ActorState.DELETING and actor.worker:
         slots = ((actor.worker, -1),)
         fields |= {"worker": "", "last_worker": actor.worker, "endpoint": None}
     actor = replace(actor, state=to, state_since=now, operation="", version=actor.version + 1, **fields)
@@ -509,7 +607,7 @@ def _end(
 
 
 def _finish_resume(view: View, c: FinishResume) -> Change:
-    actor, op = _current(view, c)
+    actor, op = _current(view, c, OperationKind.RESUME)
     fresh = op.from_state is not ActorState.PAUSED  # a thaw loses nothing and saves nothing
     return _end(
         actor,
@@ -525,10 +623,10 @@ def _finish_resume(view: View, c: FinishResume) -> Change:
 
 
 def _finish_suspend(view: View, c: FinishSuspend) -> Change:
-    actor, op = _current(view, c)
+    actor, op = _current(view, c, OperationKind.SUSPEND)
     assert c.snapshot.id == op.snapshot, "a suspend publishes the snapshot that it announced"
     snapshots = [replace(c.snapshot, parent=actor.snapshot, golden=actor.golden, version=1)]
-    if view.previous is not None and not view.previous.golden:
+    if view.previous is not None and not view.previous.golden and view.previous.state is not SnapshotState.CONDEMNED:
         snapshots.append(replace(view.previous, state=SnapshotState.CONDEMNED, version=view.previous.version + 1))
     return _end(
         actor,
@@ -545,18 +643,29 @@ def _finish_suspend(view: View, c: FinishSuspend) -> Change:
 
 
 def _finish_delete(view: View, c: FinishDelete) -> Change:
-    actor, op = _current(view, c)
+    actor, op = _current(view, c, OperationKind.DELETE)
     condemned = tuple(
         replace(s, state=SnapshotState.CONDEMNED, version=s.version + 1)
         for s in view.owned
         if not s.golden and s.state is not SnapshotState.CONDEMNED
     )
     change = _end(actor, op, c.now, ActorState.DELETING, phases=c.phases, snapshots=condemned)
-    return replace(change, delete_actor=True)
+    return replace(change, delete_actor=True, slots=((actor.worker, -1),) if actor.worker else ())
 
 
 def _back_out(view: View, c: BackOut) -> Change:
     actor, op = _current(view, c)
+    legal = {op.from_state, ActorState.CRASHED}
+    if op.kind is OperationKind.DELETE:
+        legal = {ActorState.DELETING}
+    elif op.kind is OperationKind.SUSPEND:
+        legal.add(ActorState.RUNNING)
+    if c.to_state not in legal:
+        raise FailedPrecondition(
+            f"operation {op.id} ({op.kind} of {op.key} from {op.from_state}) can't be backed out to {c.to_state}",
+            reason="WRONG_STATE",
+            metadata={"state": actor.state},
+        )
     lost = c.to_state is ActorState.CRASHED and op.from_state is not ActorState.CRASHED
     return _end(
         actor,
@@ -567,18 +676,17 @@ def _back_out(view: View, c: BackOut) -> Change:
         error=c.error,
         reason=c.error.reason,
         message=c.error.message,
-        endpoint=c.endpoint,
+        endpoint=c.endpoint or actor.endpoint,
         unsaved_since=actor.resumed_at if lost else actor.unsaved_since,
     )
 
 
 def _rebind(view: View, c: Rebind) -> Change:
-    actor, op = _current(view, c)
+    actor, op = _current(view, c, OperationKind.RESUME)
+    if op.from_state is ActorState.PAUSED:  # its memory is on that worker only
+        raise _wrong_step(c, op)
     source = _source(view, actor)
-    assert view.template is not None
-    workers = tuple(replace(w, used=w.used - 1) if w.name == actor.worker else w for w in view.workers)
-    worker = placement.choose(workers, view.template.spec.pool, source, (), c.avoid).name
-    slots = () if worker == actor.worker else ((actor.worker, -1), (worker, 1))
+    worker, slots = _move(view, actor, source, c.avoid)
     return Change(
         actor=replace(actor, worker=worker, version=actor.version + 1),
         operation=replace(op, worker=worker, attempts=op.attempts + 1, updated_at=c.now, version=op.version + 1),
@@ -588,39 +696,64 @@ def _rebind(view: View, c: Rebind) -> Change:
     )
 
 
+def _move(
+    view: View, actor: Actor, source: Snapshot | None, avoid: Collection[str]
+) -> tuple[str, tuple[tuple[str, int], ...]]:
+    """Another worker for a resume, and the slots that change hands; the one it has counts as free."""
+    assert view.template is not None
+    workers = tuple(replace(w, used=w.used - 1) if w.name == actor.worker else w for w in view.workers)
+    worker = placement.choose(workers, view.template.spec.pool, source, (), avoid).name
+    return worker, () if worker == actor.worker else ((actor.worker, -1), (worker, 1))
+
+
 def _fall_back(view: View, c: FallBack) -> Change:
-    actor, op = _current(view, c)
-    if actor.snapshot != c.snapshot_id:
+    actor, op = _current(view, c, OperationKind.RESUME)
+    if op.from_state is ActorState.PAUSED:
+        raise _wrong_step(c, op)
+    if op.snapshot != c.snapshot_id:  # gone back already
+        return Change(outcome=Outcome.REPEATED, actor=actor, operation=op, source=view.source, template=view.template)
+    good = [s for s in (view.previous, view.golden) if s is not None and s.state is SnapshotState.PRESENT]
+    if actor.snapshot != c.snapshot_id or not good:
         raise FailedPrecondition(
-            f"snapshot {c.snapshot_id} of template {actor.template} is corrupt and there is none before it: {c.detail}",
+            f"snapshot {c.snapshot_id} of actor {actor.key} is corrupt ({c.detail}) and none before it is good; "
+            f"for a new golden snapshot apply template {actor.template} again",
             reason="SNAPSHOT_CORRUPT",
         )
-    to = actor.previous_snapshot
-    said = f"snapshot {c.snapshot_id} is corrupt ({c.detail}); went back to {to or 'the golden snapshot'}"
-    snapshots: tuple[Snapshot, ...] = ()
-    if view.source is not None:
-        snapshots = (replace(view.source, state=SnapshotState.CORRUPT, version=view.source.version + 1),)
+    source = good[0]
+    to = source.id if source is view.previous else ""
+    worker = actor.worker
+    slots: tuple[tuple[str, int], ...] = ()
+    if not any(w.name == worker and placement.can_run(w, source) for w in view.workers):
+        worker, slots = _move(view, actor, source, ())
+    corrupt = view.source
+    assert corrupt is not None and corrupt.id == c.snapshot_id
     return Change(
         actor=replace(
             actor,
+            worker=worker,
             snapshot=to,
             previous_snapshot="",
             reason="SnapshotCorrupt",
-            message=said,
+            message=f"snapshot {c.snapshot_id} is corrupt ({c.detail}); went back to {to or 'the golden snapshot'}",
             version=actor.version + 1,
         ),
-        operation=replace(
-            op, snapshot=to or (view.template.golden_snapshot if view.template else ""), version=op.version + 1
-        ),
-        snapshots=snapshots,
-        source=view.previous,
+        operation=replace(op, worker=worker, snapshot=source.id, updated_at=c.now, version=op.version + 1),
+        slots=slots,
+        snapshots=(replace(corrupt, state=SnapshotState.CORRUPT, version=corrupt.version + 1),),
+        source=source,
         template=view.template,
     )
 
 
 def _take_over(view: View, c: TakeOver) -> Change:
     actor, op, lease = view.actor, view.operation, view.lease
-    if actor is None or op is None or op.id != c.operation_id or op.state is not OperationState.RUNNING:
+    if (
+        actor is None
+        or op is None
+        or op.id != c.operation_id
+        or actor.operation != c.operation_id
+        or op.state is not OperationState.RUNNING
+    ):
         raise NotFound(f"operation {c.operation_id} is not under way")
     if lease is not None and lease.expires_at > c.now and not c.force and lease.owner != c.owner:
         raise _held(actor, op, lease)

@@ -381,3 +381,7 @@ class Lease(Record, frozen=True, kw_only=True):
     operation: str
     generation: int
     expires_at: float
+
+    @property
+    def pk(self) -> str:
+        return self.uid

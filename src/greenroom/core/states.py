@@ -23,7 +23,7 @@ LEGAL: dict[ActorState, frozenset[ActorState]] = {
     _S.DELETING: frozenset({_S.DELETING}),
 }
 
-#: States in which an actor holds a slot of a worker.
+#: States in which an actor holds a slot of a worker (while DELETING it may: until its sandbox is gone).
 BOUND = frozenset({_S.RESUMING, _S.RUNNING, _S.SUSPENDING, _S.PAUSING, _S.PAUSED})
 #: States that an operation in progress owns.
 BUSY = frozenset({_S.RESUMING, _S.SUSPENDING, _S.PAUSING, _S.DELETING})

@@ -1,9 +1,9 @@
 """Which running actor is where: the table between the engine, which fills it, and the gateway, which routes by it.
 
 A binding is one live incarnation of an actor: (uid, generation, endpoint). The engine binds after the commit that makes
-an actor RUNNING and revokes *before* it asks the worker to freeze, move or destroy it; whoever routes through a binding is
-told at once, by callback, and must close what it has open. Since an endpoint is never given to two actors, even a
-connection that is made through a binding revoked a moment ago can't reach another one.
+an actor RUNNING and revokes *before* it asks the worker to freeze, move or destroy it; whoever routes through a
+binding is told at once, by callback, and must close what it has open. Since an endpoint is never given to two actors,
+even a connection that is made through a binding revoked a moment ago can't reach another one.
 
 Everything here is synchronous and belongs to one event loop, so a check and the act that follows it can't be separated.
 """
@@ -20,7 +20,8 @@ from greenroom.core.records import Endpoint, Key, PhaseTime
 
 @dataclass(eq=False, slots=True)
 class Binding:
-    """One live incarnation. ``last_used`` is monotonic seconds; ``in_flight`` counts open requests and streams."""
+    """One live incarnation. ``last_used`` is monotonic seconds; ``in_flight`` counts open requests and streams; when
+    it falls to 0, ``on_idle`` is called."""
 
     key: Key
     uid: str
@@ -31,6 +32,7 @@ class Binding:
     last_used: float = field(default_factory=time.monotonic)
     in_flight: int = 0
     revoked: bool = False
+    on_idle: Callable[[], None] | None = None
     _closers: set[Callable[[], None]] = field(default_factory=set)
     _idle: asyncio.Event | None = None
 
@@ -43,8 +45,11 @@ class Binding:
         self.in_flight -= 1
         assert self.in_flight >= 0
         self.last_used = time.monotonic()
-        if self.in_flight == 0 and self._idle is not None:
-            self._idle.set()
+        if self.in_flight == 0:
+            if self._idle is not None:
+                self._idle.set()
+            if self.on_idle is not None and not self.revoked:
+                self.on_idle()
 
     def on_revoke(self, closer: Callable[[], None]) -> None:
         """``closer`` is called once, synchronously, when the binding is revoked; it must not raise."""
@@ -70,8 +75,8 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class Wake:
-    """What a wake-up came to: the binding, and, when this call had to wait for an operation, that operation's id and its
-    phases."""
+    """What a wake-up came to: the binding, and, when this call had to wait for an operation, that operation's id and
+    its phases."""
 
     binding: Binding
     operation_id: str = ""

@@ -66,8 +66,8 @@ class ControlPlane(Waker, Protocol):
     async def apply_template(
         self, key: Key, spec: TemplateSpec, *, request_id: str = ""
     ) -> tuple[Template, Operation | None]:
-        """Creates the template and starts its preparation, which the caller may watch (`store.watch`). The same spec again
-        changes nothing, but prepares again when it FAILED.
+        """Creates the template and starts its preparation, which the caller may watch (`store.watch`). The same spec
+        again changes nothing, but prepares again when it FAILED.
 
         Raises:
             FailedPrecondition: it exists with another spec (reason ``TEMPLATE_IMMUTABLE``).

@@ -1,0 +1,95 @@
+"""Keeps sandboxes ready before they are needed, off the wake path.
+
+Sandboxes are made for the classes that woke here last (or that the control plane announced): the latest class gets as
+many as ``size``, others keep one while there is room. Making one costs about 0.1 s of CPU, so it waits until no wake
+is under way; one at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+
+import structlog
+
+from greenroom.core.errors import GreenroomError
+from greenroom.sandbox.port import SandboxClass, Warmer
+
+log = structlog.get_logger(__name__)
+
+#: Classes remembered; one more is forgotten, the longest unused first.
+MAX_CLASSES = 64
+#: After a failure (no memory, no disk) nothing is made for this long.
+PAUSE_AFTER_FAILURE_S = 5.0
+
+
+def plan(wanted: list[str], ready: dict[str, int], size: int) -> tuple[list[str], list[str]]:
+    """(to make, to drop), one entry per sandbox. ``wanted`` are class digests, the latest used first. Pure."""
+    others = wanted[1:size]
+    target = {digest: 1 for digest in others}
+    if wanted and size:
+        target[wanted[0]] = size - len(others)
+    make = [d for d in wanted for _ in range(target.get(d, 0) - ready.get(d, 0))]
+    drop = [d for d, count in ready.items() for _ in range(count - target.get(d, 0))]
+    return make, drop
+
+
+class WarmPool:
+    def __init__(self, warmer: Warmer, size: int) -> None:
+        self._warmer = warmer
+        self._size = size
+        self._classes: OrderedDict[str, SandboxClass] = OrderedDict()  # latest last
+        self._busy = 0
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._keep(), name="warm-pool")
+
+    def want(self, cls: SandboxClass) -> None:
+        """This class is in use here: keep some ready."""
+        self._classes[cls.digest] = cls
+        self._classes.move_to_end(cls.digest)
+        while len(self._classes) > MAX_CLASSES:
+            self._classes.popitem(last=False)
+        self._changed.set()
+
+    def unwant(self, image_digest: str) -> None:
+        """Nothing of this image will wake here again."""
+        for digest in [d for d, c in self._classes.items() if c.image_digest == image_digest]:
+            del self._classes[digest]
+        self._changed.set()
+
+    def __enter__(self) -> None:
+        """Around a wake: nothing is made meanwhile."""
+        self._busy += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._busy -= 1
+        self._changed.set()
+
+    async def _keep(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            try:
+                await self._step()
+            except GreenroomError as error:
+                log.warning("could not make a sandbox ready", error=error.message)
+                await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
+                self._changed.set()
+
+    async def _step(self) -> None:
+        if self._busy:
+            return  # the end of the wake wakes us again
+        make, drop = plan(list(reversed(self._classes)), self._warmer.warm_counts(), self._size)
+        for digest in drop:
+            await self._warmer.chill(digest)
+        if make:
+            await self._warmer.warm(self._classes[make[0]])
+            self._changed.set()
+
+    async def close(self) -> None:
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)

@@ -1,0 +1,243 @@
+"""The control plane's end of the agent link: a gRPC service that is the engine's `WorkerHub`.
+
+Agents connect to it. Each has one stream; calls are numbered and multiplexed on it. A frame costs about 0.17 ms of
+CPU on both sides together, half of what a unary call costs, and the order of frames is the order of sending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+import msgspec
+import structlog
+
+from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2, link_pb2_grpc
+from greenroom.core import agentapi
+from greenroom.core.agentapi import AgentCall, Exec, Hello, Logs, Progress, SandboxExited
+from greenroom.core.errors import GreenroomError, ResourceExhausted, Unavailable, rebuild
+from greenroom.core.records import Failure, Record
+from greenroom.engine.workers import CallStream, OnProgress, WorkerListener
+
+log = structlog.get_logger(__name__)
+
+Frame = link_pb2.Frame
+Context: TypeAlias = Any  # grpc.aio.ServicerContext; grpcio ships no types
+
+#: Frames waiting to be sent to one agent; more means that it does not read, and calls are refused.
+MAX_QUEUED_FRAMES = 10_000
+#: DATA frames of one call and direction that may be on the way unread; a frame has at most 64 KiB, so 4 MiB.
+WINDOW = 64
+#: How long an agent may take for its first frame.
+HELLO_TIMEOUT_S = 10.0
+
+_encode = msgspec.json.Encoder().encode
+_decode_hello = msgspec.json.Decoder(Hello).decode
+_decode_failure = msgspec.json.Decoder(Failure).decode
+_decode_progress = msgspec.json.Decoder(Progress).decode
+_decode_exited = msgspec.json.Decoder(SandboxExited).decode
+_decode_answer = {name: msgspec.json.Decoder(cls).decode for name, cls in agentapi.ANSWERS.items()}
+
+
+@dataclass(slots=True)
+class _Pending:
+    """One call under way. ``chunks`` only for streaming calls (None in it means the end); it is bounded by ``WINDOW``,
+    since the agent may send no more than it has credit for. ``credit``: how many DATA frames this side may send."""
+
+    name: str
+    answer: asyncio.Future[Record]
+    on_progress: OnProgress | None = None
+    chunks: asyncio.Queue[tuple[int, bytes] | None] | None = None
+    credit: asyncio.Semaphore | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Peer:
+    """One connected agent."""
+
+    hello: Hello
+    out: asyncio.Queue[link_pb2.Frame | None] = field(default_factory=lambda: asyncio.Queue(MAX_QUEUED_FRAMES))
+    calls: dict[int, _Pending] = field(default_factory=dict)
+    ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+
+    def send(self, frame: link_pb2.Frame) -> None:
+        try:
+            self.out.put_nowait(frame)
+        except asyncio.QueueFull:
+            raise ResourceExhausted(
+                f"worker {self.hello.worker} does not take its messages ({MAX_QUEUED_FRAMES} are waiting)",
+                reason="WORKER_OVERLOADED",
+            ) from None
+
+    def begin(self, call: AgentCall, *, on_progress: OnProgress | None = None, stream: bool = False) -> int:
+        number = next(self.ids)
+        pending = _Pending(type(call).__name__, asyncio.get_running_loop().create_future(), on_progress)
+        if stream:
+            pending.chunks = asyncio.Queue()
+            pending.credit = asyncio.Semaphore(WINDOW)
+        self.send(Frame(kind=Frame.CALL, id=number, body=_encode(call)))
+        self.calls[number] = pending
+        return number
+
+    def fail_all(self, error: GreenroomError) -> None:
+        for pending in self.calls.values():
+            _settle(pending, error)
+        self.calls.clear()
+
+
+def _settle(pending: _Pending, outcome: Record | GreenroomError) -> None:
+    if not pending.answer.done():
+        if isinstance(outcome, GreenroomError):
+            pending.answer.set_exception(outcome)
+            pending.answer.exception()  # a caller that has gone away leaves no warning behind
+        else:
+            pending.answer.set_result(outcome)
+    if pending.chunks is not None and pending.credit is not None:
+        pending.chunks.put_nowait(None)
+        pending.credit.release()  # whoever waits to send sees that the call has ended
+
+
+class AgentHub(link_pb2_grpc.AgentLinkServicer):
+    """See `greenroom.engine.workers.WorkerHub`."""
+
+    def __init__(self) -> None:
+        self.listener: WorkerListener | None = None
+        self._peers: dict[str, _Peer] = {}
+
+    # --- the engine's side --------------------------------------------------------------------------------
+
+    def connected(self) -> dict[str, Hello]:
+        return {name: peer.hello for name, peer in self._peers.items()}
+
+    def _peer(self, worker: str) -> _Peer:
+        peer = self._peers.get(worker)
+        if peer is None:
+            raise _disconnected(worker)
+        return peer
+
+    async def call(self, worker: str, call: AgentCall, on_progress: OnProgress | None = None) -> Record:
+        peer = self._peer(worker)
+        number = peer.begin(call, on_progress=on_progress)
+        return await peer.calls[number].answer
+
+    def open(self, worker: str, call: Exec | Logs) -> CallStream:
+        peer = self._peer(worker)
+        return _Stream(peer, peer.begin(call, stream=True))
+
+    # --- the agents' side ---------------------------------------------------------------------------------
+
+    async def Connect(self, request_iterator: object, context: Context) -> None:
+        hello = await self._greet(context)
+        peer = _Peer(hello)
+        old = self._peers.get(hello.worker)
+        self._peers[hello.worker] = peer
+        if old is not None:  # the agent restarted before its old connection was seen to be dead
+            self._drop(old)
+        structlog.contextvars.bind_contextvars(worker=hello.worker)
+        log.info("agent connected", boot_id=hello.boot_id, residents=len(hello.residents))
+        await context.write(Frame(kind=Frame.WELCOME))
+        writer = asyncio.create_task(self._write(peer, context), name=f"link-writer-{hello.worker}")
+        try:
+            if self.listener:
+                self.listener.worker_connected(hello)
+            while (frame := await context.read()) is not grpc.aio.EOF:
+                self._receive(peer, frame)
+        finally:
+            writer.cancel()
+            self._drop(peer)
+            log.info("agent disconnected")
+
+    async def _greet(self, context: Context) -> Hello:
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                frame = await context.read()
+            if frame is grpc.aio.EOF or frame.kind != Frame.HELLO:
+                raise ValueError("the first frame must be HELLO")
+            return _decode_hello(frame.body)
+        except (TimeoutError, ValueError, msgspec.MsgspecError) as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no proper HELLO: {error}")
+            raise AssertionError("abort raises") from error
+
+    def _drop(self, peer: _Peer) -> None:
+        name = peer.hello.worker
+        peer.fail_all(_disconnected(name))
+        if not peer.out.full():
+            peer.out.put_nowait(None)
+        if self._peers.get(name) is peer:
+            del self._peers[name]
+            if self.listener:
+                self.listener.worker_gone(name, peer.hello.boot_id)
+
+    async def _write(self, peer: _Peer, context: Context) -> None:
+        while (frame := await peer.out.get()) is not None:
+            await context.write(frame)
+        context.cancel()  # replaced by a newer connection
+
+    def _receive(self, peer: _Peer, frame: link_pb2.Frame) -> None:
+        if frame.kind == Frame.EVENT:
+            if self.listener:
+                self.listener.sandbox_exited(peer.hello.worker, _decode_exited(frame.body))
+            return
+        pending = peer.calls.get(frame.id)
+        if pending is None:
+            return  # the answer to a call whose stream was cancelled
+        match frame.kind:
+            case Frame.RESULT:
+                del peer.calls[frame.id]
+                _settle(pending, _decode_answer[pending.name](frame.body))
+            case Frame.ERROR:
+                del peer.calls[frame.id]
+                failure = _decode_failure(frame.body)
+                _settle(pending, rebuild(failure.code, failure.reason, failure.message, failure.metadata))
+            case Frame.PROGRESS if pending.on_progress is not None:
+                pending.on_progress(_decode_progress(frame.body))
+            case Frame.DATA if pending.chunks is not None and pending.chunks.qsize() < WINDOW:
+                pending.chunks.put_nowait((frame.channel, frame.data))
+            case Frame.CREDIT if pending.credit is not None:
+                for _ in range(min(frame.channel, WINDOW)):
+                    pending.credit.release()
+            case _:
+                pass
+
+
+def _disconnected(worker: str) -> Unavailable:
+    return Unavailable(
+        f"worker {worker} is not connected; `greenroom get workers` shows which are", reason="WORKER_DISCONNECTED"
+    )
+
+
+class _Stream:
+    """See `greenroom.engine.workers.CallStream`."""
+
+    def __init__(self, peer: _Peer, number: int) -> None:
+        self._peer = peer
+        self._number = number
+        self._pending = peer.calls[number]
+
+    async def send(self, data: bytes) -> None:
+        assert self._pending.credit is not None
+        await self._pending.credit.acquire()
+        if not self._pending.answer.done():
+            self._peer.send(Frame(kind=Frame.DATA, id=self._number, channel=0, data=data))
+
+    async def chunks(self) -> AsyncIterator[tuple[int, bytes]]:
+        assert self._pending.chunks is not None
+        taken = 0
+        while (item := await self._pending.chunks.get()) is not None:
+            yield item
+            taken += 1
+            if taken % (WINDOW // 4) == 0 and not self._pending.answer.done():
+                self._peer.send(Frame(kind=Frame.CREDIT, id=self._number, channel=WINDOW // 4))
+        await self._pending.answer
+
+    async def result(self) -> Record:
+        return await self._pending.answer
+
+    def cancel(self) -> None:
+        if not self._pending.answer.done():
+            self._peer.send(Frame(kind=Frame.CANCEL, id=self._number))

@@ -1,0 +1,93 @@
+"""Waiting for a slot, in order of arrival, and making one by suspending the longest idle actor."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+from greenroom.core.errors import ResourceExhausted
+from greenroom.engine.bindings import Binding
+from greenroom.engine.config import EngineConfig
+
+
+class CapacityQueue:
+    """The wake-ups that wait for a slot in one pool.
+
+    `slot_freed` lets the first one try again; it goes back to the front if somebody else was quicker (`wait` with its
+    ticket). While anybody waits, idle actors are suspended, at most ``config.evictions`` at a time and never more than
+    there are waiting.
+    """
+
+    def __init__(
+        self,
+        pool: str,
+        config: EngineConfig,
+        candidates: Callable[[], list[Binding]],
+        evict: Callable[[Binding], Awaitable[None]],
+    ) -> None:
+        self._pool = pool
+        self._config = config
+        self._candidates = candidates
+        self._evict = evict
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._evicting: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    async def wait(self, *, again: bool, until: float) -> None:
+        """Returns when it is this caller's turn to try. ``again``: it has been its turn before. ``until``: loop time.
+
+        Raises:
+            ResourceExhausted: the queue is full, or nothing became free in time.
+        """
+        if len(self._waiting) >= self._config.max_waiting:
+            raise self._exhausted(f"{len(self._waiting)} wake-ups are waiting already")
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if again:
+            self._waiting.appendleft(turn)
+        else:
+            self._waiting.append(turn)
+        self.pump()
+        try:
+            async with asyncio.timeout_at(until):
+                await turn
+        except TimeoutError:
+            raise self._exhausted("every running actor has open requests") from None
+        finally:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+            elif turn.cancelled() or not turn.done():
+                self.slot_freed()  # it was this caller's turn, but it has gone: the next one's then
+
+    def slot_freed(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+
+    def pump(self) -> None:
+        """Starts as many suspensions as are missing; called when somebody comes to wait and when an actor idles."""
+        missing = min(len(self._waiting), self._config.evictions) - len(self._evicting)
+        if missing <= 0:
+            return
+        for binding in self._candidates()[:missing]:
+            task = asyncio.ensure_future(self._evict(binding))
+            self._evicting.add(task)
+            task.add_done_callback(self._evicted)
+
+    def _evicted(self, task: asyncio.Task[None]) -> None:
+        self._evicting.discard(task)
+        if not task.cancelled() and task.exception() is None:
+            self.pump()
+
+    def _exhausted(self, why: str) -> ResourceExhausted:
+        return ResourceExhausted(
+            f"no free slot in pool {self._pool!r}: {why}; try again, suspend an actor, or raise the pool's replicas or "
+            "slots",
+            reason="NO_CAPACITY",
+            metadata={"waiting": str(len(self._waiting))},
+            retry_after_s=1.0,
+        )

@@ -1,0 +1,39 @@
+"""The engine's clocks and limits. Three clocks that are never one knob: lease, operation deadline, and how long a
+worker may be away."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """All times in seconds.
+
+    Attributes:
+        owner: who holds this process's leases; new with every process.
+        lease_ttl_s: how long a peer waits after this process died; renewed every third of it.
+        operation_deadline_s: how long one operation on an actor may run.
+        prepare_deadline_s: how long the preparation of a template may run: a large image on a slow link.
+        worker_return_s: how long a worker that is gone may take to come back before its actors count as lost.
+        drain_grace_s: how long an asked-for suspend waits for requests in flight before it cuts them.
+        capacity_wait_s: how long a wake-up waits for a slot before it answers "no capacity".
+        max_waiting: wake-ups that may wait for a slot in one pool.
+        attempts: workers that one resume tries.
+        evictions: suspensions at a time that make room.
+        idle_scan_s: how often idle actors are looked for.
+        janitor_s: how often left-over work is looked for.
+    """
+
+    owner: str
+    lease_ttl_s: float = 30.0
+    operation_deadline_s: float = 300.0
+    prepare_deadline_s: float = 3600.0
+    worker_return_s: float = 15.0
+    drain_grace_s: float = 1.0
+    capacity_wait_s: float = 60.0
+    max_waiting: int = 4096
+    attempts: int = 3
+    evictions: int = 4
+    idle_scan_s: float = 1.0
+    janitor_s: float = 5.0
