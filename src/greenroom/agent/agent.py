@@ -409,7 +409,7 @@ class Agent:
         probe = call.spec.readyz
         if probe.port and endpoint.port and not endpoint.path and probe.port != call.spec.ports[0]:
             endpoint = msgspec.structs.replace(endpoint, port=probe.port)
-        ready = asyncio.create_task(readiness.wait_ready(endpoint, probe))
+        ready = asyncio.create_task(readiness.wait_ready(endpoint, probe, call.identity))
         exited = asyncio.create_task(self._backend.wait(sid))
         try:
             await asyncio.wait({ready, exited}, return_when=asyncio.FIRST_COMPLETED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+from greenroom.core.agentapi import Identity
 from greenroom.core.errors import DeadlineExceeded
 from greenroom.core.records import Endpoint, Probe
 from greenroom.sandbox import dial
@@ -17,7 +18,7 @@ ATTEMPT_S = 2.0
 _MAX_STATUS_LINE = 4096
 
 
-async def wait_ready(endpoint: Endpoint, probe: Probe) -> None:
+async def wait_ready(endpoint: Endpoint, probe: Probe, identity: Identity) -> None:
     """Returns when GET ``probe.path`` answers 200 to 399.
 
     Raises:
@@ -29,7 +30,7 @@ async def wait_ready(endpoint: Endpoint, probe: Probe) -> None:
         async with asyncio.timeout(probe.timeout_s):
             while True:
                 try:
-                    status = await _attempt(endpoint, probe.path)
+                    status = await _attempt(endpoint, probe.path, identity)
                     if 200 <= status < 400:
                         return
                     seen = f"status {status}"
@@ -45,15 +46,16 @@ async def wait_ready(endpoint: Endpoint, probe: Probe) -> None:
         ) from None
 
 
-async def _attempt(endpoint: Endpoint, path: str) -> int:
-    """The status of one GET. Raises OSError or ValueError."""
+async def _attempt(endpoint: Endpoint, path: str, identity: Identity) -> int:
+    """The status of one GET, with the header by which the gateway names the actor. Raises OSError or ValueError."""
     sock = dial.make_socket(endpoint)
     try:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(ATTEMPT_S):
             await loop.sock_connect(sock, dial.address(endpoint))
             request = (
-                f"GET {path} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: greenroom-readyz\r\nConnection: close\r\n\r\n"
+                f"GET {path} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: greenroom-readyz\r\n"
+                f"Greenroom-Actor: {identity.namespace}/{identity.name}\r\nConnection: close\r\n\r\n"
             )
             await loop.sock_sendall(sock, request.encode())
             head = b""

@@ -147,6 +147,8 @@ class AgentHub(link_pb2_grpc.AgentLinkServicer):
                 self.listener.worker_connected(hello)
             while (frame := await context.read()) is not grpc.aio.EOF:
                 self._receive(peer, frame)
+        except asyncio.CancelledError:
+            pass  # the server stops, or the agent has gone; grpcio would print a traceback
         finally:
             writer.cancel()
             self._drop(peer)

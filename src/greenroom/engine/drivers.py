@@ -211,6 +211,7 @@ class Drivers:
                 on_idle=self._engine.actor_idle,
             )
         )
+        asyncio.get_running_loop().call_soon(self._engine.actor_idle)
 
     # --- suspend ------------------------------------------------------------------------------------------
 

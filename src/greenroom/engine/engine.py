@@ -135,14 +135,10 @@ class Engine:
     def _spawned_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            expected = isinstance(error, GreenroomError)
-            log.log(
-                30 if expected else 40,
-                "work failed",
-                task=task.get_name(),
-                error=str(error),
-                exc_info=None if expected else error,
-            )
+            if isinstance(error, GreenroomError):  # whoever waits for it gets it; nobody has to
+                log.debug("refused", task=task.get_name(), error=error.message)
+            else:
+                log.error("work failed", task=task.get_name(), exc_info=error)
 
     def track(self, operation: Operation, work: Coroutine[Any, Any, Operation]) -> asyncio.Task[Operation]:
         """Runs an operation's driver as a task that outlives its callers."""
@@ -179,6 +175,8 @@ class Engine:
             waking.waiters -= 1
             if waking.waiters == 0 and waking.task.done() and self._waking.get(key) is waking:
                 del self._waking[key]
+                # From now on the actor may be suspended to make room, unless the caller uses it at once.
+                asyncio.get_running_loop().call_soon(self.actor_idle)
 
     def _waked(self, key: Key) -> bool:
         """Whether somebody has yet to take up a wake-up that has ended; the last one removes it."""
@@ -537,6 +535,7 @@ class Engine:
                 if due and binding.key not in self._waking:
                     self.bindings.drain(binding.key)
                     self._asked(BeginSuspend, binding.key, "", "idle")
+            self.actor_idle()
 
     async def suspend_all(self, workers: Sequence[str] | None = None) -> list[Operation]:
         """Suspends every running or paused actor (of the given workers); for a clean stop and for draining."""

@@ -1,0 +1,151 @@
+"""Keeps as many agent processes running on this machine as the pools in the store say."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+from msgspec.structs import replace
+
+from greenroom.core.agentapi import Shutdown
+from greenroom.core.errors import GreenroomError, NotFound
+from greenroom.core.records import Pool, Worker, WorkerState
+from greenroom.engine.engine import Engine
+
+log = structlog.get_logger(__name__)
+
+#: An agent that died is started again after this, doubling up to the last while it keeps dying young.
+FIRST_PAUSE_S = 0.2
+LAST_PAUSE_S = 10.0
+#: An agent that ran at least this long did not die of its start.
+HEALTHY_S = 10.0
+#: How long an agent may take to end after it was asked to: its sandboxes and its network are removed meanwhile.
+STOP_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class AgentPaths:
+    """``workers``: parent of the workers' state directories; ``control``: address that agents connect to."""
+
+    workers: Path
+    images: Path
+    snapshots: str
+    control: str
+
+
+class Supervisor:
+    def __init__(self, engine: Engine, paths: AgentPaths, *, log_level: str, warm: int | None = None) -> None:
+        self._engine = engine
+        self._paths = paths
+        self._log_level = log_level
+        self._warm = warm
+        self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._processes: dict[str, asyncio.subprocess.Process] = {}
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        events = self._engine.store.watch()
+        await self._reconcile()
+
+        async def watch() -> None:
+            async for event in events:
+                if isinstance(event.record, Pool):
+                    await self._reconcile()
+
+        self._watcher = asyncio.create_task(watch(), name="pool-watcher")
+
+    async def _reconcile(self) -> None:
+        """Starts what is missing and ends what is too much, by name: worker N of a pool is ``<pool>-<N>``."""
+        wanted: dict[str, Pool] = {}
+        for pool in await self._engine.store.list(Pool):
+            wanted |= {f"{pool.name}-{n}": pool for n in range(pool.spec.replicas)}
+        for name, pool in wanted.items():
+            if name not in self._keepers:
+                self._keepers[name] = asyncio.create_task(self._keep(name, pool), name=f"keep-{name}")
+        for name in [n for n in self._keepers if n not in wanted]:
+            keeper = self._keepers.pop(name)
+            self._engine.spawn(self._retire(name, keeper), f"retire-{name}")
+
+    async def _keep(self, name: str, pool: Pool) -> None:
+        """Runs one agent, again and again."""
+        pause = FIRST_PAUSE_S
+        while True:
+            started = time.monotonic()
+            process = await self._spawn(name, pool)
+            self._processes[name] = process
+            status = await process.wait()
+            pause = FIRST_PAUSE_S if time.monotonic() - started > HEALTHY_S else min(pause * 2, LAST_PAUSE_S)
+            log.warning("agent ended, starts again", worker=name, status=status, in_s=pause)
+            await asyncio.sleep(pause)
+
+    async def _spawn(self, name: str, pool: Pool) -> asyncio.subprocess.Process:
+        arguments = {
+            "worker": name,
+            "pool": pool.name,
+            "backend": pool.spec.backend,
+            "slots": str(pool.spec.slots),
+            "state-dir": str(self._paths.workers / name),
+            "images": str(self._paths.images),
+            "snapshots": self._paths.snapshots,
+            "control": self._paths.control,
+            "parent": str(os.getpid()),
+            "log-level": self._log_level,
+        }
+        if self._warm is not None:
+            arguments["warm"] = str(self._warm)
+        command = [f"--{key}={value}" for key, value in arguments.items()]
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "greenroom",
+            "agent",
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the server, which ends its agents in order
+        )
+
+    async def _retire(self, name: str, keeper: asyncio.Task[None]) -> None:
+        """A worker that is too much: its actors are suspended first, then it ends and is forgotten."""
+        store = self._engine.store
+        try:
+            worker = await store.get(Worker, name)
+            await store.put(replace(worker, state=WorkerState.DRAINING, message="the pool was made smaller"))
+            await self._engine.suspend_all([name])
+        except NotFound:
+            pass
+        await self._end(name, keeper, wipe=True)
+        try:
+            await store.remove(await store.get(Worker, name))
+        except GreenroomError as error:
+            log.warning("worker not forgotten", worker=name, error=error.message)
+
+    async def _end(self, name: str, keeper: asyncio.Task[None], *, wipe: bool) -> None:
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+        process = self._processes.pop(name, None)
+        if process is None or process.returncode is not None:
+            return
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                try:
+                    await self._engine.hub.call(name, Shutdown(wipe=wipe))
+                except GreenroomError:
+                    process.send_signal(signal.SIGTERM)
+                await process.wait()
+        except TimeoutError:
+            log.error("agent does not end, is killed", worker=name)
+            process.kill()
+            await process.wait()
+
+    async def close(self) -> None:
+        """Ends all agents; what still runs on them is destroyed, so suspend everything first."""
+        if self._watcher:
+            self._watcher.cancel()
+        keepers, self._keepers = self._keepers, {}
+        await asyncio.gather(*(self._end(name, keeper, wipe=True) for name, keeper in keepers.items()))

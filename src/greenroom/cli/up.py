@@ -1,0 +1,94 @@
+"""``greenroom up``: a whole Greenroom on this machine, in the foreground, until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path), default=None, help="Data directory [default: see README].")
+@click.option("--workers", type=click.IntRange(0, 64), default=None, help="Workers of pool 'default' [default: 2].")
+@click.option("--slots", type=click.IntRange(1, 10_000), default=None, help="Actors awake per worker [default: 4].")
+@click.option("--backend", default=None, help="Sandbox backend of pool 'default' [default: gvisor].")
+@click.option("--listen", default="127.0.0.1:8080", show_default=True, help="Where the HTTP gateway listens.")
+@click.option("--domain", default="localhost", show_default=True, help="What actors' host names end in.")
+@click.option("--api", multiple=True, help="Further API address, host:port on loopback (besides the unix socket).")
+@click.option("--operation-deadline", type=float, default=300.0, show_default=True, help="Seconds per operation.")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+def up(
+    data: Path | None,
+    workers: int | None,
+    slots: int | None,
+    backend: str | None,
+    listen: str,
+    domain: str,
+    api: tuple[str, ...],
+    operation_deadline: float,
+    log_level: str,
+) -> None:
+    """Starts a server with its workers; ends on Ctrl-C, after suspending every running actor."""
+    from greenroom.cli.logs import configure
+    from greenroom.cli.paths import data_dir
+    from greenroom.cli.server import ServerOptions
+    from greenroom.core.records import PoolSpec
+
+    configure(log_level)
+    default = PoolSpec()
+    options = ServerOptions(
+        data_dir=(data or data_dir()).absolute(),
+        pool=PoolSpec(
+            replicas=default.replicas if workers is None else workers,
+            slots=slots or default.slots,
+            backend=backend or default.backend,
+        ),
+        resize=not (workers is None and slots is None and backend is None),
+        listen=_address(listen),
+        domain=domain,
+        api=api,
+        log_level=log_level,
+        operation_deadline_s=operation_deadline,
+    )
+    import uvloop
+
+    uvloop.run(_run(options))
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:
+        raise click.UsageError(f"--listen {text!r} is not host:port, for example 127.0.0.1:8080")
+    return host or "127.0.0.1", int(port)
+
+
+async def _run(options: object) -> None:
+    from greenroom.cli.server import Server, ServerOptions
+    from greenroom.core.errors import FailedPrecondition
+    from greenroom.sandbox import registry
+
+    assert isinstance(options, ServerOptions)
+    probe = await registry.load(options.pool.backend).probe()
+    if not probe.available:
+        raise FailedPrecondition(
+            f"backend {options.pool.backend!r} can't run here: {probe.reason}. `greenroom doctor` tells what is missing; "
+            "`greenroom up --backend process` needs no root (and is no security boundary)",
+            reason="BACKEND_UNAVAILABLE",
+        )
+    ended = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    server = Server(options)
+    await server.start()
+    try:
+        host, port = server.gateway_address
+        click.echo(
+            f"greenroom is up; actors answer at http://NAME.NAMESPACE.{options.domain}:{port} ({host})", err=True
+        )
+        click.echo("next: greenroom apply -f template.yaml; Ctrl-C suspends every actor and ends", err=True)
+        await ended.wait()
+        click.echo("suspending the running actors and ending ...", err=True)
+    finally:
+        await server.close()
