@@ -510,7 +510,7 @@ class Agent:
         except BaseException:
             await asyncio.to_thread(shutil.rmtree, dest, ignore_errors=True)
             raise
-        marks.took(phases, "checkpoint")
+        marks.took(phases, "staging")
         resident.state = ResidentState.FROZEN
         resident.operation_id = call.operation_id
         snapshot = msgspec.structs.replace(

@@ -188,23 +188,20 @@ class Engine:
         phases = Phases()
         pool, waited = "", False
         while True:
-            queue = self._queues.get(pool)
             try:
-                if queue is not None and len(queue) and not waited:
-                    await queue.wait(again=False, until=until)  # others were here first
-                    waited = True
-                phases.end("queue")
                 change = await self._begin_resume(key, request_id, cause)
                 phases.end("bind")
                 break
             except LeaseHeld as held:
                 await self._wait_for(held.metadata["operation"])
+                phases.end("turn")
             except ResourceExhausted as full:
-                if full.reason != "NO_CAPACITY" or "waiting" in full.metadata:
+                if full.reason != "NO_CAPACITY":
                     raise
-                pool = await self._pool_of(key)
+                pool = pool or await self._pool_of(key)
                 await self._queue(pool).wait(again=waited, until=until)
                 waited = True
+                phases.end("capacity")
         if change.outcome is Outcome.JOINED:
             assert change.operation is not None
             return await self._join(change.operation)

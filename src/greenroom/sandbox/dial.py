@@ -7,8 +7,8 @@ the interface tells them apart. So the socket is made inside the namespace and b
     sock = make_socket(endpoint)
     await loop.sock_connect(sock, address(endpoint))
 
-The namespace's file is opened anew each time on purpose: a kept descriptor would save three of thirteen microseconds, and
-would hold a removed namespace alive and miss that its path names another one now.
+The namespace's file is opened anew each time on purpose: a kept descriptor would save three of thirteen microseconds,
+but would hold a removed namespace alive and miss that its path names another one now.
 """
 
 from __future__ import annotations

@@ -20,11 +20,16 @@ import enum
 from collections.abc import AsyncIterator, Mapping
 from typing import Protocol, TypeVar
 
+from greenroom.core.errors import InvalidArgument, NotFound
 from greenroom.core.lifecycle import ActorCommand, Change
-from greenroom.core.records import Actor, Operation, Pool, Record, Snapshot, Template, Worker
+from greenroom.core.records import Actor, Lease, Operation, Pool, Record, Snapshot, Template, Worker
 
-Stored = Actor | Template | Pool | Worker | Snapshot | Operation
-R = TypeVar("R", Actor, Template, Pool, Worker, Snapshot, Operation)
+Stored = Actor | Template | Pool | Worker | Snapshot | Operation | Lease
+#: What can be read.
+R = TypeVar("R", Actor, Template, Pool, Worker, Snapshot, Operation, Lease)
+#: What `put` and `remove` write; actors and leases change by `apply` alone.
+Free = Template | Pool | Worker | Snapshot | Operation
+W = TypeVar("W", Template, Pool, Worker, Snapshot, Operation)
 
 #: Fields that `list` can filter on, by record class; each is indexed.
 FILTERS: dict[type[Stored], frozenset[str]] = {
@@ -34,6 +39,7 @@ FILTERS: dict[type[Stored], frozenset[str]] = {
     Worker: frozenset({"pool", "state"}),
     Snapshot: frozenset({"actor_uid", "state", "template"}),
     Operation: frozenset({"state", "uid", "kind"}),
+    Lease: frozenset({"owner"}),
 }
 
 #: The most records one `list` returns; ask again with ``after`` for more.
@@ -42,13 +48,31 @@ MAX_PAGE = 1000
 KEPT_OPERATIONS = 10_000
 
 
+def check_list(cls: type[Stored], where: Mapping[str, str], limit: int) -> None:
+    """For adapters of `Store.list`. Raises `InvalidArgument` as it says."""
+    kind = cls.__name__.lower()
+    if unknown := sorted(set(where) - FILTERS[cls]):
+        known = ", ".join(sorted(FILTERS[cls])) or "nothing"
+        raise InvalidArgument(f"a list of {kind}s can't be filtered by {unknown[0]!r}, only by: {known}")
+    if not 1 <= limit <= MAX_PAGE:
+        raise InvalidArgument(f"limit {limit} of a list of {kind}s is not within 1 to {MAX_PAGE}; ask page by page")
+
+
+def not_found(cls: type[Stored], pk: str) -> NotFound:
+    """For adapters of `Store.get`."""
+    kind = cls.__name__.lower()
+    return NotFound(
+        f"{kind} {pk} does not exist; `greenroom get {kind}s` lists those there are", reason=f"{kind.upper()}_NOT_FOUND"
+    )
+
+
 class EventType(enum.StrEnum):
     PUT = "Put"
     DELETED = "Deleted"
 
 
 class Event(Record, frozen=True, kw_only=True):
-    """``sequence`` grows by one with every event of this process."""
+    """``sequence`` grows by one with every event of this process. Leases make no events."""
 
     type: EventType
     record: Stored
@@ -57,23 +81,28 @@ class Event(Record, frozen=True, kw_only=True):
 
 class Store(Protocol):
     async def apply(self, command: ActorCommand) -> Change:
-        """Carries out one lifecycle command; idempotent by operation id and fenced as `decide` says. The `Change` that is
-        returned has been written if its outcome is ``CHANGED``.
+        """Carries out one lifecycle command; idempotent by operation id and fenced as `decide` says. The `Change`
+        that is returned has been written if its outcome is ``CHANGED``.
 
         Raises:
             GreenroomError: what `decide` raises; nothing was written.
-            ResourceExhausted: the disk is full (reason ``DISK_FULL``); nothing was written.
+            ResourceExhausted: the disk is full (reason ``DISK_FULL``), or too many writes wait (reason
+                ``STORE_OVERLOADED``); nothing was written.
         """
 
-    async def put(self, record: R) -> R:
+    async def put(self, record: W) -> W:
         """Inserts (``version`` 0) or replaces (``version`` as read); returns the record with its new version.
+
+        A worker's ``used`` is not taken from ``record``: it is the number of actors bound to the worker, which only
+        `apply` changes (without raising the worker's version, so that the two never conflict).
 
         Raises:
             AlreadyExists: version 0 and the key is taken.
             Conflict: the stored version is another (reason ``VERSION_CONFLICT``), or the record is gone.
+            ResourceExhausted: as `apply`.
         """
 
-    async def remove(self, record: Stored) -> None:
+    async def remove(self, record: Free) -> None:
         """Deletes a record if its version is still the one given; an absent record is success.
 
         Raises:
@@ -93,14 +122,21 @@ class Store(Protocol):
         limit: int = MAX_PAGE,
     ) -> list[R]:
         """Records in the order of their keys, those after key ``after``, at most ``limit`` (1 to `MAX_PAGE`).
-        ``where`` compares fields of `FILTERS` for equality. Operations are ordered by id, and ids are time-ordered."""
+        ``where`` compares fields of `FILTERS` for equality. Operations are ordered by id, and ids are time-ordered.
+        ``namespace`` has no meaning for pools, workers and leases, which have none.
+
+        Raises:
+            InvalidArgument: a field that is not in `FILTERS`, or a limit out of range.
+        """
 
     def watch(self, *, capacity: int = 10_000) -> AsyncIterator[Event]:
-        """Events from now on. A watcher that falls ``capacity`` events behind gets `ResourceExhausted` (reason
-        ``WATCH_TOO_SLOW``) and must list again."""
+        """Events from the moment of this call on. A watcher that falls more than ``capacity`` events behind gets
+        `ResourceExhausted` (reason ``WATCH_TOO_SLOW``) and must list again; when the store is closed it gets
+        `Unavailable` after what came before. It is dropped when nobody refers to it any more."""
 
     async def trim(self, keep: int = KEPT_OPERATIONS) -> int:
-        """Drops the oldest finished operations beyond ``keep``; returns how many."""
+        """Drops the oldest finished operations beyond ``keep`` (by id); returns how many. Their request ids are
+        forgotten with them."""
 
     async def close(self) -> None:
         """Waits for what is under way. Afterwards every call raises `Unavailable`."""

@@ -61,8 +61,9 @@ def count() -> None:
     with lock:
         ram += 1
         stored = int(read_file(COUNT_FILE) or 0) + 1
-        with open(COUNT_FILE, "w", encoding="utf-8") as file:
+        with open(COUNT_FILE + ".new", "w", encoding="utf-8") as file:
             file.write(str(stored))
+        os.replace(COUNT_FILE + ".new", COUNT_FILE)  # noqa: PTH105 - whole at every moment, also when killed here
 
 
 def info() -> bytes:

@@ -1,0 +1,144 @@
+"""`GreenroomError` <-> gRPC status, both ways, without loss.
+
+An error travels as its status code and message, and in the trailing metadata as a ``google.rpc.Status`` with an
+``ErrorInfo`` (reason, domain ``greenroom.dev``, metadata) and, for `ResourceExhausted`, a ``RetryInfo``.
+Source: https://google.aip.dev/193 and google/rpc/error_details.proto.
+
+grpcio-status offers the same packing; it is not used because it adds a dependency for ten lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, TypeVar
+
+import grpc
+import structlog
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from greenroom.api import convert
+from greenroom.core.errors import DeadlineExceeded, GreenroomError, Internal, ResourceExhausted, Unavailable, rebuild
+
+DOMAIN = "greenroom.dev"
+STATUS_KEY = "grpc-status-details-bin"
+#: The message goes out twice, in grpc-message and in the details; gRPC clients refuse more than 8 KiB of metadata.
+MAX_MESSAGE_CHARS = 1500
+#: Further facts beyond this many characters in all are left out, for the same reason.
+MAX_METADATA_CHARS = 1500
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+
+# --- server -----------------------------------------------------------------------------------------------------
+
+
+def to_status(error: GreenroomError) -> Status:
+    code: int = getattr(grpc.StatusCode, error.code).value[0]
+    message = error.message
+    if len(message) > MAX_MESSAGE_CHARS:
+        message = message[:MAX_MESSAGE_CHARS] + " [cut]"
+    status = Status(code=code, message=message)
+    _pack(status, ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_bounded(error.metadata)))
+    if isinstance(error, ResourceExhausted):
+        _pack(status, RetryInfo(retry_delay=convert.duration(max(error.retry_after_s, 0.0))))
+    return status
+
+
+def _pack(status: Status, detail: Any) -> None:
+    packed = AnyMessage()
+    packed.Pack(detail)
+    status.details.append(packed)
+
+
+def _bounded(metadata: dict[str, str]) -> dict[str, str]:
+    kept, room = {}, MAX_METADATA_CHARS
+    for key, value in metadata.items():
+        room -= len(key) + len(value)
+        if room < 0:
+            break
+        kept[key] = str(value)
+    return kept
+
+
+async def answer(context: Any, method: str, work: Awaitable[T]) -> T:
+    """Awaits the work of one RPC and sends what it raises as a status.
+
+    An exception that is not a `GreenroomError` is our own bug: it is logged with its traceback, and the client learns
+    no more than that. Cancellation passes through: gRPC cancels the handler when the client has gone or its deadline
+    has passed.
+    """
+    try:
+        return await work
+    except GreenroomError as error:
+        failure = error
+    except (grpc.RpcError, grpc.aio.AbortError, grpc.aio.UsageError):
+        raise  # the call is over: the client has gone
+    except Exception:
+        log.exception("api call failed unexpectedly", method=method)
+        failure = Internal(f"{method} failed by a bug in the server; its log has the details", reason="INTERNAL")
+    status = to_status(failure)
+    code = getattr(grpc.StatusCode, failure.code)
+    await context.abort(code, status.message, ((STATUS_KEY, status.SerializeToString()),))
+    raise AssertionError("abort raises")
+
+
+# --- client -----------------------------------------------------------------------------------------------------
+
+
+def from_rpc_error(error: Any, address: str) -> GreenroomError:
+    """The error that the server raised, or what the missing answer means. ``error``: a `grpc.RpcError` that is a call
+    (both stacks have ``code()``, ``details()`` and ``trailing_metadata()``)."""
+    code: grpc.StatusCode = error.code()
+    details: str = error.details() or ""
+    raw = _status_bytes(error.trailing_metadata() or ())
+    if raw is not None:
+        return _from_status(Status.FromString(raw), code)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return _unreachable(details, address)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(
+            f"the server at {address} did not answer in time; what was started goes on: see `greenroom get operations`",
+            reason="REQUEST_TIMEOUT",
+        )
+    if code is grpc.StatusCode.CANCELLED:
+        return Unavailable(f"the server at {address} ended the call; is it shutting down?", reason="CALL_CANCELLED")
+    return rebuild(code.name, "", details or f"the server at {address} answered {code.name}")
+
+
+def _status_bytes(metadata: Iterable[tuple[str, Any]]) -> bytes | None:
+    return next((bytes(value) for key, value in metadata if key == STATUS_KEY), None)
+
+
+def _from_status(status: Status, code: grpc.StatusCode) -> GreenroomError:
+    info, retry = ErrorInfo(), RetryInfo()
+    for detail in status.details:
+        _ = detail.Unpack(info) or detail.Unpack(retry)
+    error = rebuild(code.name, info.reason, status.message, dict(info.metadata))
+    if isinstance(error, ResourceExhausted) and retry.HasField("retry_delay"):
+        error.retry_after_s = convert.seconds(retry.retry_delay)
+    return error
+
+
+def _unreachable(details: str, address: str) -> Unavailable:
+    if "Permission denied" in details:
+        return Unavailable(
+            f"may not open {address}: run as the user who started the server, or with sudo", reason="PERMISSION_DENIED"
+        )
+    return Unavailable(
+        f"no Greenroom server answers at {address}; start one with: greenroom up", reason="SERVER_NOT_RUNNING"
+    )
+
+
+def translating(call: Callable[..., T], address: str) -> Callable[..., T]:
+    """Wraps a synchronous unary call so that it raises `GreenroomError`."""
+
+    def translated(*args: Any, **kwargs: Any) -> T:
+        try:
+            return call(*args, **kwargs)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, address) from None
+
+    return translated

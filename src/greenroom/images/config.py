@@ -1,0 +1,284 @@
+"""Manifests, indexes and configs: the JSON of an image, decoded and checked.
+
+Source: OCI image spec v1.1 (manifest, image index, config, descriptor); Docker image manifest v2 schema 2.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import stat
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from greenroom.core.errors import FailedPrecondition
+from greenroom.core.records import Record
+from greenroom.images.port import ImageConfig
+from greenroom.images.tree import Tree
+
+INDEX_TYPES = (
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+)
+MANIFEST_TYPES = (
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+)
+_CONFIG_TYPES = (
+    "application/vnd.oci.image.config.v1+json",
+    "application/vnd.docker.container.image.v1+json",
+)
+#: How the bytes of a layer are packed is told by their first bytes, not by these: registries mix them up.
+_LAYER_PREFIXES = (
+    "application/vnd.oci.image.layer.v1.tar",
+    "application/vnd.oci.image.layer.nondistributable.v1.tar",
+    "application/vnd.docker.image.rootfs.diff.tar",
+    "application/vnd.docker.image.rootfs.foreign.diff.tar",
+)
+_LAYER_SUFFIXES = ("", "+gzip", "+zstd", ".gzip", ".zstd")
+
+#: Source: OCI distribution spec ("SHOULD reject manifests over 4 MiB"). Configs are held to the same.
+MAX_JSON_BYTES = 4 << 20
+#: Docker stops at 127 layers, overlayfs at 500.
+MAX_LAYERS = 500
+#: No user data base of an image is larger.
+_MAX_PASSWD_BYTES = 1 << 20
+#: Source: Linux: (uid_t)-1 means "no change" to chown and setuid.
+_MAX_ID = 2**32 - 2
+
+_MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "ppc64le": "ppc64le", "s390x": "s390x"}
+
+
+class Platform(Record, frozen=True, kw_only=True):
+    architecture: str = ""
+    os: str = ""
+    variant: str = ""
+
+
+class Descriptor(Record, frozen=True, kw_only=True, rename={"media_type": "mediaType"}):
+    """A reference to a blob: its SHA-256 digest and exact size."""
+
+    digest: str
+    size: int
+    media_type: str = ""
+    platform: Platform | None = None
+    annotations: dict[str, str] | None = None
+
+
+class Index(Record, frozen=True, kw_only=True, rename={"media_type": "mediaType"}):
+    manifests: tuple[Descriptor, ...] = ()
+    media_type: str = ""
+
+
+class Manifest(Record, frozen=True, kw_only=True, rename={"media_type": "mediaType"}):
+    config: Descriptor
+    layers: tuple[Descriptor, ...] = ()
+    media_type: str = ""
+
+
+class _Shape(Record, frozen=True, kw_only=True, rename={"media_type": "mediaType", "schema_version": "schemaVersion"}):
+    media_type: str = ""
+    schema_version: int = 2
+    manifests: msgspec.Raw | None = None
+
+
+class _RootFs(Record, frozen=True, kw_only=True):
+    diff_ids: tuple[str, ...] = ()
+
+
+class _Run(Record, frozen=True, kw_only=True, rename="pascal"):
+    entrypoint: tuple[str, ...] | None = None
+    cmd: tuple[str, ...] | None = None
+    env: tuple[str, ...] | None = None
+    working_dir: str | None = None
+    user: str | None = None
+    exposed_ports: dict[str, Any] | None = None
+    stop_signal: str | None = None
+
+
+class _Config(Record, frozen=True, kw_only=True):
+    config: _Run | None = None
+    rootfs: _RootFs = _RootFs()
+    architecture: str = ""
+    os: str = ""
+
+
+def invalid(message: str) -> FailedPrecondition:
+    """The error of an image that can't be used as it is."""
+    return FailedPrecondition(message, reason="IMAGE_INVALID")
+
+
+def this_platform() -> Platform:
+    machine = platform.machine()
+    return Platform(architecture=_MACHINES.get(machine, machine), os="linux")
+
+
+def parse_manifest(name: str, data: bytes, media_type: str = "") -> Manifest | Index:
+    """Decodes a manifest or an index and checks what it names.
+
+    Raises:
+        FailedPrecondition: it is neither, or names what can't be used (reason ``IMAGE_INVALID``).
+    """
+    try:
+        shape = msgspec.json.decode(data, type=_Shape)
+        media_type = shape.media_type or media_type.partition(";")[0].strip()
+        if shape.schema_version != 2 or media_type.startswith("application/vnd.docker.distribution.manifest.v1+"):
+            raise invalid(f"image {name} has a manifest of Docker's old schema 1: push it again with a current tool")
+        if media_type in INDEX_TYPES or (not media_type and shape.manifests is not None):
+            return msgspec.json.decode(data, type=Index)
+        if media_type and media_type not in MANIFEST_TYPES:
+            raise invalid(f"image {name} has a manifest of unknown media type {media_type!r}")
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise invalid(f"the manifest of image {name} can't be read: {error}") from error
+    _check_manifest(name, manifest)
+    return manifest
+
+
+def choose(name: str, index: Index) -> Descriptor:
+    """The index's entry for this machine.
+
+    Raises:
+        FailedPrecondition: there is none (reason ``IMAGE_INVALID``); the message lists what there is.
+    """
+    here = this_platform()
+    usable = [
+        d for d in index.manifests if d.media_type in (*MANIFEST_TYPES, *INDEX_TYPES, "") and not _is_attestation(d)
+    ]
+    for descriptor in usable:
+        there = descriptor.platform
+        # An entry without a platform, or an index inside the index, may be anything: taken, and its config decides.
+        if there is None or (there.os, there.architecture) == (here.os, here.architecture):
+            check_descriptor(name, descriptor)
+            return descriptor
+    offered = ", ".join(sorted({f"{d.platform.os}/{d.platform.architecture}" for d in usable if d.platform})) or "none"
+    raise invalid(f"image {name} is not made for {here.os}/{here.architecture}; it has {offered}")
+
+
+def check_descriptor(name: str, descriptor: Descriptor) -> None:
+    digest = descriptor.digest
+    if not (digest.startswith("sha256:") and len(digest) == 71 and set(digest[7:]) <= set("0123456789abcdef")):
+        raise invalid(f"image {name} names a blob by {digest!r}: only sha256 digests are supported")
+    if descriptor.size < 0:
+        raise invalid(f"image {name}: blob {digest} has the impossible size {descriptor.size}")
+
+
+def parse_config(name: str, data: bytes, layers: int) -> tuple[ImageConfig, tuple[str, ...]]:
+    """Decodes an image config; returns it and the diff_ids (digests of the unpacked layers, lowest first).
+
+    Raises:
+        FailedPrecondition: it can't be read, is for another platform, or does not fit the manifest's ``layers``.
+    """
+    try:
+        config = msgspec.json.decode(data, type=_Config)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise invalid(f"the config of image {name} can't be read: {error}") from error
+    here = this_platform()
+    if (config.os or "linux", config.architecture or here.architecture) != (here.os, here.architecture):
+        raise invalid(f"image {name} is for {config.os}/{config.architecture}, this is {here.os}/{here.architecture}")
+    if len(config.rootfs.diff_ids) != layers:
+        raise invalid(f"image {name} has {layers} layers but {len(config.rootfs.diff_ids)} diff_ids")
+    run = config.config or _Run()
+    return (
+        ImageConfig(
+            entrypoint=run.entrypoint or (),
+            cmd=run.cmd or (),
+            env=tuple((key, value) for key, _, value in (entry.partition("=") for entry in run.env or ()) if key),
+            workdir=run.working_dir or "/",
+            user=run.user or "",
+            exposed_ports=_tcp_ports(name, run.exposed_ports or {}),
+            stop_signal=run.stop_signal or "",
+        ),
+        config.rootfs.diff_ids,
+    )
+
+
+def resolve_user(rootfs: Path, user: str) -> tuple[int, int]:
+    """The (uid, gid) that ``user`` means inside the image.
+
+    ``user`` is as in an image config: ``""`` (root), ``uid``, ``name``, ``uid:gid``, ``name:group`` and mixtures. Names
+    are looked up in the image's own ``/etc/passwd`` and ``/etc/group``, which are read without ever leaving
+    ``rootfs`` and only when they are plain files. Without a group it is the user's own, or 0 for a bare unknown uid.
+
+    Raises:
+        FailedPrecondition: no such user or group in the image (reason ``USER_NOT_FOUND``).
+    """
+    name, colon, group = user.partition(":")
+    uid, gid = 0, 0
+    accounts = _read_accounts(rootfs, "etc/passwd", fields=7)
+    if name.isascii() and name.isdigit():
+        uid = _bounded_id(user, int(name))
+        gid = next((int(a[3]) for a in accounts if a[2] == name), 0)
+    elif name:
+        found = next((a for a in accounts if a[0] == name), None)
+        if found is None:
+            raise _no_such("user", name, "/etc/passwd")
+        uid, gid = _bounded_id(user, int(found[2])), _bounded_id(user, int(found[3]))
+    if colon and group:
+        if group.isascii() and group.isdigit():
+            gid = _bounded_id(user, int(group))
+        else:
+            groups = _read_accounts(rootfs, "etc/group", fields=4)
+            entry = next((g for g in groups if g[0] == group), None)
+            if entry is None:
+                raise _no_such("group", group, "/etc/group")
+            gid = _bounded_id(user, int(entry[2]))
+    return uid, gid
+
+
+def _check_manifest(name: str, manifest: Manifest) -> None:
+    if manifest.config.media_type not in _CONFIG_TYPES:
+        raise invalid(f"{name} is no container image but an artifact of type {manifest.config.media_type!r}")
+    if len(manifest.layers) > MAX_LAYERS:
+        raise invalid(f"image {name} has {len(manifest.layers)} layers; at most {MAX_LAYERS} are supported")
+    if manifest.config.size > MAX_JSON_BYTES:
+        raise invalid(f"the config of image {name} has {manifest.config.size} bytes; at most {MAX_JSON_BYTES} are read")
+    check_descriptor(name, manifest.config)
+    for layer in manifest.layers:
+        check_descriptor(name, layer)
+        if not any(layer.media_type == prefix + suffix for prefix in _LAYER_PREFIXES for suffix in _LAYER_SUFFIXES):
+            raise invalid(f"image {name}: layer {layer.digest} has the unknown media type {layer.media_type!r}")
+
+
+def _is_attestation(descriptor: Descriptor) -> bool:
+    """BuildKit keeps provenance in the index as images of an unknown platform."""
+    return descriptor.platform is not None and descriptor.platform.os == "unknown"
+
+
+def _tcp_ports(name: str, exposed: dict[str, Any]) -> tuple[int, ...]:
+    ports = set()
+    for entry in exposed:
+        port, _, protocol = entry.partition("/")
+        if protocol in ("", "tcp"):
+            if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+                raise invalid(f"image {name} exposes the impossible port {entry!r}")
+            ports.add(int(port))
+    return tuple(sorted(ports))
+
+
+def _read_accounts(rootfs: Path, path: str, fields: int) -> list[list[str]]:
+    with Tree(rootfs) as tree:
+        fd = tree.open_file(path)
+        if fd is None:
+            return []
+        with os.fdopen(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return []
+            text = file.read(_MAX_PASSWD_BYTES).decode(errors="replace")
+    rows = [line.strip().split(":") for line in text.splitlines()]
+    # A row whose ids are no numbers is no account; other tools skip it as well.
+    return [r for r in rows if len(r) >= fields and all(x.isascii() and x.isdigit() for x in r[2 : max(3, fields - 3)])]
+
+
+def _bounded_id(user: str, number: int) -> int:
+    if number > _MAX_ID:
+        raise FailedPrecondition(f"user {user!r}: {number} is no user or group id", reason="USER_NOT_FOUND")
+    return number
+
+
+def _no_such(kind: str, name: str, file: str) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"the image's {file} has no {kind} {name!r}: use a number, or one that it has", reason="USER_NOT_FOUND"
+    )

@@ -1,0 +1,110 @@
+"""Image references: what people write to name an image."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from pathlib import Path
+
+from greenroom.core.errors import InvalidArgument
+from greenroom.core.records import Record
+
+#: Source: OCI distribution spec, "Pulling manifests" (name and reference grammars).
+_REPOSITORY = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_HOST = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(?::[0-9]{1,5})?")
+
+#: Longer references are nobody's.
+MAX_REFERENCE_LENGTH = 1024
+
+DEFAULT_TAG = "latest"
+
+
+class LayoutReference(Record, frozen=True, kw_only=True):
+    """An image in an OCI layout directory; without a tag it is the only one there, or ``latest``."""
+
+    directory: Path
+    tag: str = ""
+    digest: str = ""
+
+
+class RegistryReference(Record, frozen=True, kw_only=True):
+    """An image in a registry. ``digest`` wins over ``tag``."""
+
+    host: str
+    repository: str
+    tag: str = DEFAULT_TAG
+    digest: str = ""
+
+    @property
+    def base_url(self) -> str:
+        """Where the registry's API is. Loopback is spoken to without TLS; Docker Hub's API has another name."""
+        host = "registry-1.docker.io" if self.host == "docker.io" else self.host
+        return f"{'http' if is_loopback(self.host) else 'https'}://{host}"
+
+
+def parse(reference: str) -> LayoutReference | RegistryReference:
+    """Parses ``oci:<directory>[:<tag>][@sha256:...]`` or ``host[:port]/repository[:tag][@sha256:...]``.
+
+    Raises:
+        InvalidArgument: it is neither; the message says which part is wrong.
+    """
+    if len(reference) > MAX_REFERENCE_LENGTH:
+        raise _malformed(reference[:64] + "...", f"it is longer than {MAX_REFERENCE_LENGTH} characters")
+    rest, at, digest = reference.partition("@")
+    if at and not _DIGEST.fullmatch(digest):
+        raise _malformed(reference, "after @ must come sha256: and 64 lower-case hex digits")
+    if rest.startswith("oci:"):
+        return _parse_layout(reference, rest.removeprefix("oci:"), digest)
+    host, slash, rest = rest.partition("/")
+    if not slash or not ("." in host or ":" in host or host == "localhost"):
+        raise _malformed(reference, "name the registry too, as in docker.io/library/python:3.13-slim")
+    if not _HOST.fullmatch(host):
+        raise _malformed(reference, f"{host!r} is no host name")
+    repository, colon, tag = rest.partition(":")
+    if colon and not _TAG.fullmatch(tag):
+        raise _malformed(reference, f"{tag!r} is no tag")
+    if not _REPOSITORY.fullmatch(repository):
+        raise _malformed(reference, f"{repository!r} is no repository name (lower case)")
+    if host == "docker.io" and "/" not in repository:
+        repository = f"library/{repository}"
+    return RegistryReference(host=host, repository=repository, tag=tag or DEFAULT_TAG, digest=digest)
+
+
+def check_digest(digest: str) -> str:
+    """Returns ``digest`` if it is ``sha256:`` and 64 hex digits.
+
+    Raises:
+        InvalidArgument: it is not.
+    """
+    if not _DIGEST.fullmatch(digest):
+        raise InvalidArgument(f"{digest!r} is no image digest: sha256: and 64 lower-case hex digits are")
+    return digest
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host[:port]`` is this machine."""
+    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+    name = name.strip("[]")
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def _parse_layout(reference: str, rest: str, digest: str) -> LayoutReference:
+    directory, colon, tag = rest.rpartition(":")
+    if not colon or "/" in tag:  # a colon inside the path
+        directory, tag = rest, ""
+    elif not _TAG.fullmatch(tag):
+        raise _malformed(reference, f"{tag!r} is no tag")
+    if not directory:
+        raise _malformed(reference, "after oci: comes the layout's directory")
+    return LayoutReference(directory=Path(directory), tag=tag, digest=digest)
+
+
+def _malformed(reference: str, why: str) -> InvalidArgument:
+    return InvalidArgument(f"image reference {reference!r}: {why}", reason="INVALID_IMAGE_REFERENCE")

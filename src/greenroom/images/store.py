@@ -1,0 +1,349 @@
+"""The image store on disk.
+
+Below its root, beside what `greenroom.images.blobs` keeps::
+
+    images/<hex>.json    what the image of this manifest digest is made of; written before its blobs are fetched, so
+                         that `remove` never takes a blob away that somebody is about to use
+    rootfs/<hex>/        its unpacked tree; there only when it is whole
+    unpacking/<hex>/     a tree under construction, or what a killed process left of one
+    refs/<hex>.json      what a reference was resolved to, and when
+
+An image exists when both its record and its tree do. Whoever changes something of a digest holds its lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from greenroom.core.errors import DataLoss, FailedPrecondition, NotFound, Unavailable
+from greenroom.core.records import LayerProgress, Record
+from greenroom.images.blobs import BlobSource, BlobStore, Interrupted, hex_of, sync_directory, write_atomically
+from greenroom.images.config import (
+    Descriptor,
+    Manifest,
+    choose,
+    invalid,
+    parse_config,
+    parse_manifest,
+)
+from greenroom.images.flight import Flights
+from greenroom.images.layout import LayoutSource
+from greenroom.images.port import Image, ImageConfig, OnProgress
+from greenroom.images.reference import LayoutReference, RegistryReference, check_digest, parse
+from greenroom.images.registry import Credentials, RegistrySource, anonymous
+from greenroom.images.unpack import MAX_ENTRIES, MAX_UNPACKED_BYTES, Job, JobLayer
+from greenroom.images.unpacker import run_unpacker
+
+#: Layers fetched side by side. Three fill a link whose single connections are slowed down, and hold few buffers.
+PARALLEL_LAYERS = 3
+#: Progress calls are at least this far apart, so that a caller may send each on.
+PROGRESS_PERIOD_S = 0.1
+#: Indexes inside indexes; one level is common, two are odd.
+_MAX_INDEX_DEPTH = 3
+
+
+class _Source(BlobSource, Protocol):
+    async def resolve(self) -> tuple[str, bytes, str]: ...
+
+    async def manifest(self, descriptor: Descriptor) -> bytes: ...
+
+
+class _ImageRecord(Record, frozen=True, kw_only=True):
+    reference: str
+    digest: str
+    config_digest: str
+    config: ImageConfig
+    layers: tuple[str, ...]
+    size_bytes: int
+
+
+class _RefRecord(Record, frozen=True, kw_only=True):
+    reference: str
+    digest: str
+    resolved_at: float
+
+
+class _Wanted(NamedTuple):
+    reference: str
+    digest: str
+    data: bytes
+    manifest: Manifest
+
+
+class DiskImageStore:
+    """`greenroom.images.port.ImageStore` below the directory ``root``, which several processes may share.
+
+    Args:
+        root: made if it is not there.
+        credentials: accounts for registries; anonymous by default.
+        max_entries, max_unpacked_bytes: what one image may unpack to.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        credentials: Credentials = anonymous,
+        max_entries: int = MAX_ENTRIES,
+        max_unpacked_bytes: int = MAX_UNPACKED_BYTES,
+    ) -> None:
+        self._root = root.absolute()
+        self._credentials = credentials
+        self._max_entries = max_entries
+        self._max_unpacked_bytes = max_unpacked_bytes
+        self._images = self._root / "images"
+        self._rootfs = self._root / "rootfs"
+        self._unpacking = self._root / "unpacking"
+        self._refs = self._root / "refs"
+        # Sandboxes of other users may have to reach the trees; what else is here is nobody's business.
+        self._rootfs.mkdir(mode=0o755, parents=True, exist_ok=True)
+        for directory in (self._images, self._unpacking, self._refs):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._blobs = BlobStore(self._root)
+        self._flights: Flights[OnProgress, Image] = Flights()
+
+    async def prepare(self, reference: str, on_progress: OnProgress | None = None) -> Image:
+        parsed = parse(reference)
+        if on_progress is not None:
+            on_progress("resolve", ())
+        if parsed.digest:
+            with contextlib.suppress(NotFound):  # a digest never means anything else: nobody needs to be asked
+                return msgspec.structs.replace(await self.get(parsed.digest), reference=reference)
+        async with self._open(parsed) as source:
+            digest, data, manifest = await self._resolve(reference, source)
+
+        async def work(listeners: Sequence[OnProgress | None]) -> Image:
+            # With connections of its own: whoever began may give up before the others.
+            async with self._open(parsed) as source:
+                return await self._prepare(_Wanted(reference, digest, data, manifest), source, listeners)
+
+        image = await self._flights.join(digest, on_progress, work)
+        record = _RefRecord(reference=reference, digest=digest, resolved_at=time.time())
+        name = hashlib.sha256(reference.encode()).hexdigest()
+        await asyncio.to_thread(write_atomically, self._refs / f"{name}.json", msgspec.json.encode(record))
+        return msgspec.structs.replace(image, reference=reference)
+
+    async def get(self, digest: str) -> Image:
+        image = await asyncio.to_thread(self._load, check_digest(digest))
+        if image is None:
+            raise NotFound(f"image {digest} is not on this machine: prepare it first", reason="IMAGE_NOT_FOUND")
+        return image
+
+    async def list(self) -> list[Image]:
+        return [*await asyncio.to_thread(self._load_all)]
+
+    async def remove(self, digest: str) -> None:
+        check_digest(digest)
+        async with self._blobs.locked(digest):
+            record = await asyncio.to_thread(self._read_record, digest)
+            await asyncio.to_thread(self._remove_tree, digest)
+            (self._images / f"{hex_of(digest)}.json").unlink(missing_ok=True)
+        if record is None:
+            return
+        for blob in (digest, record.config_digest, *record.layers):
+            async with self._blobs.locked(blob):
+                # Looked up under the blob's lock: a `prepare` writes its record first and then locks the blob, so
+                # either its record is seen here or it finds the blob gone and fetches it.
+                if not await asyncio.to_thread(self._is_used, blob):
+                    self._blobs.remove(blob)
+
+    # --- preparing -------------------------------------------------------------------------------------------
+
+    def _open(self, parsed: LayoutReference | RegistryReference) -> AbstractAsyncContextManager[_Source]:
+        if isinstance(parsed, LayoutReference):
+            return contextlib.nullcontext(LayoutSource(parsed))
+        return RegistrySource(parsed, credentials=self._credentials)
+
+    async def _resolve(self, reference: str, source: _Source) -> tuple[str, bytes, Manifest]:
+        """The manifest for this machine, through indexes: its digest, bytes and content."""
+        try:
+            wanted, data, media_type = await source.resolve()
+            for _ in range(_MAX_INDEX_DEPTH):
+                digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+                if wanted and digest != wanted:
+                    raise DataLoss(
+                        f"image {reference}: what was sent for {wanted} has the digest {digest}",
+                        reason="DIGEST_MISMATCH",
+                    )
+                found = parse_manifest(reference, data, media_type)
+                if isinstance(found, Manifest):
+                    return digest, data, found
+                chosen = choose(reference, found)
+                wanted, data, media_type = chosen.digest, await source.manifest(chosen), chosen.media_type
+        except Interrupted as error:
+            raise Unavailable(f"image {reference} can't be resolved: {error}") from error
+        raise invalid(f"image {reference} has indexes inside indexes more than {_MAX_INDEX_DEPTH} deep")
+
+    async def _prepare(self, wanted: _Wanted, source: _Source, listeners: Sequence[OnProgress | None]) -> Image:
+        progress = _Progress(wanted.manifest.layers, listeners)
+        image = await asyncio.to_thread(self._load, wanted.digest)
+        if image is None:
+            async with self._blobs.locked(wanted.digest) as lock_fd:
+                image = await asyncio.to_thread(self._load, wanted.digest)  # another process may have made it
+                if image is None:
+                    image = await self._make(wanted, source, progress, lock_fd)
+        progress.finish()
+        return image
+
+    async def _make(self, wanted: _Wanted, source: _Source, progress: _Progress, lock_fd: int) -> Image:
+        reference, digest, manifest = wanted.reference, wanted.digest, wanted.manifest
+        record = _ImageRecord(
+            reference=reference,
+            digest=digest,
+            config_digest=manifest.config.digest,
+            config=ImageConfig(),
+            layers=tuple(layer.digest for layer in manifest.layers),
+            size_bytes=sum(layer.size for layer in manifest.layers),
+        )
+        await asyncio.to_thread(self._write_record, record)
+        await asyncio.to_thread(self._blobs.write, wanted.data)
+        try:
+            await self._blobs.fetch(manifest.config, source, lambda done: None)
+            data = await asyncio.to_thread(self._blobs.read, manifest.config.digest)
+            config, diff_ids = parse_config(reference, data, len(manifest.layers))
+            await self._fetch_layers(manifest, source, progress)
+        except Interrupted as error:
+            raise Unavailable(f"image {reference} can't be fetched: {error.__cause__ or error}") from error
+        await asyncio.to_thread(self._write_record, msgspec.structs.replace(record, config=config))
+        await self._unpack(digest, manifest, diff_ids, progress, lock_fd)
+        image = await asyncio.to_thread(self._load, digest)
+        assert image is not None
+        return image
+
+    async def _fetch_layers(self, manifest: Manifest, source: _Source, progress: _Progress) -> None:
+        turns = asyncio.Semaphore(PARALLEL_LAYERS)
+
+        async def fetch(layer: Descriptor) -> None:
+            async with turns:
+                await self._blobs.fetch(layer, source, lambda done: progress.update("download", layer.digest, done))
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for layer in {layer.digest: layer for layer in manifest.layers}.values():
+                    group.create_task(fetch(layer))
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from failed.exceptions[0].__cause__
+
+    async def _unpack(
+        self, digest: str, manifest: Manifest, diff_ids: Sequence[str], progress: _Progress, lock_fd: int
+    ) -> None:
+        staged = self._unpacking / hex_of(digest)
+        await asyncio.to_thread(_make_empty, staged)
+        job = Job(
+            target=str(staged),
+            layers=tuple(
+                JobLayer(blob=str(self._blobs.path(layer.digest)), digest=layer.digest, diff_id=diff_id)
+                for layer, diff_id in zip(manifest.layers, diff_ids, strict=True)
+            ),
+            max_entries=self._max_entries,
+            max_unpacked_bytes=self._max_unpacked_bytes,
+        )
+        try:
+            await run_unpacker(
+                job, lambda number, done: progress.update("unpack", manifest.layers[number].digest, done), lock_fd
+            )
+            await asyncio.to_thread(self._commit_tree, staged, digest)
+        except BaseException as error:
+            await asyncio.shield(asyncio.to_thread(shutil.rmtree, staged, ignore_errors=True))
+            if isinstance(error, (DataLoss, FailedPrecondition)):
+                # Either the image is wrong, or a blob has rotted since it was verified, which must not last.
+                for layer in manifest.layers:
+                    await asyncio.to_thread(self._blobs.remove_if_damaged, layer.digest)
+            raise
+
+    def _commit_tree(self, staged: Path, digest: str) -> None:
+        staged.rename(self._rootfs / hex_of(digest))
+        sync_directory(self._rootfs)
+
+    # --- records ---------------------------------------------------------------------------------------------
+
+    def _write_record(self, record: _ImageRecord) -> None:
+        write_atomically(self._images / f"{hex_of(record.digest)}.json", msgspec.json.encode(record))
+
+    def _read_record(self, digest: str) -> _ImageRecord | None:
+        try:
+            return msgspec.json.decode((self._images / f"{hex_of(digest)}.json").read_bytes(), type=_ImageRecord)
+        except FileNotFoundError:
+            return None
+
+    def _records(self) -> Sequence[_ImageRecord]:
+        found = (self._read_record(f"sha256:{path.stem}") for path in sorted(self._images.glob("[0-9a-f]*.json")))
+        return [record for record in found if record is not None]
+
+    def _load(self, digest: str) -> Image | None:
+        rootfs = self._rootfs / hex_of(digest)
+        record = self._read_record(digest)
+        if record is None or not rootfs.is_dir():
+            return None
+        return Image(
+            reference=record.reference,
+            digest=digest,
+            rootfs=rootfs,
+            config=record.config,
+            size_bytes=record.size_bytes,
+            layers=record.layers,
+        )
+
+    def _load_all(self) -> Sequence[Image]:
+        found = (self._load(record.digest) for record in self._records())
+        return [image for image in found if image is not None]
+
+    def _is_used(self, blob: str) -> bool:
+        return any(blob in (r.digest, r.config_digest, *r.layers) for r in self._records())
+
+    def _remove_tree(self, digest: str) -> None:
+        """Moved away first: a tree that is only half there must never be found."""
+        staged = self._unpacking / hex_of(digest)
+        shutil.rmtree(staged, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            (self._rootfs / hex_of(digest)).rename(staged)
+            sync_directory(self._rootfs)
+            shutil.rmtree(staged)
+
+
+class _Progress:
+    """Gathers what the layers report and passes it on, at most every `PROGRESS_PERIOD_S` and always the last."""
+
+    def __init__(self, layers: Sequence[Descriptor], listeners: Sequence[OnProgress | None]) -> None:
+        self._listeners = listeners
+        self._layers = {layer.digest: LayerProgress(digest=layer.digest, total_bytes=layer.size) for layer in layers}
+        self._phase = "download"
+        self._next = 0.0
+
+    def update(self, phase: str, digest: str, done_bytes: int) -> None:
+        known = self._layers[digest]
+        self._layers[digest] = msgspec.structs.replace(known, done_bytes=done_bytes, phase=phase)
+        changed = phase != self._phase
+        self._phase = phase
+        now = time.monotonic()
+        if changed or now >= self._next:
+            self._next = now + PROGRESS_PERIOD_S
+            self._tell()
+
+    def finish(self) -> None:
+        self._phase = "unpack"
+        for digest, known in self._layers.items():
+            self._layers[digest] = msgspec.structs.replace(known, done_bytes=known.total_bytes, phase="unpack")
+        self._tell()
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            if listener is not None:
+                listener(self._phase, tuple(self._layers.values()))
+
+
+def _make_empty(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
+    path.mkdir(mode=0o755, parents=True)
+    path.chmod(0o755)  # whatever the umask; the layers may say otherwise

@@ -1,0 +1,497 @@
+"""The gVisor backend: sandboxes with a kernel of their own in user space, whose whole memory can be put to sleep.
+
+The parts: `box` makes and unmakes sandboxes, `control` (or `cli`) tells them what to do, `network` and `cgroups` are
+what a sandbox stands on. Here is the life of an actor in one: which sandbox it gets, what is written down before which
+step, and what is undone when a step fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import shutil
+import time
+from collections import OrderedDict, deque
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+
+from greenroom.core.agentapi import ActorStats, Identity, ResidentState
+from greenroom.core.errors import (
+    DataLoss,
+    FailedPrecondition,
+    GreenroomError,
+    Internal,
+    InvalidArgument,
+    ResourceExhausted,
+    Unavailable,
+)
+from greenroom.core.records import Endpoint, PhaseTime, SnapshotScope
+from greenroom.sandbox import reaper
+from greenroom.sandbox.gvisor import binary, hostname, spec
+from greenroom.sandbox.gvisor.box import Box, BoxState, Factory, base_command, finish, read_record, storage_error
+from greenroom.sandbox.gvisor.cgroups import Cgroups
+from greenroom.sandbox.gvisor.cli import CliControl
+from greenroom.sandbox.gvisor.control import SNAPSHOT_FILES, Command, Control, SocketControl
+from greenroom.sandbox.gvisor.exec import KILLED, open_session
+from greenroom.sandbox.gvisor.naming import set_hostname
+from greenroom.sandbox.gvisor.network import Network
+from greenroom.sandbox.gvisor.selftest import self_test
+from greenroom.sandbox.gvisor.urpc import UrpcClosed, UrpcError
+from greenroom.sandbox.port import (
+    BackendProbe,
+    Capabilities,
+    Check,
+    ExecSession,
+    ExecSpec,
+    Found,
+    Running,
+    SandboxClass,
+    phase_times,
+)
+
+#: Exit codes are remembered for those who ask after `destroy`; for so many sandboxes.
+MAX_REMEMBERED = 4096
+#: After a crash of the agent in the middle of freezing: a sandbox that runs answers this in some milliseconds.
+PROBE_TIMEOUT_S = 2.0
+
+_FROZEN = frozenset({BoxState.FROZEN, BoxState.FREEZING})
+
+
+class GvisorBackend:
+    """See `greenroom.sandbox.port.Backend` and `Warmer`."""
+
+    name = "gvisor"
+    capabilities = Capabilities(scope=SnapshotScope.MEMORY, isolation="kernel", security_boundary=True)
+
+    def __init__(self) -> None:
+        self._boxes: dict[str, Box] = {}
+        self._warm: dict[str, deque[Box]] = {}
+        self._exits: OrderedDict[str, int] = OrderedDict()
+        #: Work that `close` waits for.
+        self._background: set[asyncio.Task[None]] = set()
+        #: One task for each actor, that waits for its end.
+        self._watchers: set[asyncio.Task[None]] = set()
+        self._state_dir = Path()
+        self._factory: Factory
+        self._network: Network
+        self._cgroups: Cgroups
+
+    # --- opening and closing ------------------------------------------------------------------------------
+
+    async def probe(self) -> BackendProbe:
+        checks = [_check_machine(), _check_root(), Cgroups.detect("probe").check()]
+        try:
+            runsc = await binary.find()
+        except (GreenroomError, OSError) as e:
+            hint = binary.INSTALL_HINT
+            checks.append(Check(name="runsc", ok=False, detail=str(e), hint=hint))
+            return BackendProbe(available=False, version="", fingerprint="", checks=tuple(checks))
+        checks.append(Check(name="runsc", ok=True, detail=f"{runsc.path}, {runsc.version}, {runsc.platform}"))
+        return BackendProbe(
+            available=all(c.ok for c in checks),
+            version=runsc.version,
+            fingerprint=runsc.fingerprint,
+            checks=tuple(checks),
+        )
+
+    async def open(self, state_dir: Path, worker: str) -> BackendProbe:
+        probe = await self.probe()
+        if not probe.available:
+            raise FailedPrecondition(f"gVisor can't run here: {probe.reason}", reason="BACKEND_UNAVAILABLE")
+        runsc = await binary.find()
+        self._state_dir = state_dir.resolve()
+        (self._state_dir / "sandboxes").mkdir(parents=True, exist_ok=True)
+        name = "gr-" + hashlib.sha256(os.fsencode(self._state_dir)).hexdigest()[:8]
+        reaper.become_subreaper()
+        self._network = Network(name, self._state_dir / "slot-counter")
+        self._cgroups = Cgroups.detect(name)
+        await self._network.open()
+        choices: dict[str, Control] = {"socket": SocketControl(), "cli": CliControl(base_command(runsc))}
+        chosen = os.environ.get("GREENROOM_GVISOR_CONTROL", "")
+        if chosen and chosen not in choices:
+            raise FailedPrecondition(f"GREENROOM_GVISOR_CONTROL={chosen} is neither 'socket' nor 'cli'")
+        failures: list[Check] = []
+        for way in [chosen] if chosen else list(choices):
+            self._factory = Factory(runsc, choices[way], self._network, self._cgroups, self._state_dir / "sandboxes")
+            started = time.monotonic()
+            try:
+                await self_test(self._factory, self._state_dir / "self-test")
+            except FailedPrecondition as e:
+                failures.append(Check(name=f"self-test by {way}", ok=False, detail=e.message))
+                continue
+            detail = f"by {way}, {time.monotonic() - started:.2f} s" + "".join(f"; {f.detail}" for f in failures)
+            ready = Check(name="self-test", ok=True, detail=detail)
+            return BackendProbe(
+                available=True,
+                version=probe.version,
+                fingerprint=probe.fingerprint,
+                checks=(*probe.checks, ready),
+            )
+        await self._network.close(remove=not any((self._state_dir / "sandboxes").iterdir()))
+        self._cgroups.remove_worker()
+        raise FailedPrecondition("; ".join(f"{f.name}: {f.detail}" for f in failures), reason="SELF_TEST_FAILED")
+
+    async def reconcile(self) -> list[Found]:
+        found = []
+        for directory in sorted((self._state_dir / "sandboxes").iterdir()):
+            box = self._load(directory)
+            if box is None:
+                await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+            elif (state := await self._adopt(box)) is None:
+                await self._factory.dispose(box)
+            else:
+                self._keep(box)
+                assert box.record.owner is not None
+                found.append(
+                    Found(
+                        sid=box.sid,
+                        owner=box.record.owner,
+                        state=state,
+                        endpoint=box.endpoint(self._network.path),
+                        log_fifo=box.log,
+                    )
+                )
+        await self._sweep()
+        return found
+
+    def _load(self, directory: Path) -> Box | None:
+        record = read_record(directory)
+        if record is None:
+            return None
+        box = Box(directory, record)
+        box.find_processes()
+        box.group = self._cgroups.find(record.sid)
+        return box
+
+    async def _adopt(self, box: Box) -> ResidentState | None:
+        """In which state the sandbox goes on; None when it was nobody's, was half made, or has ended."""
+        if box.process is None or box.record.owner is None:
+            return None
+        match box.state:
+            case BoxState.RUNNING:
+                return ResidentState.RUNNING
+            case BoxState.FROZEN:
+                return ResidentState.FROZEN
+            case BoxState.FREEZING | BoxState.THAWING:
+                frozen = await self._seems_frozen(box)
+                box.save(BoxState.FROZEN if frozen else BoxState.RUNNING)
+                return ResidentState.FROZEN if frozen else ResidentState.RUNNING
+        return None
+
+    async def _seems_frozen(self, box: Box) -> bool:
+        """gVisor can't be asked, and thawing what is not frozen would crash it: so by a command that ends at once
+        unless it is frozen (then when it is thawed)."""
+        assert box.record.owner is not None
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                await set_hostname(self._factory.control, box.target, box.record.owner.hostname)
+        except (TimeoutError, UrpcError):
+            return True
+        return False
+
+    async def _sweep(self) -> None:
+        """Removes what sandboxes left behind that have no directory any more."""
+        for device in await self._network.devices() - {b.record.device for b in self._boxes.values()}:
+            await self._network.drop_slot(device)
+        for sid in self._cgroups.leftovers() - self._boxes.keys():
+            self._cgroups.remove(sid)
+
+    async def close(self, *, keep_running: bool) -> None:
+        doomed = [box for pool in self._warm.values() for box in pool]
+        self._warm.clear()
+        if not keep_running:
+            doomed += self._boxes.values()
+            self._boxes.clear()
+        await asyncio.gather(*(self._dispose(box) for box in doomed))
+        while self._background:
+            await asyncio.wait(self._background)
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        for box in self._boxes.values():
+            for session in list(box.sessions):
+                session.abort()
+            for process in (box.process, box.gofer):
+                if process is not None:
+                    process.close()
+        await self._network.close(remove=not self._boxes)
+        self._cgroups.remove_worker()
+        self._boxes.clear()
+
+    # --- warm sandboxes -----------------------------------------------------------------------------------
+
+    async def warm(self, cls: SandboxClass) -> None:
+        box = await self._factory.create(cls)
+        self._warm.setdefault(cls.digest, deque()).append(box)
+
+    def warm_counts(self) -> dict[str, int]:
+        return {digest: len(pool) for digest, pool in self._warm.items() if pool}
+
+    async def chill(self, class_digest: str) -> None:
+        if box := self._pop_warm(class_digest):
+            await finish(self._dispose(box))
+
+    def _pop_warm(self, digest: str) -> Box | None:
+        pool = self._warm.get(digest)
+        box = pool.popleft() if pool else None
+        if not pool:
+            self._warm.pop(digest, None)
+        return box
+
+    async def _take(self, cls: SandboxClass) -> tuple[Box, bool]:
+        """A sandbox for one actor, and whether it was waiting."""
+        while (box := self._pop_warm(cls.digest)) is not None:
+            if box.process is not None and box.process.alive():
+                return box, True
+            self._in_background(self._dispose(box))  # killed by somebody else, such as the kernel short of memory
+        return await self._factory.create(cls), False
+
+    # --- an actor moves in --------------------------------------------------------------------------------
+
+    async def start(self, cls: SandboxClass, owner: Identity) -> Running:
+        return await self._move_in(cls, owner, None, owner.hostname)
+
+    async def restore(self, cls: SandboxClass, owner: Identity, source: Path, hostname: str) -> Running:
+        missing = [name for name in SNAPSHOT_FILES if not (source / name).is_file()]
+        if missing:
+            raise DataLoss(f"snapshot {source} lacks {', '.join(missing)}", reason="SNAPSHOT_UNREADABLE")
+        return await self._move_in(cls, owner, source, hostname)
+
+    async def _move_in(self, cls: SandboxClass, owner: Identity, source: Path | None, believed: str) -> Running:
+        started = time.monotonic()
+        marks: list[tuple[str, float]] = []
+        box, warm = await self._take(cls)
+        if not warm:
+            marks.append(("create", time.monotonic()))
+        try:
+            box.occupy(owner)
+            if source is None:
+                await self._factory.control.start(box.target)
+                marks.append(("start", time.monotonic()))
+            else:
+                await self._factory.control.restore(box.target, source)
+                marks.append(("restore", time.monotonic()))
+            if believed != owner.hostname:
+                await set_hostname(self._factory.control, box.target, owner.hostname)
+                marks.append(("hostname", time.monotonic()))
+            self._cgroups.limit_cpu(box.group, cls.resources)
+            box.save(BoxState.RUNNING)
+        except BaseException as e:
+            error = self._why_not(box, e, source) if isinstance(e, Exception) else e
+            self._in_background(self._dispose(box))
+            raise error from e
+        if box.slot is not None:
+            box.slot.release()
+        self._keep(box)
+        return Running(
+            sid=box.sid,
+            endpoint=box.endpoint(self._network.path),
+            log_fifo=box.log,
+            phases=phase_times(marks, started),
+            warm=warm,
+        )
+
+    def _why_not(self, box: Box, error: Exception, source: Path | None) -> Exception:
+        if isinstance(error, GreenroomError):
+            return error
+        said = f"{error or 'no answer in time'}; runsc says: {self._factory.log_of(box)}"
+        if isinstance(error, OSError):
+            return storage_error(error, "giving the sandbox its identity")
+        if self._cgroups.out_of_memory(box.group):
+            limit = box.record.resources.memory_bytes >> 20
+            return ResourceExhausted(
+                f"the memory limit of {limit} MiB does not suffice; raise the template's resources ({said})",
+                reason="OUT_OF_MEMORY",
+            )
+        if source is not None:
+            return DataLoss(f"snapshot {source} can't be restored: {said}", reason="SNAPSHOT_UNREADABLE")
+        return FailedPrecondition(f"the sandbox did not start: {said}", reason="START_FAILED")
+
+    def _keep(self, box: Box) -> None:
+        self._boxes[box.sid] = box
+        self._track(self._watchers, self._watch(box))
+
+    async def _watch(self, box: Box) -> None:
+        """Finds out how the actor ended, from its sandbox or from the sandbox's own end."""
+        assert box.process is not None
+        box.stubs |= box.process.groups()
+        asked = asyncio.ensure_future(self._factory.control.wait(box.target))
+        ended = asyncio.ensure_future(box.process.ended())
+        try:
+            await asyncio.wait({asked, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if asked.done() and not asked.exception():
+                code: int | None = asked.result()
+            else:
+                code = await ended
+                if code is None:  # another process's child; the answer may still be on its way
+                    await asyncio.wait({asked}, timeout=PROBE_TIMEOUT_S)
+                    code = asked.result() if asked.done() and not asked.exception() else KILLED
+            if not box.exit_code.done():
+                box.exit_code.set_result(KILLED if code is None else code)
+            await box.ended()
+        finally:
+            for task in (asked, ended):
+                task.cancel()
+
+    # --- freezing and saving ------------------------------------------------------------------------------
+
+    async def freeze(self, sid: str) -> None:
+        box = self._find(sid)
+        async with box.lock:
+            if box.state is not BoxState.FROZEN:
+                with self._sandbox_errors(sid, "freezing"):
+                    await finish(self._pause(box))
+
+    async def thaw(self, sid: str) -> Endpoint:
+        box = self._find(sid)
+        async with box.lock:
+            if box.state in _FROZEN:
+                with self._sandbox_errors(sid, "thawing"):
+                    await finish(self._resume(box))
+        return box.endpoint(self._network.path)
+
+    async def _pause(self, box: Box) -> None:
+        box.save(BoxState.FREEZING)
+        await self._factory.control.pause(box.target)
+        box.save(BoxState.FROZEN)
+
+    async def _resume(self, box: Box) -> None:
+        box.save(BoxState.THAWING)
+        await self._factory.control.resume(box.target)
+        box.save(BoxState.RUNNING)
+
+    async def checkpoint(self, sid: str, dest: Path) -> tuple[PhaseTime, ...]:
+        box = self._find(sid)
+        if not dest.is_dir() or any(dest.iterdir()):
+            raise InvalidArgument(f"{dest} is no empty directory")
+        async with box.lock:
+            started = time.monotonic()
+            marks: list[tuple[str, float]] = []
+            with self._sandbox_errors(sid, "checkpoint"):
+                try:
+                    if box.state is not BoxState.FROZEN:
+                        await finish(self._pause(box))
+                    marks.append(("freeze", time.monotonic()))
+                    # To its end, whatever happens: gVisor can't be told to stop, and must not be thawed meanwhile.
+                    await finish(self._factory.control.checkpoint(box.target, dest))
+                    marks.append(("checkpoint", time.monotonic()))
+                except BaseException:
+                    await finish(self._undo_checkpoint(box, dest))
+                    raise
+            return phase_times(marks, started)
+
+    async def _undo_checkpoint(self, box: Box, dest: Path) -> None:
+        for path in dest.iterdir():
+            path.unlink()
+        if box.state is BoxState.FROZEN and box.process is not None and box.process.alive():
+            await self._resume(box)
+
+    # --- the rest of its life -----------------------------------------------------------------------------
+
+    async def exec(self, sid: str, spec: ExecSpec) -> ExecSession:
+        box = self._find(sid)
+        if not spec.argv:
+            raise InvalidArgument("no command given")
+        command = Command(
+            program="",  # looked up in the sandbox as it is now, along the PATH in env
+            argv=spec.argv,
+            env={**box.record.env, **dict(spec.env)},
+            cwd=spec.cwd or box.record.cwd,
+            uid=box.record.uid,
+            gid=box.record.gid,
+            capabilities=exec_capabilities(box.record.uid),
+        )
+        with self._sandbox_errors(sid, f"running {spec.argv[0]!r}", command=spec.argv[0]):
+            session = await open_session(
+                lambda stdio: self._factory.control.execute(box.target, command, stdio), spec.timeout_s
+            )
+        box.sessions.add(session)
+        session.when_done(lambda: box.sessions.discard(session))
+        return session
+
+    async def stats(self, sid: str) -> ActorStats:
+        box = self._find(sid)
+        with self._sandbox_errors(sid, "measuring"):
+            memory, pids = await self._factory.control.usage(box.target)
+        return ActorStats(memory_bytes=memory, cpu_seconds=self._cgroups.cpu_seconds(box.group) or 0.0, pids=pids)
+
+    async def wait(self, sid: str) -> int:
+        if sid in self._exits:
+            return self._exits[sid]
+        return await asyncio.shield(self._find(sid).exit_code)
+
+    async def destroy(self, sid: str) -> None:
+        if box := self._boxes.pop(sid, None):
+            box.kill()
+            self._exits[sid] = box.exit_code.result() if box.exit_code.done() else KILLED
+            while len(self._exits) > MAX_REMEMBERED:
+                self._exits.popitem(last=False)
+            self._in_background(self._dispose(box))
+
+    # --- helpers ------------------------------------------------------------------------------------------
+
+    def _find(self, sid: str) -> Box:
+        try:
+            return self._boxes[sid]
+        except KeyError:
+            raise Unavailable(f"sandbox {sid} is gone", reason="SANDBOX_GONE") from None
+
+    async def _dispose(self, box: Box) -> None:
+        box.kill()
+        await self._factory.dispose(box)
+
+    def _in_background(self, work: Coroutine[object, object, None]) -> None:
+        self._track(self._background, work)
+
+    def _track(self, tasks: set[asyncio.Task[None]], work: Coroutine[object, object, None]) -> None:
+        task = asyncio.ensure_future(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    @contextlib.contextmanager
+    def _sandbox_errors(self, sid: str, doing: str, command: str = "") -> Iterator[None]:
+        """Turns what the sandbox says into the errors of the port."""
+        try:
+            yield
+        except UrpcClosed as e:
+            raise Unavailable(f"sandbox {sid} is gone: {doing} failed ({e})", reason="SANDBOX_GONE") from e
+        except TimeoutError as e:
+            raise Unavailable(f"sandbox {sid} does not answer: {doing} failed", reason="SANDBOX_STUCK") from e
+        except OSError as e:
+            raise storage_error(e, doing) from e
+        except UrpcError as e:
+            text = e.message.lower()
+            if "no space left" in text or "quota exceeded" in text:
+                raise ResourceExhausted(f"the disk is full: {doing} failed ({e})", reason="DISK_FULL") from e
+            if command and ("no such file" in text or "not found" in text or "permission denied" in text):
+                raise FailedPrecondition(
+                    f"the sandbox has no program {command!r} ({e})",
+                    reason="COMMAND_NOT_FOUND",
+                    metadata={"command": command},
+                ) from e
+            raise Internal(f"{doing} failed in sandbox {sid}: {e}") from e
+
+
+def exec_capabilities(uid: int) -> tuple[str, ...]:
+    """What a further command may do: as the actor's own, and hence nothing unless it is root."""
+    return spec.CAPABILITIES if uid == 0 else ()
+
+
+def _check_root() -> Check:
+    root = os.geteuid() == 0
+    return Check(
+        name="root",
+        ok=root,
+        detail="yes" if root else "network namespaces and gVisor's own isolation need root",
+        hint="" if root else "run the worker as root, or use a pool of backend `process`",
+    )
+
+
+def _check_machine() -> Check:
+    try:
+        hostname.program()
+    except FailedPrecondition as e:
+        return Check(name="machine", ok=False, detail=e.message)
+    return Check(name="machine", ok=True, detail=os.uname().machine)

@@ -1,0 +1,39 @@
+"""What a server that has ended must not leave on the machine; for tests and the demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def leftovers(data_dir: Path) -> list[str]:
+    """Processes, mounts, network namespaces and cgroups that belong to the server of ``data_dir``; empty is good.
+
+    A process belongs to it when its command line names the directory. Namespaces and cgroups of Greenroom carry no
+    directory in their name, so those of any server on the machine are found.
+    """
+    name = str(data_dir.absolute())
+    found = [f"process {pid}: {command}" for pid, command in _processes() if name in command]
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    found += [f"mount {line.split()[4]}" for line in mounts if name in line or "/netns/gr-" in line]
+    if (netns := Path("/run/netns")).is_dir():
+        found += [f"network namespace {entry.name}" for entry in netns.iterdir() if entry.name.startswith("gr-")]
+    found += [f"cgroup {path}" for path in _cgroups()]
+    return found
+
+
+def _processes() -> list[tuple[int, str]]:
+    out = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            out.append((int(entry.name), command))
+    return out
+
+
+def _cgroups() -> list[Path]:
+    root = Path("/sys/fs/cgroup")
+    above = [root, *(p for p in root.iterdir() if p.is_dir())] if root.is_dir() else []
+    return [path for parent in above for path in (parent / "greenroom").glob("*") if path.is_dir()]

@@ -1,0 +1,166 @@
+"""Random commands, sensible and not, to the memory store and the SQLite store side by side: the same answers, the same
+records, and nothing that `audit` finds after any of them. The seed is the test's name."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from greenroom.core import lifecycle as lc
+from greenroom.core.errors import GreenroomError
+from greenroom.core.records import (
+    Actor,
+    ActorState,
+    Key,
+    Operation,
+    OperationKind,
+    OperationState,
+    Snapshot,
+    SnapshotState,
+    Worker,
+    WorkerState,
+)
+from greenroom.store.memory import MemoryStore
+from greenroom.store.port import Store
+from greenroom.store.sqlite import SqliteStore
+from greenroom.testing.contracts.store import World, audit, dump, list_all
+from greenroom.testing.contracts.store_world import ENDPOINT, FAILURE, operation, snapshot, worker
+
+STEPS = 200
+NAMES = ("a", "b", "c", "d", "e")
+BEGIN = (lc.BeginResume, lc.BeginResume, lc.BeginSuspend, lc.BeginPause, lc.BeginDelete)
+
+
+class Walk:
+    """Makes the next call from what the records are now; most fit, some are stale, repeated or of the wrong kind."""
+
+    def __init__(self, seed: int, store: MemoryStore) -> None:
+        self.random = random.Random(seed)
+        self.world = World(store)
+        self.store = store
+        self.before: list[Any] = []  # commands to repeat
+
+    async def next(self) -> tuple[str, Any]:
+        r = self.random
+        self.world.now += r.choice((0.0, 0.1, 5.0, 40.0))
+        if r.random() < 0.08 and self.before:
+            return "apply", r.choice(self.before[-30:])
+        if r.random() < 0.08:
+            return await self.single()
+        command = await self.command()
+        self.before.append(command)
+        return "apply", command
+
+    async def single(self) -> tuple[str, Any]:
+        r = self.random
+        match r.randrange(5):
+            case 0:
+                w = r.choice(await self.store.list(Worker) or [worker("w1")])
+                return "put", replace(w, state=r.choice(list(WorkerState)), used=r.randrange(9))
+            case 1:
+                return "put", worker(r.choice(("w1", "w2", "w3")), fingerprint=r.choice(("f1", "f1", "f2")))
+            case 2:
+                condemned = await self.store.list(Snapshot, where={"state": SnapshotState.CONDEMNED})
+                return "remove", r.choice(condemned or [snapshot("none")])
+            case 3:
+                return "put", operation(self.world.id("prepare-"))
+            case _:
+                return "trim", r.choice((0, 20, 60))
+
+    async def command(self) -> Any:
+        r = self.random
+        key = Key("ns", r.choice(NAMES))
+        actors = {a.name: a for a in await self.store.list(Actor)}
+        actor = actors.get(key.name)
+        now = self.world.now
+        if actor is None:
+            if r.random() < 0.15:
+                return self.world.begin_command(r.choice(BEGIN), key)
+            ids = {"operation_id": self.world.id("op-"), "uid": self.world.id("uid-")}
+            request = r.choice(("", "", f"create-{r.randrange(5)}"))
+            return lc.CreateActor(
+                key=key,
+                now=now,
+                template=r.choice(("t", "t", "t", "x")),
+                request_id=request,
+                golden=r.random() < 0.1,
+                **ids,
+            )
+        if actor.operation and r.random() < 0.8:
+            return await self.step(actor, await self.store.get(Operation, actor.operation))
+        if r.random() < 0.12:
+            generation, name = actor.generation - (r.random() < 0.2), r.choice((actor.worker, actor.worker, "w1"))
+            uid = actor.uid if r.random() < 0.9 else "another"
+            return lc.Crash(key=key, now=now, uid=uid, worker=name, generation=generation, reason="Gone", message="m")
+        request = r.choice(("", "", "", f"r-{r.randrange(20)}"))
+        extra = {}
+        cls = r.choice(BEGIN)
+        if cls is lc.BeginResume:
+            extra = {"prefer": tuple(r.sample(("w1", "w2", "w3"), r.randrange(3)))}
+        return self.world.begin_command(cls, key, request_id=request, owner=r.choice(("one", "two")), **extra)
+
+    async def step(self, actor: Actor, op: Operation) -> Any:
+        r, world = self.random, self.world
+        if r.random() < 0.1:
+            op = replace(op, generation=op.generation - 1)  # stale
+        if r.random() < 0.05:
+            op = replace(op, kind=r.choice([k for k in OperationKind if k is not OperationKind.SUSPEND]))
+        match r.randrange(10):
+            case 0 | 1 | 2 | 3:
+                return world.finish_command(op)
+            case 4:
+                to = r.choice((op.from_state or ActorState.SUSPENDED, *ActorState))
+                endpoint = r.choice((None, ENDPOINT))
+                return world.step(lc.BackOut, op, to_state=to, error=FAILURE, endpoint=endpoint)
+            case 5:
+                return world.step(lc.Rebind, op, avoid=(actor.worker,))
+            case 6:
+                return world.step(lc.FallBack, op, snapshot_id=actor.snapshot or "golden", detail="bad")
+            case 7:
+                return world.step(lc.RenewLease, op, owner=r.choice(("one", "one", "two")))
+            case 8:
+                args = {"operation_id": op.id, "owner": r.choice(("one", "two")), "force": r.random() < 0.3}
+                return lc.TakeOver(key=op.key, now=world.now, **args)
+            case _:
+                return world.step(lc.Advance, op, phase=f"phase {r.randrange(9)}")
+
+
+async def call(store: Store, what: str, argument: Any) -> Any:
+    """The answer, or the whole error."""
+    try:
+        return await getattr(store, what)(argument)
+    except GreenroomError as error:
+        return type(error).__name__, error.reason, error.message, error.metadata
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_both_stores_answer_and_hold_the_same(seed: int, tmp_path: Path) -> None:
+    memory, sqlite = MemoryStore(), await SqliteStore.open(tmp_path)
+    watch_memory, watch_sqlite = memory.watch(), sqlite.watch()
+    met: Counter[str] = Counter()
+    try:
+        for store in (memory, sqlite):
+            await World(store).setup({"w1": 2, "w2": 1})
+        walk = Walk(seed, memory)
+        for _ in range(STEPS):
+            what, argument = await walk.next()
+            expected, answer = await call(memory, what, argument), await call(sqlite, what, argument)
+            assert answer == expected, f"{what} {argument}"
+            assert await dump(sqlite) == await dump(memory), f"{what} {argument}"
+            await audit(sqlite)
+            met[expected.outcome if isinstance(expected, lc.Change) else type(expected).__name__] += 1
+        events = met["changed"]
+        for _ in range(events):
+            assert await anext(watch_sqlite) == await anext(watch_memory)
+        # The walk is worth something: it went through states, was refused and repeated things.
+        assert met["changed"] > STEPS / 3 and met["tuple"] > STEPS / 20 and met["repeated"] > 0, met
+        done = await list_all(sqlite, Operation)
+        assert {o.kind for o in done if o.state is OperationState.DONE} >= {OperationKind.CREATE, OperationKind.RESUME}
+    finally:
+        await memory.close()
+        await sqlite.close()

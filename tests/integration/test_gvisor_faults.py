@@ -1,0 +1,252 @@
+"""What gVisor sandboxes do when something fails: a full disk, a damaged snapshot, a killed process, a cancelled call."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from gvisor_support import (
+    READY_TIMEOUT_S,
+    get,
+    identity,
+    make_rootfs,
+    mount_tmpfs,
+    opened,
+    python_class,
+    run,
+    skip_unless_possible,
+    unmount,
+)
+
+from greenroom.core.agentapi import ResidentState
+from greenroom.core.errors import DataLoss, FailedPrecondition, GreenroomError, InvalidArgument, ResourceExhausted
+from greenroom.sandbox.gvisor import GvisorBackend
+from greenroom.sandbox.gvisor.box import BoxState, read_record
+from greenroom.sandbox.port import ExecSpec, SandboxClass
+
+pytestmark = [pytest.mark.gvisor, pytest.mark.root]
+
+
+@pytest.fixture(scope="module")
+def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    skip_unless_possible()
+    yield make_rootfs(tmp_path_factory.mktemp("gvisor") / "rootfs")
+
+
+@pytest.fixture
+def counter(rootfs: Path) -> SandboxClass:
+    return python_class(rootfs)
+
+
+@pytest.fixture
+async def backend(rootfs: Path, tmp_path: Path) -> AsyncIterator[GvisorBackend]:
+    async with opened(tmp_path / "state") as backend:
+        yield backend
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    (tmp_path / "image").mkdir()
+    return tmp_path / "image"
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A directory with room for a mebibyte."""
+    disk = tmp_path / "tiny"
+    disk.mkdir()
+    mount_tmpfs(disk, "1m")
+    yield disk
+    unmount(disk)
+
+
+@pytest.mark.parametrize("way", ["socket", "cli"])
+async def test_full_disk_leaves_the_actor_running(
+    way: str, rootfs: Path, tmp_path: Path, tiny_disk: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GREENROOM_GVISOR_CONTROL", way)
+    counter = python_class(rootfs)
+    async with opened(tmp_path / "state") as backend:
+        running = await backend.start(counter, identity("unlucky"))
+        await get(running.endpoint, "/inc")
+        for frozen in (False, True):
+            if frozen:
+                await backend.freeze(running.sid)
+            with pytest.raises(ResourceExhausted) as caught:
+                await backend.checkpoint(running.sid, tiny_disk)
+            assert caught.value.reason == "DISK_FULL"
+            assert list(tiny_disk.iterdir()) == []
+            assert (await get(running.endpoint, "/info"))["ram"] == 1
+        await backend.checkpoint(running.sid, image)
+        await backend.destroy(running.sid)
+        woken = await backend.restore(counter, identity("unlucky"), image, "unlucky")
+        assert (await get(woken.endpoint, "/inc"))["ram"] == 2
+
+
+async def test_cancelled_checkpoint_leaves_the_actor_running(
+    backend: GvisorBackend, counter: SandboxClass, image: Path
+) -> None:
+    running = await backend.start(counter, identity("hasty"))
+    await get(running.endpoint, "/inc")
+    for delay_s in (0.0, 0.0005, 0.003, 0.01, 0.02):
+        task = asyncio.create_task(backend.checkpoint(running.sid, image))
+        await asyncio.sleep(delay_s)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert list(image.iterdir()) == []
+        assert (await get(running.endpoint))["ram"] == 1
+
+
+async def test_checkpoint_while_a_command_runs(backend: GvisorBackend, counter: SandboxClass, image: Path) -> None:
+    running = await backend.start(counter, identity("watched"))
+    await get(running.endpoint, "/inc")
+    session = await backend.exec(running.sid, ExecSpec(argv=("python3", "-c", "input()")))
+    try:
+        await backend.checkpoint(running.sid, image)
+    except GreenroomError:
+        assert (await get(running.endpoint, "/inc"))["ram"] == 2
+        assert await run(session, b"line\n") == (0, b"", b"")
+    await backend.thaw(running.sid)
+    assert (await get(running.endpoint, "/info"))["ram"] >= 1
+
+
+async def test_only_an_empty_directory_is_written_to(
+    backend: GvisorBackend, counter: SandboxClass, image: Path
+) -> None:
+    running = await backend.start(counter, identity("tidy"))
+    (image / "precious").write_text("mine")
+    for place in (image, image / "absent"):
+        with pytest.raises(InvalidArgument):
+            await backend.checkpoint(running.sid, place)
+    assert (image / "precious").read_text() == "mine"
+    assert (await get(running.endpoint))["ram"] == 0
+
+
+async def test_damaged_snapshots_are_refused_and_leave_nothing(
+    backend: GvisorBackend, counter: SandboxClass, image: Path, tmp_path: Path
+) -> None:
+    running = await backend.start(counter, identity("fragile"))
+    await get(running.endpoint)
+    await backend.checkpoint(running.sid, image)
+    await backend.destroy(running.sid)
+    for name in ("checkpoint.img", "pages_meta.img", "pages.img"):
+        whole = (image / name).read_bytes()
+        for damaged in (whole[: len(whole) // 2], b""):
+            (image / name).write_bytes(damaged)
+            with pytest.raises(DataLoss):
+                await backend.restore(counter, identity("fragile"), image, "fragile")
+        (image / name).unlink()
+        with pytest.raises(DataLoss):
+            await backend.restore(counter, identity("fragile"), image, "fragile")
+        (image / name).write_bytes(whole)
+    woken = await backend.restore(counter, identity("fragile"), image, "fragile")
+    await get(woken.endpoint)
+    await backend.destroy(woken.sid)
+    async with asyncio.timeout(READY_TIMEOUT_S):
+        while any((tmp_path / "state/sandboxes").iterdir()):
+            await asyncio.sleep(0.01)
+
+
+async def test_killed_sandbox_is_noticed_everywhere(backend: GvisorBackend, counter: SandboxClass, image: Path) -> None:
+    running = await backend.start(counter, identity("victim"))
+    await get(running.endpoint)
+    session = await backend.exec(running.sid, ExecSpec(argv=("python3", "-c", "input()")))
+    waiting = asyncio.create_task(backend.wait(running.sid))
+    os.kill(pid_of(backend, running.sid), signal.SIGKILL)
+    async with asyncio.timeout(READY_TIMEOUT_S):
+        assert await waiting == 137
+        assert await session.wait() == 137
+    for call in (backend.freeze(running.sid), backend.stats(running.sid), backend.checkpoint(running.sid, image)):
+        with pytest.raises(GreenroomError) as caught:
+            await call
+        assert caught.value.reason == "SANDBOX_GONE"
+    assert list(image.iterdir()) == []
+
+
+async def test_killed_warm_sandbox_is_not_used(backend: GvisorBackend, counter: SandboxClass) -> None:
+    await backend.warm(counter)
+    (box,) = backend._warm[counter.digest]
+    os.kill(box.record.pid, signal.SIGKILL)
+    assert box.process is not None
+    await box.process.ended()
+    running = await backend.start(counter, identity("careful"))
+    assert not running.warm
+    await get(running.endpoint)
+
+
+@pytest.mark.parametrize("recorded", [BoxState.FREEZING, BoxState.THAWING])
+@pytest.mark.parametrize("frozen", [False, True])
+async def test_agent_that_died_while_freezing_or_thawing(
+    rootfs: Path, tmp_path: Path, recorded: BoxState, frozen: bool
+) -> None:
+    """Whichever happened before the death, the sandbox is found as it is and goes on."""
+    old = GvisorBackend()
+    await old.open(tmp_path, "test")
+    await old.reconcile()
+    running = await old.start(python_class(rootfs), identity("torn"))
+    await get(running.endpoint, "/inc")
+    if frozen:
+        await old.freeze(running.sid)
+    old._boxes[running.sid].save(recorded)
+
+    new = GvisorBackend()
+    await new.open(tmp_path, "test")
+    (found,) = await new.reconcile()
+    assert found.state is (ResidentState.FROZEN if frozen else ResidentState.RUNNING)
+    await new.thaw(running.sid)
+    assert (await get(running.endpoint, "/inc"))["ram"] == 2
+    await new.freeze(running.sid)
+    await new.thaw(running.sid)
+    assert (await get(running.endpoint, "/inc"))["ram"] == 3
+    await new.close(keep_running=False)
+
+
+async def test_half_made_sandboxes_are_removed(rootfs: Path, tmp_path: Path) -> None:
+    old = GvisorBackend()
+    await old.open(tmp_path, "test")
+    await old.reconcile()
+    running = await old.start(python_class(rootfs), identity("half"))
+    old._boxes[running.sid].save(BoxState.STARTING)
+    (tmp_path / "sandboxes" / "no-record").mkdir()
+    torn = tmp_path / "sandboxes" / ("f" * 32)
+    torn.mkdir()
+    (torn / "record.json").write_text("{")
+    reused = tmp_path / "sandboxes" / ("e" * 32)
+    reused.mkdir()
+    record = read_record(tmp_path / "sandboxes" / running.sid)
+    assert record is not None
+    other = msgspec.structs.replace(record, sid="e" * 32, pid=os.getpid(), started=1, device="", gofer_pid=0)
+    (reused / "record.json").write_bytes(msgspec.json.encode(other))
+
+    new = GvisorBackend()
+    await new.open(tmp_path, "test")
+    assert await new.reconcile() == []
+    assert list((tmp_path / "sandboxes").iterdir()) == []
+    await new.close(keep_running=False)
+
+
+async def test_unusable_runsc_is_named_by_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runsc that says the right version but can do nothing fails the self-test, in both ways of speaking to it."""
+    impostor = tmp_path / "runsc"
+    impostor.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "runsc version 20990101.0" && exit\nexit 3\n')
+    impostor.chmod(0o755)
+    monkeypatch.setenv("GREENROOM_RUNSC", str(impostor))
+    if os.geteuid() != 0:
+        pytest.skip("gVisor sandboxes need root")
+    backend = GvisorBackend()
+    assert (await backend.probe()).available
+    with pytest.raises(FailedPrecondition) as caught:
+        await backend.open(tmp_path / "state", "test")
+    assert caught.value.reason == "SELF_TEST_FAILED"
+    assert "step 'create'" in caught.value.message
+    assert not Path("/run/netns", backend._network.path.name).exists()
+
+
+def pid_of(backend: GvisorBackend, sid: str) -> int:
+    return backend._boxes[sid].record.pid
