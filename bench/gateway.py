@@ -1,4 +1,4 @@
-"""What a request costs in the gateway: CPU time per request, requests per second, latency; and the way through a wake-up.
+"""What a request costs in the gateway: CPU time per request, requests per second, latency; and what a wake-up adds.
 
 Three processes: the gateway (measured), a server on a unix socket that plays the actor, and a raw client that keeps N
 connections busy. CPU is that of the gateway process alone, by its own clock, user and system.

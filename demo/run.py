@@ -1,16 +1,14 @@
 """The main job, watched: eight actors share two workers, sleep between requests, and lose nothing.
 
-Starts a server with two gVisor workers on a data directory of its own, builds an image from this machine's Python, applies
-a template, creates the actors, sends each three requests with a suspend between them, checks every count, and cleans up.
-Exit status 0 only if every count is right and nothing is left behind.
+Starts a server with two gVisor workers on a data directory of its own, builds an image from this machine's Python,
+applies a template, creates the actors, sends each three requests with a suspend between them, checks every count, and
+cleans up. Exit status 0 only if every count is right and nothing is left behind.
 """
 
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -20,24 +18,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.table import Table
 
 from greenroom import Actor
-from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
-from greenroom.api.client import Client
-from greenroom.core.errors import GreenroomError
 from greenroom.testing import counter_app
 from greenroom.testing.leftovers import leftovers
+from greenroom.testing.live import GREENROOM, LiveServer
 from greenroom.testing.python_image import build_python_image
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / ".tools" / "demo"
-GREENROOM = [sys.executable, "-m", "greenroom"]
-#: An idle machine takes two seconds; this bounds a broken one.
-START_TIMEOUT_S = 60
 TEMPLATE = """\
 apiVersion: greenroom.dev/v1alpha1
 kind: Template
@@ -61,7 +53,7 @@ class Result:
     name: str
     ram: int = 0
     file: int = 0
-    wakes: list[list[tuple[str, float]]] = field(default_factory=list)
+    wakes: list[tuple[tuple[str, float], ...]] = field(default_factory=list)
 
     def totals(self) -> list[float]:
         return sorted(sum(ms for _, ms in phases) for phases in self.wakes)
@@ -72,25 +64,19 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def server(backend: str) -> Iterator[Client]:
+def server(backend: str) -> Iterator[LiveServer]:
     """A server on the demo's data directory; ended, and its directory removed, however the demo ends."""
+    live = LiveServer(DATA / "data", backend=backend)
     if DATA.exists():
-        say("an earlier demo was cut short; its server is started once more so that it cleans up after itself")
-    (DATA / "data").mkdir(parents=True, exist_ok=True)
-    log = (DATA / "server.log").open("w")
-    up = [*GREENROOM, "up", f"--data={DATA / 'data'}", "--workers=2", "--slots=4", f"--backend={backend}"]
-    # A session of its own: Ctrl-C reaches the demo, which then ends the server in order.
-    process = subprocess.Popen([*up, "--listen=127.0.0.1:0"], stderr=log, stdout=log, start_new_session=True)
+        say("an earlier demo was cut short; this one takes over what it left and cleans up")
     try:
-        yield connect(process)
+        live.start()
+        yield live
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the cleaning up is not to be interrupted
-        process.send_signal(signal.SIGINT)
-        status = process.wait()
-        log.close()
-        if status:
-            say(f"the server ended with status {status}; its log ends:\n{tail()}")
-        left = leftovers(DATA)
+        if status := live.stop():
+            say(f"the server ended with status {status}; its log ends:\n{live.log_tail()}")
+        left = leftovers(live.data_dir)
         for item in left:
             say(f"left behind: {item}")
         if left:
@@ -98,55 +84,19 @@ def server(backend: str) -> Iterator[Client]:
         shutil.rmtree(DATA)
 
 
-def connect(process: subprocess.Popen[bytes]) -> Client:
-    address = f"unix:{DATA / 'data' / 'run' / 'api.sock'}"
-    os.environ["GREENROOM_SERVER"] = address
-    until = time.monotonic() + START_TIMEOUT_S
-    while True:
-        if process.poll() is not None:
-            sys.exit(f"demo: the server did not start:\n{tail()}")
-        client = Client(address)
-        try:
-            client.system.GetServerInfo(pb.GetServerInfoRequest())
-            return client
-        except GreenroomError:
-            client.close()
-            if time.monotonic() > until:
-                sys.exit(f"demo: the server does not answer:\n{tail()}")
-            time.sleep(0.05)
-
-
-def tail() -> str:
-    return "\n".join((DATA / "server.log").read_text().splitlines()[-15:])
-
-
-def request(client: Client, gateway: str, actor: str) -> tuple[dict[str, object], list[tuple[str, float]]]:
-    """One request through the gateway: the actor's answer, and the phases of the wake-up in ms."""
-    url = urlsplit(gateway)
-    assert url.hostname
-    connection = http.client.HTTPConnection(url.hostname, url.port, timeout=60)
-    try:
-        connection.request("GET", "/inc", headers={"Greenroom-Actor": f"default/{actor}"})
-        response = connection.getresponse()
-        body = response.read()
-        if response.status != 200:
-            raise SystemExit(f"demo: {actor} answered {response.status}: {body.decode(errors='replace')}")
-        timing = response.headers.get("Server-Timing", "")
-    finally:
-        connection.close()
-    items = [item.strip().partition(";dur=") for item in timing.split(",") if item]
-    return json.loads(body), [(name, float(ms)) for name, _, ms in items if name != "total"]
-
-
-def play(client: Client, actors: int, requests: int) -> list[Result]:
-    gateway = client.system.GetServerInfo(pb.GetServerInfoRequest()).gateway_url
+def play(live: LiveServer, actors: int, requests: int) -> list[Result]:
     results = [Result(f"counter-{n}") for n in range(1, actors + 1)]
-    handles = [Actor.create("counter", result.name) for result in results]
+    handles = [Actor.create("counter", result.name, server=live.address) for result in results]
     for turn in range(1, requests + 1):
         for handle, result in zip(handles, results, strict=True):
-            answer, phases = request(client, gateway, result.name)
-            result.ram, result.file = int(str(answer["ram"])), int(str(answer["file"]))
-            result.wakes.append(phases)
+            response = live.request(f"default/{result.name}")
+            if response.status != 200:
+                raise SystemExit(
+                    f"demo: {result.name} answered {response.status}: {response.body.decode(errors='replace')}"
+                )
+            answer = json.loads(response.body)
+            result.ram, result.file = answer["ram"], answer["file"]
+            result.wakes.append(response.phases)
             if answer["actor"] != result.name:
                 raise SystemExit(f"demo: asked {result.name}, but {answer['actor']} answered")
             if turn < requests:
@@ -185,17 +135,19 @@ def main() -> int:
     memory = options.backend != "process"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = time.monotonic()
-    with server(options.backend) as client:
-        say(f"server is up with 2 {options.backend} workers of 4 slots (log: {DATA / 'server.log'})")
+    with server(options.backend) as live:
+        say(f"server is up with 2 {options.backend} workers of 4 slots (log: {live.log_path})")
         image = build_python_image(DATA / "image", app=Path(counter_app.__file__))
         say("built an image from this machine's Python; applying the template (image, first boot, golden snapshot)")
         (DATA / "template.yaml").write_text(TEMPLATE.format(image=image))
-        subprocess.run([*GREENROOM, "apply", "-f", str(DATA / "template.yaml")], check=True)
-        results = play(client, options.actors, options.requests)
+        apply = [*GREENROOM, f"--server={live.address}", "apply", "-f", str(DATA / "template.yaml")]
+        subprocess.run(apply, check=True)
+        results = play(live, options.actors, options.requests)
         show(results, memory)
     right = all(r.file == options.requests and r.ram == (options.requests if memory else 1) for r in results)
     say(
-        f"{'every count is right' if right else 'A COUNT IS WRONG'}; nothing left behind; {time.monotonic() - started:.0f} s"
+        f"{'every count is right' if right else 'A COUNT IS WRONG'}; nothing left behind; {
+            time.monotonic() - started:.0f} s"
     )
     return 0 if right else 1
 

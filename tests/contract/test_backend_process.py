@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import importlib.util
 import os
@@ -18,12 +19,13 @@ import pytest
 
 import greenroom
 from greenroom.core.agentapi import ResidentState
-from greenroom.core.errors import FailedPrecondition, ResourceExhausted
+from greenroom.core.errors import FailedPrecondition, GreenroomError, ResourceExhausted
 from greenroom.sandbox.port import Backend, ExecSpec
 from greenroom.sandbox.process import ProcessBackend, backend
 from greenroom.sandbox.process.files import ARCHIVE
 from greenroom.testing.backend_conformance import (
     BackendConformance,
+    BackendTools,
     counter_class,
     counter_rootfs,
     digests,
@@ -34,9 +36,16 @@ NOBODY = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can do this to the machine")
 
 
-class Process(BackendConformance):
-    __test__ = False
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True)
 
+
+def _first_line(fifo: Path) -> bytes:
+    with open(fifo, "rb") as log:
+        return log.readline()
+
+
+class Tools(BackendTools):
     async def make_backend(self) -> Backend:
         return ProcessBackend()
 
@@ -48,20 +57,17 @@ class Process(BackendConformance):
         return out.decode().strip()
 
 
-class TestProcessBackend(Process):
-    __test__ = True
+class TestProcessBackend(Tools, BackendConformance):
+    pass
 
 
-class TestFiles(Process):
+class TestFiles(Tools):
     """What a snapshot of files keeps."""
-
-    __test__ = True
 
     async def test_removed_and_replaced_files_stay_so(self, tmp_path: Path) -> None:
         cls, owner = counter_class(counter_rootfs()), identity()
         change = (
             "import os, shutil; os.remove('/etc/hosts'); shutil.rmtree('/var/tmp'); os.mkdir('/var/tmp');"
-            "shutil.rmtree('/usr/lib/python3.11/json' if 0 else '/srv', ignore_errors=True);"
             "open('/root/x', 'w').write('mine'); os.chmod('/root/x', 0); os.link('/root/x', '/root/y')"
         )
         look = (
@@ -86,13 +92,11 @@ class TestFiles(Process):
         with tarfile.open(source / ARCHIVE, "w") as archive:
             archive.add(tree, ".")
         async with self.opened() as (backend, _, _):
-            with pytest.raises(Exception, match=r"."):
-                running = await backend.restore(counter_class(counter_rootfs()), identity(), source, "x")
-                await self.ask(running.endpoint, identity())
-                raise ResourceExhausted("it starts all the same, over its own files")
+            with contextlib.suppress(GreenroomError):  # it may start or not, but only over its own files
+                await backend.restore(counter_class(counter_rootfs()), identity(), source, "x")
         assert list(outside.iterdir()) == []
 
-    async def test_files_without_their_image_dir_are_owned_as_before(self, tmp_path: Path) -> None:
+    async def test_a_user_and_its_files(self, tmp_path: Path) -> None:
         cls = msgspec.structs.replace(counter_class(counter_rootfs()), uid=1234, gid=1235)
         async with self.opened() as (backend, _, _):
             running = await backend.start(cls, identity())
@@ -107,9 +111,7 @@ class TestFiles(Process):
             assert owner == "1234 1235"
 
 
-class TestStopping(Process):
-    __test__ = True
-
+class TestStopping(Tools):
     async def test_a_program_that_ignores_the_signal_is_killed(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -119,8 +121,7 @@ class TestStopping(Process):
         async with self.opened() as (process, _, _):
             running = await process.start(cls, identity())
             assert running.log_fifo is not None
-            with open(running.log_fifo, "rb") as log:
-                assert b"listens" in await asyncio.to_thread(log.readline)
+            assert b"listens" in await asyncio.to_thread(_first_line, running.log_fifo)
             phases = await process.checkpoint(running.sid, tmp_path)
             assert phases[0].seconds >= 0.2
             assert digests(tmp_path)
@@ -154,7 +155,7 @@ class TestStopping(Process):
     @needs_root
     async def test_full_disk_leaves_it_running(self, tmp_path: Path) -> None:
         cls, owner = counter_class(counter_rootfs()), identity()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], check=True)
+        await asyncio.to_thread(_run, "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path))
         try:
             async with self.opened() as (backend, _, _):
                 running = await backend.start(cls, owner)
@@ -166,7 +167,7 @@ class TestStopping(Process):
                 assert list(tmp_path.iterdir()) == []
                 assert (await self.ask(running.endpoint, owner, "/")).file == 2
         finally:
-            subprocess.run(["umount", str(tmp_path)], check=True)
+            await asyncio.to_thread(_run, "umount", str(tmp_path))
 
     async def test_cancelled_checkpoint_leaves_it_running(self, tmp_path: Path) -> None:
         cls, owner = counter_class(counter_rootfs()), identity()
@@ -179,19 +180,17 @@ class TestStopping(Process):
                 task = asyncio.create_task(backend.checkpoint(running.sid, dest))
                 await asyncio.sleep(delay)
                 task.cancel()
-                done = not (await asyncio.gather(task, return_exceptions=True))[0]
-                if isinstance(task.exception() if not task.cancelled() else None, BaseException) or task.cancelled():
+                await asyncio.wait([task])
+                if task.cancelled():
                     assert digests(dest) == {}
                 else:
-                    assert not done
+                    assert digests(dest)
                     await backend.thaw(running.sid)
                 assert (await self.ask(running.endpoint, owner)).file == times
 
 
-class TestHostIsOutOfReach(Process):
+class TestHostIsOutOfReach(Tools):
     """No security boundary, but the actor's root must not change the machine by accident."""
-
-    __test__ = True
 
     @pytest.mark.parametrize(
         "attempt",
@@ -204,12 +203,26 @@ class TestHostIsOutOfReach(Process):
             "os.sethostname('x') if hasattr(os, 'sethostname') else socket.sethostname('x')",
         ],
     )
-    async def test_refused(self, attempt: str) -> None:
-        script = f"import os, socket\ntry:\n    {attempt}\nexcept OSError as e:\n    print(e.errno)\nelse:\n    print('done')"
-        async with self.opened() as (backend, _, _):
-            running = await backend.start(counter_class(counter_rootfs()), identity())
-            said = await self.python(backend, running.sid, script)
+    @pytest.mark.parametrize("mode", ["user", pytest.param("plain", marks=needs_root)])
+    async def test_refused(self, attempt: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(backend, "_modes", lambda: [mode])
+        script = f"import os, socket\ntry:\n    {attempt}\n    print('done')\nexcept OSError as e:\n    print(e.errno)"
+        async with self.opened() as (process, _, _):
+            running = await process.start(counter_class(counter_rootfs()), identity())
+            said = await self.python(process, running.sid, script)
             assert said in {str(number) for number in (errno.EROFS, errno.EPERM, errno.EACCES)}
+
+    @needs_root
+    async def test_root_without_user_namespaces(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(backend, "_modes", lambda: ["plain"])
+        cls, owner = msgspec.structs.replace(counter_class(counter_rootfs()), uid=NOBODY, gid=NOBODY), identity()
+        async with self.opened() as (process, _, _):
+            running = await process.start(cls, owner)
+            await self.ask(running.endpoint, owner, "/")
+            assert await self.python(process, running.sid, "import os; print(os.getuid())") == str(NOBODY)
+            await process.checkpoint(running.sid, tmp_path)
+            again = await process.restore(cls, owner, tmp_path, owner.hostname)
+            assert (await self.ask(again.endpoint, owner, "/")).file == 2
 
     async def test_sees_only_itself(self) -> None:
         look = "import os; print(sorted(int(p) for p in os.listdir('/proc') if p.isdecimal())[:2], os.listdir('/tmp'))"

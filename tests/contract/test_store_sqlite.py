@@ -155,18 +155,22 @@ async def test_one_that_goes_wrong_in_the_middle_of_its_writes_fails_alone(tmp_p
     store = await SqliteStore.open(tmp_path)
     world = await World(store).setup()
     keys = [await world.create(f"a{i}") for i in range(3)]
-    ops = [await world.begin(BeginResume, key) for key in keys]
-    # A hand-made change while the store runs: the actor's row is written, then the operation's fails.
+    for key in keys:
+        await world.do(BeginResume, key)
+    ops = [await world.begin(BeginSuspend, key) for key in keys]
+    # A hand-made change while the store runs: snapshot, slot and actor are written, then the operation fails.
     shell = apsw.Connection(str(database(tmp_path)))
     shell.set_busy_timeout(5000)
     fails = "BEGIN SELECT raise(ABORT, 'not this one'); END"
     shell.execute(f"CREATE TRIGGER no BEFORE UPDATE ON operations WHEN new.pk = '{ops[1].id}' {fails}")
     results = await asyncio.gather(*(store.apply(world.finish_command(op)) for op in ops), return_exceptions=True)
     assert isinstance(results[1], Internal) and "not this one" in results[1].message
-    assert [(await world.actor(key)).state for key in keys] == ["Running", "Resuming", "Running"]
+    assert [(await world.actor(key)).state for key in keys] == ["Suspended", "Suspending", "Suspended"]
+    await audit(store)
     shell.execute("DROP TRIGGER no")
     shell.close()
     await world.finish(ops[1])
+    assert [w.used for w in await store.list(Worker)] == [0, 0]
     await store.close()
 
 
@@ -321,7 +325,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     where.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "greenroom-test", where], check=True)
     yield where
-    subprocess.run(["umount", where], check=True)
+    subprocess.run(["umount", "--lazy", where], check=True)  # a test that failed may hold a file open
 
 
 @pytest.mark.root

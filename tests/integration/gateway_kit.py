@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from greenroom.core.errors import NotFound
 from greenroom.core.records import Endpoint, Key, PhaseTime
@@ -230,3 +231,11 @@ class Client:
     async def eof(self) -> bytes:
         """What still comes until the gateway closes; fails on a reset."""
         return await self.reader.read()
+
+
+async def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> Any:
+    """Turns the loop until the condition holds, for what nothing announces; returns what it came to."""
+    async with asyncio.timeout(timeout_s):
+        while not (value := condition()):  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+    return value

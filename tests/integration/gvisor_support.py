@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,13 @@ async def get(endpoint: Endpoint, path: str = "/info") -> Any:
                 continue
             with sock:
                 return json.loads(await request(sock, path))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Waits for what nobody announces."""
+    async with asyncio.timeout(READY_TIMEOUT_S):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
 
 
 async def run(session: ExecSession, stdin: bytes = b"") -> tuple[int, bytes, bytes]:

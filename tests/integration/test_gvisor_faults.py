@@ -1,4 +1,4 @@
-"""What gVisor sandboxes do when something fails: a full disk, a damaged snapshot, a killed process, a cancelled call."""
+"""When something fails: a full disk, a damaged snapshot, a killed process, a cancelled call. With real sandboxes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from gvisor_support import (
     run,
     skip_unless_possible,
     unmount,
+    until,
 )
 
 from greenroom.core.agentapi import ResidentState
@@ -103,17 +104,40 @@ async def test_cancelled_checkpoint_leaves_the_actor_running(
         assert (await get(running.endpoint))["ram"] == 1
 
 
-async def test_checkpoint_while_a_command_runs(backend: GvisorBackend, counter: SandboxClass, image: Path) -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+async def test_checkpoint_ends_commands_so_that_its_image_can_be_restored(
+    backend: GvisorBackend, counter: SandboxClass, image: Path, frozen: bool
+) -> None:
     running = await backend.start(counter, identity("watched"))
     await get(running.endpoint, "/inc")
     session = await backend.exec(running.sid, ExecSpec(argv=("python3", "-c", "input()")))
-    try:
+    if frozen:
+        await backend.freeze(running.sid)
+        with pytest.raises(FailedPrecondition, match="frozen"):
+            await backend.exec(running.sid, ExecSpec(argv=("python3",)))
+    await backend.checkpoint(running.sid, image)
+    assert await session.wait() == 137
+    woken = await backend.restore(counter, identity("watched"), image, "watched")
+    assert (await get(woken.endpoint, "/inc"))["ram"] == 2
+
+
+async def test_command_that_left_a_child_behind_forbids_a_checkpoint(
+    backend: GvisorBackend, counter: SandboxClass, image: Path
+) -> None:
+    running = await backend.start(counter, identity("parent"))
+    await get(running.endpoint, "/inc")
+    fork = "import os\nif os.fork() == 0: input()"
+    session = await backend.exec(running.sid, ExecSpec(argv=("python3", "-c", fork)))
+    assert await session.wait() == 0
+    with pytest.raises(FailedPrecondition) as caught:
         await backend.checkpoint(running.sid, image)
-    except GreenroomError:
-        assert (await get(running.endpoint, "/inc"))["ram"] == 2
-        assert await run(session, b"line\n") == (0, b"", b"")
-    await backend.thaw(running.sid)
-    assert (await get(running.endpoint, "/info"))["ram"] >= 1
+    assert caught.value.reason == "EXEC_ACTIVE"
+    assert list(image.iterdir()) == []
+    assert (await get(running.endpoint, "/inc"))["ram"] == 2
+    assert (await run(session, b"end\n"))[0] == 0
+    await backend.checkpoint(running.sid, image)
+    woken = await backend.restore(counter, identity("parent"), image, "parent")
+    assert (await get(woken.endpoint, "/inc"))["ram"] == 3
 
 
 async def test_only_an_empty_directory_is_written_to(
@@ -148,9 +172,7 @@ async def test_damaged_snapshots_are_refused_and_leave_nothing(
     woken = await backend.restore(counter, identity("fragile"), image, "fragile")
     await get(woken.endpoint)
     await backend.destroy(woken.sid)
-    async with asyncio.timeout(READY_TIMEOUT_S):
-        while any((tmp_path / "state/sandboxes").iterdir()):
-            await asyncio.sleep(0.01)
+    await until(lambda: not any((tmp_path / "state/sandboxes").iterdir()))
 
 
 async def test_killed_sandbox_is_noticed_everywhere(backend: GvisorBackend, counter: SandboxClass, image: Path) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
@@ -66,6 +68,7 @@ class FakeControl:
         self.kills = asyncio.Event()
         self.started = asyncio.Event()
         self.explode = False
+        self._sessions: list[FakeExec] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._ids = itertools.count(1)
 
@@ -290,6 +293,7 @@ class FakeControl:
                 *argv,
                 env={"PATH": "/usr/bin:/bin", "ACTOR": key.name, **(env or {})},
                 cwd=cwd or None,
+                start_new_session=True,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
@@ -298,7 +302,8 @@ class FakeControl:
             raise FailedPrecondition(f"the image has no command {argv[0]!r}", reason="COMMAND_NOT_FOUND") from None
         if "sleep" in argv[-1]:
             self.started.set()
-        return FakeExec(process, tuple(argv), timeout_s, self._kill)
+        self._sessions.append(FakeExec(process, tuple(argv), timeout_s, self._kill))
+        return self._sessions[-1]
 
     async def logs(self, key: Key, *, tail_lines: int = -1, follow: bool = False) -> AsyncIterator[bytes]:
         await self.store.get(Actor, str(key))
@@ -342,6 +347,8 @@ class FakeControl:
         )
 
     async def close(self) -> None:
+        for session in self._sessions:
+            await session.kill()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -424,13 +431,13 @@ class FakeExec:
     async def kill(self) -> None:
         self._kill()
         await self._process.wait()
-        transport = self._process._transport  # type: ignore[attr-defined]  # a killed child's pipes may be held by others
-        transport.close()
+        # A pipe that nobody reads to its end would outlive the loop.
+        self._process._transport.close()  # type: ignore[attr-defined]
 
     def _kill(self) -> None:
         if self._process.returncode is None:
             self._on_kill(self._argv)
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
 # --- a real server in front of it -------------------------------------------------------------------------------

@@ -489,8 +489,8 @@ def _source(view: View, actor: Actor) -> Snapshot | None:
 def _check_not_held(actor: Actor, template: Template) -> None:
     if template.spec.on_crash is OnCrash.HOLD:
         raise FailedPrecondition(
-            f"actor {actor.key} crashed ({actor.reason}: {actor.message}) and what it did since {actor.unsaved_since} is "
-            f"lost; `greenroom resume actor {actor.name} -n {actor.namespace}` goes back to its last snapshot",
+            f"actor {actor.key} crashed ({actor.reason}: {actor.message}) and what it did since {actor.unsaved_since} "
+            f"is lost; `greenroom resume actor {actor.name} -n {actor.namespace}` goes back to its last snapshot",
             reason="ACTOR_CRASHED",
             metadata={"unsaved_since": str(actor.unsaved_since)},
         )

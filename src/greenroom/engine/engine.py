@@ -186,7 +186,7 @@ class Engine:
         """Begins a resume as soon as it can be begun, and drives it to its end."""
         until = asyncio.get_running_loop().time() + self.config.capacity_wait_s
         phases = Phases()
-        pool, waited = "", False
+        waited = await self._wait_behind(key, until)
         while True:
             try:
                 change = await self._begin_resume(key, request_id, cause)
@@ -198,10 +198,12 @@ class Engine:
             except ResourceExhausted as full:
                 if full.reason != "NO_CAPACITY":
                     raise
-                pool = pool or await self._pool_of(key)
-                await self._queue(pool).wait(again=waited, until=until)
+                queue = self._queue((await self._template_of(key)).spec.pool)
+                await queue.wait(again=waited, until=until)
                 waited = True
                 phases.end("capacity")
+        if waited:
+            self.slot_freed()  # there may be a second free slot; if not, the next one goes back to the front
         if change.outcome is Outcome.JOINED:
             assert change.operation is not None
             return await self._join(change.operation)
@@ -225,10 +227,19 @@ class Engine:
             )
         )
 
-    async def _pool_of(self, key: Key) -> str:
+    async def _wait_behind(self, key: Key, until: float) -> bool:
+        """Lets those who wait for a slot in the same pool go first; True when there were any."""
+        if not any(map(len, self._queues.values())):
+            return False
+        queue = self._queue((await self._template_of(key)).spec.pool)
+        if not len(queue) or (await self.store.get(Actor, str(key))).state is ActorState.PAUSED:
+            return False  # a paused actor has its slot
+        await queue.wait(again=False, until=until)
+        return True
+
+    async def _template_of(self, key: Key) -> Template:
         actor = await self.store.get(Actor, str(key))
-        template = await self.store.get(Template, f"{key.namespace}/{actor.template}")
-        return template.spec.pool
+        return await self.store.get(Template, f"{key.namespace}/{actor.template}")
 
     def _queue(self, pool: str) -> CapacityQueue:
         if pool not in self._queues:

@@ -1,7 +1,8 @@
 """Where a message's body ends, and how it is framed anew. Pure.
 
-A decoder takes what arrived and gives the payload; what lies behind the body's end is in ``rest``. Nothing of the sender's
-framing goes on: chunk extensions are dropped and chunks are cut anew, so what the next reader sees is what was decided here.
+A decoder takes what arrived and gives the payload; what lies behind the body's end is in ``rest``. Nothing of the
+sender's framing goes on: chunk extensions are dropped and chunks are cut anew, so what the next reader sees is what was
+decided here.
 
 Source: RFC 9112 sections 6 and 7.1.
 """
@@ -18,6 +19,8 @@ MAX_CHUNK_LINE: Final = 256
 MAX_TRAILER_BYTES: Final = 8192
 # 15 hex digits: 1 EiB, and no overflow anywhere.
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+
+_SMALL_SIZES = {form % size: size for size in range(1, 256) for form in (b"%x", b"%X")}
 
 # Where a chunked body is, when not inside a chunk's payload (then: the bytes left of it).
 _SIZE_LINE: Final = 0
@@ -62,6 +65,20 @@ class UntilCloseBody:
         return data
 
 
+def _small_chunks(data: bytes, here: int, payload: list[bytes]) -> int:
+    """Takes chunks of up to 255 bytes that are there in whole, from the end of one (``here``) to the end of another. Only
+    for speed: a sender may cut its body into a great many, and the event loop waits."""
+    size = len(data)
+    while data.startswith(b"\r\n", here):
+        end = data.find(b"\r\n", here + 2, here + 6)
+        length = _SMALL_SIZES.get(data[here + 2 : end]) if end > 0 else None
+        if length is None or end + 2 + length > size:
+            break
+        here = end + 2 + length
+        payload.append(data[end + 2 : here])
+    return here
+
+
 class ChunkedBody:
     """Chunks, read strictly: lines end in CR LF, sizes are hexadecimal digits and nothing else."""
 
@@ -94,6 +111,8 @@ class ChunkedBody:
             elif self._at == _TRAILERS:
                 here = self._trailer_section(data, here)
             else:
+                if self._at == _CHUNK_END:
+                    here = _small_chunks(data, here, payload)
                 here = self._size_line(data, here)
         if self.done:
             self.rest = data[here:]

@@ -35,8 +35,8 @@ class ClientConnection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_advancing", "_body", "_inbox", "_linger_bytes", "_lingering", "_reading_paused", "_tunnel", "_unsent", "body_paused",
-        "deadline", "exchange", "gateway", "peer", "transport", "write_paused",
+        "_advancing", "_body", "_inbox", "_linger_bytes", "_lingering", "_reading_paused", "_tunnel", "_unsent",
+        "body_paused", "deadline", "exchange", "gateway", "peer", "transport", "write_paused",
     )  # fmt: skip
     transport: asyncio.Transport
 

@@ -52,13 +52,15 @@ class BadGateway(GreenroomError):
 
 
 class Exchange:
-    """Implements `greenroom.gateway.upstream.ResponseSink`. The client connection calls ``request_data``, ``request_end``,
-    ``start`` and ``abandon``; every exchange ends with exactly one ``client.exchange_done`` unless it was abandoned."""
+    """Implements `greenroom.gateway.upstream.ResponseSink`. The client connection calls ``start``, ``request_data`` and
+    ``request_end`` (before or after ``start``), and ``abandon``; every exchange ends with exactly one
+    ``client.exchange_done``, and with the binding released."""
 
     __slots__ = (
-        "_binding", "_body_sent", "_chunked", "_connection", "_delimited", "_done", "_fresh_only", "_keep_alive", "_obtained", "_out",
-        "_pending", "_pending_bytes", "_request_end", "_responding", "_rewakes", "_status", "_task", "_tunnel_eofs",
-        "_wake", "client", "first_byte", "gateway", "method", "request", "request_complete", "route", "started", "upgrade",
+        "_binding", "_body_sent", "_chunked", "_connection", "_delimited", "_done", "_fresh_only", "_hold_left_s",
+        "_keep_alive", "_obtained", "_out", "_pending", "_pending_bytes", "_request_end", "_responding", "_rewakes",
+        "_status", "_task", "_tunnel_eofs", "_wake", "client", "first_byte", "gateway", "method", "request",
+        "request_complete", "route", "started", "upgrade",
     )  # fmt: skip
 
     def __init__(self, client: ClientConnection, request: RequestHead, route: Route, started: float) -> None:
@@ -77,6 +79,7 @@ class Exchange:
         self._task: asyncio.Task[None] | None = None
         self._wake: Wake | None = None
         self._obtained = 0.0
+        self._hold_left_s = self.gateway.limits.hold_s
         #: Payload of the request that could not be sent yet.
         self._pending: list[bytes] = []
         self._pending_bytes = 0
@@ -157,7 +160,8 @@ class Exchange:
                 elif reresolved:
                     port = f"port {self.route.port}" if self.route.port else "its port"
                     raise BadGateway(
-                        f"actor {self.route.key} runs but takes no connection on {port} ({e}); does its server listen there?",
+                        f"actor {self.route.key} runs but takes no connection on {port} ({e}); "
+                        "does its server listen there?",
                         reason="CONNECT_FAILED",
                     ) from e
                 else:
@@ -173,17 +177,20 @@ class Exchange:
         """Holds the request until its actor runs."""
         gateway, key = self.gateway, self.route.key
         gateway.hold(key)
+        since = time.perf_counter()
         try:
-            async with asyncio.timeout(self.started + gateway.limits.hold_s - time.perf_counter()):
+            async with asyncio.timeout(self._hold_left_s):
                 wake = await gateway.waker.wake(key)
         except TimeoutError as e:
             raise DeadlineExceeded(
-                f"actor {key} was not running after {gateway.limits.hold_s:g} s; its operation goes on: try again later",
+                f"actor {key} was not running after {gateway.limits.hold_s:g} s; its operation goes on: "
+                "try again later",
                 reason="HOLD_TIMEOUT",
             ) from e
         finally:
             gateway.unhold(key)
-        self._obtained = time.perf_counter()
+            self._obtained = time.perf_counter()
+            self._hold_left_s -= self._obtained - since
         if wake.operation_id:
             self._wake = wake
         return wake.binding
@@ -428,6 +435,7 @@ class Exchange:
             self.client.cut_off(hard=not self._delimited)
             self._finish(None)
             return
+        self._out.clear()
         self._status = refusal.status
         keep_alive = self.request.keep_alive and self.request_complete and not self.gateway.closing
         self.client.transport.write(refusal.render(head_only=self.method == b"HEAD", keep_alive=keep_alive))

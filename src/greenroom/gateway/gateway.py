@@ -86,14 +86,17 @@ class Gateway:
         """Listens; ``port`` 0 takes any free one. May be called for several addresses.
 
         Raises:
-            FailedPrecondition: reason ``PORT_IN_USE``.
+            FailedPrecondition: reason ``PORT_IN_USE``, or ``CAN_NOT_LISTEN`` for any other cause.
         """
         loop = asyncio.get_running_loop()
         try:
             server = await loop.create_server(lambda: ClientConnection(self), host, port, backlog=_BACKLOG)
         except OSError as e:
             if e.errno != errno.EADDRINUSE:
-                raise
+                raise FailedPrecondition(
+                    f"can't listen on port {port} of {host}: {e.strerror}; choose another address",
+                    reason="CAN_NOT_LISTEN",
+                ) from e
             raise FailedPrecondition(
                 f"port {port} of {host} is in use by another program: stop that, or let the gateway listen on another "
                 "port (0 takes any that is free)",

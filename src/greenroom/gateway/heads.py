@@ -1,10 +1,10 @@
 """Message heads: read strictly, judged, and written anew. Pure.
 
-A head goes through httptools (llhttp) whole, from its first byte to the empty line, and never goes on as it came: what is
-sent further is put together from the parsed fields, so a reader behind the gateway can't see another message than the
-gateway saw. llhttp is strict by default: each leniency (bare LF, folded lines, length and chunked together, spaces in
-chunk sizes ...) has to be asked for with ``set_dangerous_leniencies``, which is never done here. What it lets pass though
-a proxy should not (other protocols' names, version 2.0, control characters in a reason phrase), is refused here.
+A head goes through httptools (llhttp) whole, from its first byte to the empty line, and never goes on as it came: what
+is sent further is put together from the parsed fields, so a reader behind the gateway can't see another message than
+the gateway saw. llhttp is strict by default: each leniency (bare LF, folded lines, length and chunked together, ...)
+has to be asked for with ``set_dangerous_leniencies``, which is never done here. What it lets pass though a proxy should
+not (other protocols' names, version 2.0, control characters in a reason phrase), is refused or replaced here.
 
 Source: RFC 9110 section 7 (forwarding), RFC 9112 sections 2, 3, 6 and 11; llhttp's README on lenient flags.
 """
@@ -31,7 +31,8 @@ SAFE: Final = frozenset((b"GET", b"HEAD", b"OPTIONS"))
 
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _CONTROL = re.compile(rb"[^\t\x20-\x7e\x80-\xff]")
-_ABSOLUTE = re.compile(rb"https?://([^/?#@]+)([^#]*)", re.IGNORECASE)
+_ABSOLUTE = re.compile(rb"https?://([^/?#@]+)((?:[/?][^#]*)?)", re.IGNORECASE)
+_VERSION = re.compile(rb" HTTP/[0-9]\.[0-9]")
 _VERSIONS: Final = (b" HTTP/1.1", b" HTTP/1.0")
 #: Reserved for the gateway in both directions; underscores too, since CGI and WSGI read them as hyphens.
 _OWN_PREFIX: Final = b"greenroom-"
@@ -137,7 +138,7 @@ def parse_request(head: bytes) -> RequestHead:
     eol = head.find(b"\r\n")
     version = head[eol - 9 : eol]
     if version not in _VERSIONS:
-        raise BadMessage("the gateway speaks HTTP/1.1 and HTTP/1.0", status=505 if b" HTTP/" in head[:eol] else 400)
+        raise BadMessage("the gateway speaks HTTP/1.1 and HTTP/1.0", status=505 if _VERSION.fullmatch(version) else 400)
     parsed, parser = _parse(HttpRequestParser, head)
     request = RequestHead()
     request.method = parser.get_method()
@@ -235,8 +236,8 @@ def _set_target(request: RequestHead, target: bytes, host: bytes | None) -> None
 
 
 def forward_request(request: RequestHead, key: Key, domain: str, peer: bytes, trust_forwarded: bool) -> bytes:
-    """The head as the actor gets it. ``peer`` is the client's address; ``trust_forwarded``: the client is a proxy of ours,
-    whose X-Forwarded fields are kept (and the peer appended)."""
+    """The head as the actor gets it. ``peer`` is the client's address; ``trust_forwarded``: the client is a proxy of
+    ours, whose X-Forwarded fields are kept (and the peer appended)."""
     said = request.forwarded if trust_forwarded else {}
     host = request.host or f"{key.name}.{key.namespace}.{domain}".encode()
     came_for = said.get(b"x-forwarded-for")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from greenroom.gateway.heads import HEAD_END
+
+_EMPTY_LINES = re.compile(rb"(?:\r\n)*")
 
 
 class HeadTooLarge(Exception):
@@ -39,7 +43,7 @@ class Inbox:
         """
         data = self._data
         if data[:2] == b"\r\n":
-            self._data = data = data.lstrip(b"\r\n")
+            self._data = data = data[_EMPTY_LINES.match(data).end() :]  # type: ignore[union-attr]
             self._searched = 0
         end = data.find(HEAD_END, self._searched)
         if end < 0 or end + 4 > limit:

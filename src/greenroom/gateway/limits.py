@@ -33,8 +33,8 @@ class Limits:
     connections_per_actor: int = 1024
     #: Idle connections kept per actor and port: enough for a browser or two.
     idle_connections_per_actor: int = 32
-    #: Idle connections to an actor are closed after this long: below the keep-alive time of uvicorn, Node and Go servers
-    #: (5 s and more), so that they rarely close one while a request is on its way.
+    #: Idle connections to an actor are closed after this long: below the keep-alive time of uvicorn, Node and Go
+    #: servers (5 s and more), so that they rarely close one while a request is on its way.
     upstream_idle_s: float = 4.0
     #: A request that can't be repeated takes an idle connection only if it was in use this recently, else a new one.
     fresh_enough_s: float = 1.0

@@ -1,7 +1,8 @@
 """The header that says where the time of a waking request went. Pure.
 
-The phases follow each other without a gap: ``queue`` (waiting before and around the wake-up operation), each phase of the
-operation, ``answer`` (from the binding to the first byte of the response). So they sum to ``total``, to the last digit.
+The phases follow each other without a gap: ``queue`` (waiting before and around the wake-up operation), each phase of
+the operation, ``answer`` (from the binding to the first byte of the response). So they sum to ``total``, to the last
+digit.
 """
 
 from __future__ import annotations

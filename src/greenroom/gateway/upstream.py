@@ -8,9 +8,10 @@ connection, and never reaches anybody else.
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Final, Protocol, cast
 
 from msgspec.structs import replace
 
@@ -23,14 +24,17 @@ from greenroom.gateway.inbox import HeadTooLarge, Inbox
 from greenroom.gateway.limits import Limits
 from greenroom.sandbox.dial import address, make_socket
 
+#: When to try again to connect to a unix socket whose listener is behind with accepting.
+_QUEUE_FULL_S: Final = 0.005
+
 
 class ConnectFailed(Exception):
     """No connection came about; nothing was sent."""
 
 
 class ResponseSink(Protocol):
-    """Who sent the request on a connection, and takes what comes back. The calls are in this order:
-    ``interim``*, ``response_head``, ``response_data``*, ``response_end``; or ``upgraded``, ``tunnel_data``*, ``tunnel_eof``.
+    """Who sent the request on a connection, and takes what comes back. The calls are in this order: ``interim``*,
+    ``response_head``, ``response_data``*, ``response_end``; or ``upgraded``, ``tunnel_data``*, ``tunnel_eof``.
     ``flush`` comes after those of one read; ``upstream_lost`` instead of what is missing."""
 
     method: bytes
@@ -194,6 +198,19 @@ class UpstreamConnection(asyncio.Protocol):
         self.transport.abort()
 
 
+async def _connect_socket(sock: socket.socket, endpoint: Endpoint) -> None:
+    if not endpoint.path:
+        await asyncio.get_running_loop().sock_connect(sock, address(endpoint))
+        return
+    while True:
+        try:
+            return sock.connect(endpoint.path)
+        except BlockingIOError:
+            # The listener's queue is full. There is nothing to wait on: unlike with TCP the attempt does not go on by
+            # itself. Source: connect(2), EAGAIN.
+            await asyncio.sleep(_QUEUE_FULL_S)
+
+
 class Pool:
     """The connections of one binding."""
 
@@ -257,7 +274,7 @@ class Pool:
         try:
             async with limit:
                 self._connecting.add(limit)
-                await loop.sock_connect(sock, address(endpoint))
+                await _connect_socket(sock, endpoint)
                 create = loop.create_unix_connection if endpoint.path else loop.create_connection
                 await create(lambda: connection, sock=sock)
             made = True

@@ -81,7 +81,7 @@ class Manifest(Record, frozen=True, kw_only=True, rename={"media_type": "mediaTy
 class _Shape(Record, frozen=True, kw_only=True, rename={"media_type": "mediaType", "schema_version": "schemaVersion"}):
     media_type: str = ""
     schema_version: int = 2
-    manifests: msgspec.Raw | None = None
+    manifests: Any = None
 
 
 class _RootFs(Record, frozen=True, kw_only=True):

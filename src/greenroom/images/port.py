@@ -53,9 +53,9 @@ class ImageStore(Protocol):
         Raises:
             InvalidArgument: the reference is malformed.
             NotFound: no such directory, repository, tag or blob (reason ``IMAGE_NOT_FOUND``).
-            Unavailable: the registry does not answer.
+            Unavailable: the registry does not answer; what was fetched is kept for the next attempt.
             FailedPrecondition: no manifest for this architecture, an unknown media type, a hostile archive (reason
-                ``IMAGE_INVALID``, the entry named).
+                ``IMAGE_INVALID``, the entry named); the registry wants a login (reason ``REGISTRY_AUTH``).
             DataLoss: a blob's digest is wrong (reason ``DIGEST_MISMATCH``).
             ResourceExhausted: the disk is full (reason ``DISK_FULL``); what was half written is removed.
         """

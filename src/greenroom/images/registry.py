@@ -34,6 +34,8 @@ SILENCE_TIMEOUT_S = 30.0
 _ATTEMPTS = 4
 _RETRY_BASE_S = 0.25
 _MAX_REDIRECTS = 5
+#: Read ahead while a piece is hashed and written. When a fast connection breaks, this is lost and asked for again.
+READ_BUFFER_BYTES = 256 << 10
 
 _ACCEPT = ", ".join((*MANIFEST_TYPES, *INDEX_TYPES))
 _PARAMETER = re.compile(r'([a-zA-Z_]+)="([^"]*)"')
@@ -64,7 +66,7 @@ class RegistrySource:
         timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_read=SILENCE_TIMEOUT_S)
         # Layers are compressed already, and their digests are of the bytes as they are sent. trust_env: proxies.
         self._session = aiohttp.ClientSession(
-            timeout=timeout, auto_decompress=False, read_bufsize=CHUNK_BYTES, trust_env=True
+            timeout=timeout, auto_decompress=False, read_bufsize=READ_BUFFER_BYTES, trust_env=True
         )
         return self
 

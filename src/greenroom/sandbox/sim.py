@@ -25,6 +25,7 @@ import random
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import cast
 from urllib.parse import parse_qs
 
 import httptools
@@ -353,8 +354,7 @@ class _Connection(asyncio.Protocol):
         self._waiting = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's do not derive from it
         self._backend._connections.add(transport)
 
     def connection_lost(self, error: Exception | None) -> None:

@@ -94,9 +94,8 @@ class Opened(NamedTuple):
     worker: str
 
 
-@pytest.mark.asyncio
-class BackendConformance:
-    """See the module docstring."""
+class BackendTools:
+    """What an adapter says of itself, and what tests of a backend are written with."""
 
     #: Whether sandboxes go on when the agent's process dies.
     survives_agent = True
@@ -196,6 +195,11 @@ class BackendConformance:
             async for number, chunk in session.output():
                 out[number] += chunk
             return await session.wait(), out[1], out[2]
+
+
+@pytest.mark.asyncio
+class BackendConformance(BackendTools):
+    """See the module docstring."""
 
     # --- the backend ------------------------------------------------------------------------------------------
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from greenroom.sandbox.gvisor.backend import scope_name
+
 
 def leftovers(data_dir: Path) -> list[str]:
     """Processes, mounts, network namespaces and cgroups that belong to the server of ``data_dir``; empty is good.
 
-    A process belongs to it when its command line names the directory. Namespaces and cgroups of Greenroom carry no
-    directory in their name, so those of any server on the machine are found.
+    A process belongs to it when its command line names the directory. Namespaces and cgroups are called after the
+    directory of the worker that they belong to, so the workers' directories must still be there.
     """
     name = str(data_dir.absolute())
     found = [f"process {pid}: {command}" for pid, command in _processes() if name in command]
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    found += [f"mount {line.split()[4]}" for line in mounts if name in line or "/netns/gr-" in line]
-    if (netns := Path("/run/netns")).is_dir():
-        found += [f"network namespace {entry.name}" for entry in netns.iterdir() if entry.name.startswith("gr-")]
-    found += [f"cgroup {path}" for path in _cgroups()]
+    found += [f"mount {line.split()[4]}" for line in mounts if name in line]
+    for state_dir in data_dir.glob("workers/*/sandboxes"):
+        scope = scope_name(state_dir)
+        found += [f"network namespace {scope}"] * Path("/run/netns", scope).exists()
+        found += [f"cgroup {path}" for path in _cgroups(scope)]
     return found
 
 
@@ -33,7 +36,7 @@ def _processes() -> list[tuple[int, str]]:
     return out
 
 
-def _cgroups() -> list[Path]:
+def _cgroups(scope: str) -> list[Path]:
     root = Path("/sys/fs/cgroup")
     above = [root, *(p for p in root.iterdir() if p.is_dir())] if root.is_dir() else []
-    return [path for parent in above for path in (parent / "greenroom").glob("*") if path.is_dir()]
+    return [path for parent in above if (path := parent / "greenroom" / scope).is_dir()]

@@ -155,22 +155,20 @@ def _code_if_current(source: Path, cached: Path) -> bytes | None:
 
 
 def _copy_libraries(binaries: Iterable[Path], dest: Path) -> None:
-    """Copies every shared library that ``binaries`` need. Those of the interpreter's own prefix go where libc is: the
-    dynamic loader always looks there, while a path that was built in is not there inside."""
+    """Copies every shared library that ``binaries`` need. Those from outside the system's directories go where libc is:
+    the dynamic loader always looks there, while a path that was built in or configured is not there inside."""
     libraries = _libraries(binaries)
     libc = next(p for p in libraries if p.name.startswith(("libc.so", "ld-musl", "libc.musl")))
     # Not listed because the C library opens it by itself when a thread ends early.
     unwinder = libc.parent / "libgcc_s.so.1"
     if unwinder.exists():
         libraries.add(unwinder)
-    prefix = Path(sys.base_prefix).resolve()
-    system = prefix == Path("/usr")
     for library in libraries:
-        own = not system and prefix in library.resolve().parents
-        directory = libc.parent if own else library.parent
-        inside = directory.relative_to("/")
+        inside = library.parent.relative_to("/")
         if inside.parts[0] != "usr":
             inside = "usr" / inside
+        if inside.parts[1] not in ("lib", "lib64"):
+            inside = "usr" / libc.parent.relative_to("/usr" if libc.is_relative_to("/usr") else "/")
         (dest / inside).mkdir(parents=True, exist_ok=True)
         shutil.copy2(library, dest / inside / library.name)  # follows links: the name that is asked for stays
 

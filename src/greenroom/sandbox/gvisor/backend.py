@@ -56,7 +56,15 @@ MAX_REMEMBERED = 4096
 #: After a crash of the agent in the middle of freezing: a sandbox that runs answers this in some milliseconds.
 PROBE_TIMEOUT_S = 2.0
 
+#: A killed command's files are closed a moment after its end is known; never, when it left children behind.
+DESCRIPTORS_RETRIES, DESCRIPTORS_RETRY_S = 50, 0.01
+
 _FROZEN = frozenset({BoxState.FROZEN, BoxState.FREEZING})
+
+
+def scope_name(state_dir: Path) -> str:
+    """What the network namespace and the cgroups of the worker with this state directory are called."""
+    return "gr-" + hashlib.sha256(os.fsencode(state_dir.resolve())).hexdigest()[:8]
 
 
 class GvisorBackend:
@@ -103,7 +111,7 @@ class GvisorBackend:
         runsc = await binary.find()
         self._state_dir = state_dir.resolve()
         (self._state_dir / "sandboxes").mkdir(parents=True, exist_ok=True)
-        name = "gr-" + hashlib.sha256(os.fsencode(self._state_dir)).hexdigest()[:8]
+        name = scope_name(state_dir)
         reaper.become_subreaper()
         self._network = Network(name, self._state_dir / "slot-counter")
         self._cgroups = Cgroups.detect(name)
@@ -316,7 +324,7 @@ class GvisorBackend:
     async def _watch(self, box: Box) -> None:
         """Finds out how the actor ended, from its sandbox or from the sandbox's own end."""
         assert box.process is not None
-        box.stubs |= box.process.groups()
+        box.note_stubs()
         asked = asyncio.ensure_future(self._factory.control.wait(box.target))
         ended = asyncio.ensure_future(box.process.ended())
         try:
@@ -338,14 +346,14 @@ class GvisorBackend:
     # --- freezing and saving ------------------------------------------------------------------------------
 
     async def freeze(self, sid: str) -> None:
-        box = self._find(sid)
+        box = self._find_alive(sid)
         async with box.lock:
             if box.state is not BoxState.FROZEN:
                 with self._sandbox_errors(sid, "freezing"):
                     await finish(self._pause(box))
 
     async def thaw(self, sid: str) -> Endpoint:
-        box = self._find(sid)
+        box = self._find_alive(sid)
         async with box.lock:
             if box.state in _FROZEN:
                 with self._sandbox_errors(sid, "thawing"):
@@ -363,7 +371,7 @@ class GvisorBackend:
         box.save(BoxState.RUNNING)
 
     async def checkpoint(self, sid: str, dest: Path) -> tuple[PhaseTime, ...]:
-        box = self._find(sid)
+        box = self._find_alive(sid)
         if not dest.is_dir() or any(dest.iterdir()):
             raise InvalidArgument(f"{dest} is no empty directory")
         async with box.lock:
@@ -371,8 +379,15 @@ class GvisorBackend:
             marks: list[tuple[str, float]] = []
             with self._sandbox_errors(sid, "checkpoint"):
                 try:
+                    await finish(self._end_commands(box))
                     if box.state is not BoxState.FROZEN:
                         await finish(self._pause(box))
+                    if await asyncio.to_thread(box.holds_foreign_pipes):
+                        raise FailedPrecondition(
+                            "a command that was started in the sandbox left a process behind that still has its "
+                            "standard streams open; end it first",
+                            reason="EXEC_ACTIVE",
+                        )
                     marks.append(("freeze", time.monotonic()))
                     # To its end, whatever happens: gVisor can't be told to stop, and must not be thawed meanwhile.
                     await finish(self._factory.control.checkpoint(box.target, dest))
@@ -381,6 +396,22 @@ class GvisorBackend:
                     await finish(self._undo_checkpoint(box, dest))
                     raise
             return phase_times(marks, started)
+
+    async def _end_commands(self, box: Box) -> None:
+        """Ends what `exec` started. gVisor would save such a process without complaint, but could never restore it:
+        the other ends of its standard streams are not in the image."""
+        running = [session for session in box.sessions if session.running]
+        if not running:
+            return
+        if box.state is BoxState.FROZEN:
+            await self._resume(box)
+        for session in running:
+            await session.kill()
+            await session.wait()
+        for _ in range(DESCRIPTORS_RETRIES):
+            if not await asyncio.to_thread(box.holds_foreign_pipes):
+                return
+            await asyncio.sleep(DESCRIPTORS_RETRY_S)
 
     async def _undo_checkpoint(self, box: Box, dest: Path) -> None:
         for path in dest.iterdir():
@@ -391,7 +422,7 @@ class GvisorBackend:
     # --- the rest of its life -----------------------------------------------------------------------------
 
     async def exec(self, sid: str, spec: ExecSpec) -> ExecSession:
-        box = self._find(sid)
+        box = self._find_alive(sid)
         if not spec.argv:
             raise InvalidArgument("no command given")
         command = Command(
@@ -403,16 +434,19 @@ class GvisorBackend:
             gid=box.record.gid,
             capabilities=exec_capabilities(box.record.uid),
         )
-        with self._sandbox_errors(sid, f"running {spec.argv[0]!r}", command=spec.argv[0]):
-            session = await open_session(
-                lambda stdio: self._factory.control.execute(box.target, command, stdio), spec.timeout_s
-            )
-        box.sessions.add(session)
+        async with box.lock:  # not while it is being saved: see `_end_commands`
+            if box.state in _FROZEN:
+                raise FailedPrecondition(f"sandbox {sid} is frozen; thaw it first", reason="SANDBOX_FROZEN")
+            with self._sandbox_errors(sid, f"running {spec.argv[0]!r}", command=spec.argv[0]):
+                session = await open_session(
+                    lambda stdio: self._factory.control.execute(box.target, command, stdio), spec.timeout_s
+                )
+            box.sessions.add(session)
         session.when_done(lambda: box.sessions.discard(session))
         return session
 
     async def stats(self, sid: str) -> ActorStats:
-        box = self._find(sid)
+        box = self._find_alive(sid)
         with self._sandbox_errors(sid, "measuring"):
             memory, pids = await self._factory.control.usage(box.target)
         return ActorStats(memory_bytes=memory, cpu_seconds=self._cgroups.cpu_seconds(box.group) or 0.0, pids=pids)
@@ -437,6 +471,14 @@ class GvisorBackend:
             return self._boxes[sid]
         except KeyError:
             raise Unavailable(f"sandbox {sid} is gone", reason="SANDBOX_GONE") from None
+
+    def _find_alive(self, sid: str) -> Box:
+        box = self._find(sid)
+        if box.exit_code.done():  # gVisor itself goes on for a moment
+            raise Unavailable(
+                f"the actor in sandbox {sid} has ended with status {box.exit_code.result()}", reason="SANDBOX_GONE"
+            )
+        return box
 
     async def _dispose(self, box: Box) -> None:
         box.kill()

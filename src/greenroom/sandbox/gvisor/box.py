@@ -20,6 +20,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -136,12 +137,29 @@ class Box:
         self.gofer = Process.find(self.record.gofer_pid, self.record.gofer_started) if self.record.gofer_pid else None
         return self.process is not None
 
+    def note_stubs(self) -> None:
+        """To be called while the sandbox lives: afterwards nobody can tell whose these processes were."""
+        if self.process is not None:
+            self.stubs |= self.process.groups()
+
     def kill(self) -> None:
         """Ends every process of the sandbox. Idempotent; returns before they are gone."""
+        self.note_stubs()
         for process in (self.process, self.gofer):
             if process is not None:
-                self.stubs |= process.groups()
                 process.kill()
+
+    def holds_foreign_pipes(self) -> bool:
+        """Whether a command that was started by `exec`, or a child that it left behind, still runs: the sandbox then
+        holds one end of a pipe whose other end is outside. Its own pipes it holds at both ends. May take milliseconds.
+        """
+        ends: dict[str, int] = {}
+        for fd in Path(f"/proc/{self.record.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                target = str(fd.readlink())
+                if target.startswith("pipe:"):  # a log is a named pipe, and shown by its path
+                    ends[target] = ends.get(target, 0) | fd.lstat().st_mode & (stat.S_IRUSR | stat.S_IWUSR)
+        return any(mode != stat.S_IRUSR | stat.S_IWUSR for mode in ends.values())
 
     async def ended(self) -> int | None:
         """Waits for the end of the sandbox, reaps what it leaves behind, and returns its exit status if known."""
@@ -206,7 +224,7 @@ class Factory:
         box.directory.mkdir(mode=0o700)
         box.identity.mkdir()
         init = box.identity / "init"
-        init.write_bytes(hostname.program())
+        init.write_bytes(hostname.program(cls.uid, cls.gid))
         init.chmod(0o555)
         os.mkfifo(box.log, 0o600)
         box.slot = await self._network.make_slot(with_netns=self.control.needs_netns)
@@ -216,6 +234,7 @@ class Factory:
         box.group = self._cgroups.make(box.sid, cls.resources)
         box.save(BoxState.CREATING, device=box.slot.device)
         await self._run_create(box)
+        box.note_stubs()
         await self.control.connect(box.target, box.slot)
         if not self.control.needs_netns:
             box.slot.release()

@@ -12,8 +12,10 @@ directory hides ``/proc/sys/net``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +27,10 @@ _MASK = 'mount --bind "$1" /proc/sys/net && shift && exec "$@"'
 _EMPTY = "empty"
 #: How much of what a failed command printed is passed on.
 _SHOWN = 400
+#: What `runsc exec` ends with when it was not the command that failed; but a command may say it as well.
+_RUNSC_FAILED = 128
+#: How often it is looked whether a command has begun; that takes some 30 ms.
+_PID_RETRY_S = 0.005
 
 
 class CliControl:
@@ -82,6 +88,7 @@ class CliControl:
         }
         # `runsc exec` reads it from a file; a pipe is one too, and leaves nothing behind.
         read, write = os.pipe()
+        pid_file = target.directory / f"exec-{secrets.token_hex(8)}.pid"
         try:
             os.write(write, json.dumps(spec).encode())
             os.close(write)
@@ -90,6 +97,7 @@ class CliControl:
                 *self._base,
                 "exec",
                 f"--process=/proc/self/fd/{read}",
+                f"--internal-pid-file={pid_file}",
                 target.sid,
                 cwd=target.directory,
                 stdin=streams[0],
@@ -100,7 +108,11 @@ class CliControl:
             )
         finally:
             os.close(read)
-        return _Started(process)
+        return _Started(self, target, process, await _started_pid(target, process, pid_file))
+
+    async def kill(self, target: Target, pid: int) -> None:
+        with contextlib.suppress(urpc.UrpcError):  # it has ended by itself
+            await self._run(target, "kill", f"--pid={pid}", target.sid, "KILL")
 
     async def wait(self, target: Target) -> int:
         out = await self._run(target, "wait", target.sid, timeout_s=None)
@@ -140,13 +152,37 @@ class CliControl:
 
 
 class _Started:
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, control: CliControl, target: Target, process: asyncio.subprocess.Process, pid: int) -> None:
+        self._control = control
+        self._target = target
         self._process = process
+        self._pid = pid
 
     async def wait(self) -> int:
         code = await self._process.wait()
+        if code == _RUNSC_FAILED:
+            try:
+                await self._control.usage(self._target)
+            except (urpc.UrpcError, OSError):
+                return 137
         return code if code >= 0 else 128 - code
 
     async def kill(self) -> None:
         if self._process.returncode is None:
-            self._process.kill()  # `runsc exec` passes no signal on, but its end hangs the command up
+            await self._control.kill(self._target, self._pid)
+
+
+async def _started_pid(target: Target, process: asyncio.subprocess.Process, pid_file: Path) -> int:
+    """Waits until the command has begun: `runsc exec` then writes down its pid. When it can't, it ends."""
+    ended = asyncio.ensure_future(process.wait())
+    try:
+        while True:
+            done, _ = await asyncio.wait({ended}, timeout=_PID_RETRY_S)
+            if pid_file.exists() and (text := pid_file.read_text()):
+                pid_file.unlink()
+                return int(text)
+            if done:
+                said = (target.directory / "runsc.log").read_text(errors="replace").strip()
+                raise urpc.UrpcError("exec", said.rpartition("\n")[2][-_SHOWN:])
+    finally:
+        ended.cancel()

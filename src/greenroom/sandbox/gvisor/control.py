@@ -6,6 +6,9 @@ What gVisor 20240729 really does, found by trying:
       `resume` without a pause would crash the sandbox; whoever calls must keep count.
     - A save that fails leaves the sandbox as it was when ``Resume`` is set, and ends it when it is not.
     - Processes that are started while it is paused wait for `resume`.
+    - Saving resets the open TCP connections of the actor, also when it goes on afterwards; pausing alone does not.
+    - A process that was started over the control socket with descriptors of the outside is saved without complaint,
+      but such an image can't be restored: there must be none, see `box.Box.holds_foreign_pipes`.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any, Protocol
 
 from greenroom.sandbox.gvisor import urpc
 from greenroom.sandbox.gvisor.network import Slot, links_and_routes
+from greenroom.sandbox.gvisor.spec import mask
 
 #: The files of a snapshot, in the order in which gVisor wants them.
 SNAPSHOT_FILES = ("checkpoint.img", "pages_meta.img", "pages.img")
@@ -126,8 +130,6 @@ class SocketControl:
 
     async def execute(self, target: Target, command: Command, stdio: tuple[int, ...]) -> Started:
         # Capabilities must be named: without them gVisor gives root all that there are.
-        from greenroom.sandbox.gvisor.spec import mask
-
         caps = mask(command.capabilities)
         arguments = {
             "filename": command.program,

@@ -52,6 +52,24 @@ set:
     mov x8, #167
     svc #0
     cbnz w0, errno
+    mov x0, #0
+    mov x1, #0
+    mov x8, #159            // setgroups
+    svc #0
+    cbnz w0, errno
+    adr x21, uid
+    ldr w0, [x21, #4]       // gid
+    mov w1, w0
+    mov w2, w0
+    mov x8, #149            // setresgid
+    svc #0
+    cbnz w0, errno
+    ldr w0, [x21]
+    mov w1, w0
+    mov w2, w0
+    mov x8, #147            // setresuid
+    svc #0
+    cbnz w0, errno
     ldr x0, [x20, #16]
     add x1, x20, #16
     add x2, x20, x19, lsl #3
@@ -68,3 +86,5 @@ errno:
 exit:
     mov x8, #94             // exit_group
     svc #0
+    .balign 4
+uid:                        // two words that follow the code: uid, gid

@@ -50,6 +50,26 @@ set:
     syscall
     test eax, eax
     jnz errno
+    xor edi, edi
+    xor esi, esi
+    mov eax, 116            # setgroups
+    syscall
+    test eax, eax
+    jnz errno
+    mov edi, [rip+gid]
+    mov esi, edi
+    mov edx, edi
+    mov eax, 119            # setresgid
+    syscall
+    test eax, eax
+    jnz errno
+    mov edi, [rip+uid]
+    mov esi, edi
+    mov edx, edi
+    mov eax, 117            # setresuid
+    syscall
+    test eax, eax
+    jnz errno
     mov rdi, [rbp+16]
     lea rsi, [rbp+16]
     lea rdx, [rbp+rbx*8+8]
@@ -66,3 +86,6 @@ errno:
 exit:
     mov eax, 231            # exit_group
     syscall
+    .balign 4
+uid:                        # two words that follow the code
+.equ gid, uid + 4

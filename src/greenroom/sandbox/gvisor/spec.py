@@ -10,7 +10,8 @@ from greenroom.sandbox.gvisor import hostname
 from greenroom.sandbox.gvisor.rootfs import DEFAULT_PATH, find_command
 from greenroom.sandbox.port import SandboxClass
 
-#: Where a sandbox finds who it is: the files name, namespace, uid, generation and hostname.
+#: Where a sandbox finds who it is: the files name, namespace, uid, generation and hostname. The mount point is the one
+#: thing that is ever added to an image's tree: gVisor's file server makes the empty directory if it is not there.
 IDENTITY_MOUNT = "/run/greenroom"
 INIT = f"{IDENTITY_MOUNT}/init"
 #: What root inside a sandbox may do there: file ownership, other users, low ports. Less than Docker's set.
@@ -79,7 +80,7 @@ def config(cls: SandboxClass, identity: Path, netns: str = "") -> dict[str, Any]
             "args": [INIT, f"{IDENTITY_MOUNT}/hostname", command, *cls.argv[1:]],
             "cwd": cls.cwd or "/",
             "env": [f"{k}={v}" for k, v in env.items()],
-            "user": {"uid": cls.uid, "gid": cls.gid},
+            "user": {"uid": 0, "gid": 0},  # until it becomes the actor's command, as the actor's user
             "noNewPrivileges": True,
             "capabilities": {"bounding": caps, "effective": caps, "permitted": caps},
             "rlimits": [{"type": "RLIMIT_NOFILE", "soft": OPEN_FILES, "hard": OPEN_FILES}],

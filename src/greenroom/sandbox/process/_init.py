@@ -8,7 +8,7 @@ what follows depends on its ``do``:
                 -> userns          this process is in its user namespace; the agent writes its id maps   (mode "user")
                 <- go
                 -> pid N           number of the init, which is still waiting; the first process ends
-                -> ready           file system, host name and command are as they should be
+                -> ready           file system, host name and command are as they should be (may come before pid)
                 <- go              the agent has the pid on its disk: the actor may run
                 end of file        the actor's program has been started (its copy closes on exec)
             or, at any point, ``-> error REASON MESSAGE`` and the end. If the agent dies before the last ``go``, the

@@ -20,7 +20,7 @@ ARCHIVE = "files.tar"
 #: Of tar's complaints, in an error message.
 MAX_COMPLAINT = 500
 _XATTRS = ("--xattrs", "--xattrs-include=user.*", "--xattrs-include=security.capability")
-_FULL = ("No space left on device", "Disk quota exceeded")
+_FULL = ("No space left on device", "Disk quota exceeded", "Wrote only")
 
 
 async def pack(tree: Path, directory: Path) -> None:

@@ -86,11 +86,11 @@ class Control:
                 while await self._reader.read(MAX_MESSAGE):
                     pass
 
-    async def expect(self, word: str) -> Message:
+    async def expect(self, *words: str) -> Message:
         message = await self.receive()
         if not message:
-            raise Internal(f"a sandbox's init ended before it said {word!r}")
-        assert message[0] == word, message
+            raise Internal(f"a sandbox's init ended before it said {' or '.join(words)}")
+        assert message[0] in words, message
         return message
 
 
@@ -187,8 +187,11 @@ async def launch(
                 await control.expect("userns")
                 _write_id_maps(child.pid, cls)
                 await control.send({})
-            init = Process.find((await control.expect("pid"))[1])
-            await control.expect("ready")
+            # Two processes say these, so either may come first.
+            for _ in range(2):
+                word, *rest = await control.expect("pid", "ready")
+                if word == "pid":
+                    init = Process.find(rest[0])
             if init is None:
                 raise Internal("the sandbox's init was gone at once")
             journal(init)

@@ -27,7 +27,7 @@ from greenroom.snapshots.port import SnapshotStore
 Stored = Callable[[str, str], Path]
 
 #: Larger than the pieces that adapters read and upload at a time, and no multiple of them.
-_LARGE = bytes(range(256)) * (70 << 10) + b"end"
+_LARGE = bytes(range(256)) * (36 << 10) + b"end"
 _FILES = {"checkpoint.img": b"small state", "pages.img": _LARGE, "empty": b""}
 
 

@@ -218,7 +218,7 @@ class World:
         return key, await self.begin(busy[state], key) if state in busy else None
 
 
-def worker(name: str, **fields: Any) -> Worker:
+def worker(name: str, /, **fields: Any) -> Worker:
     made: dict[str, Any] = {"pool": "default", "backend": "sim", "fingerprint": "f1", "capacity": 2}
     return Worker(name=name, **made | fields)
 
@@ -229,14 +229,14 @@ def template(name: str = "t", **fields: Any) -> Template:
     return Template(name=name, **made | fields)
 
 
-def snapshot(name: str, **fields: Any) -> Snapshot:
+def snapshot(name: str, /, **fields: Any) -> Snapshot:
     made: dict[str, Any] = {"namespace": "ns", "actor": "x", "actor_uid": "uid-x", "template": "t", "generation": 1}
     made |= {"scope": SnapshotScope.MEMORY, "backend": "sim", "fingerprint": "f1", "image_digest": "sha256:0"}
     made |= {"hostname": "x", "created_at": 1.0}
     return Snapshot(id=name, **made | fields)
 
 
-def operation(name: str, **fields: Any) -> Operation:
+def operation(name: str, /, **fields: Any) -> Operation:
     made: dict[str, Any] = {"kind": OperationKind.PREPARE, "namespace": "ns", "name": "t", "uid": "uid-t"}
     made |= {"created_at": 1.0, "updated_at": 1.0, "deadline_at": 2.0}
     return Operation(id=name, **made | fields)

@@ -1,0 +1,183 @@
+"""What all commands share: options, the connection, how errors and exit codes reach the shell."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from greenroom.cli.paths import default_server
+from greenroom.core.errors import GreenroomError
+
+if TYPE_CHECKING:
+    from greenroom.api.client import Client
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: How long a call that only reads may take, unless --request-timeout says otherwise.
+READ_TIMEOUT_S = 30.0
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class Settings:
+    """The options that every command takes, before or after its name."""
+
+    def __init__(self) -> None:
+        self.server = ""
+        self.namespace = "default"
+        self.request_timeout_s: float | None = None
+
+    def connect(self) -> Client:
+        from greenroom.api.client import Client
+
+        return Client(self.server or default_server())
+
+    @property
+    def read_timeout_s(self) -> float:
+        return self.request_timeout_s or READ_TIMEOUT_S
+
+
+def settings() -> Settings:
+    return click.get_current_context().find_root().ensure_object(Settings)
+
+
+class Duration(click.ParamType):
+    """``90``, ``30s`` or ``5m``."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        from greenroom.cli.quantity import parse_duration
+
+        if isinstance(value, (int, float)):
+            return float(value)
+        try:
+            return float(value) if value.replace(".", "", 1).isdigit() else parse_duration(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Labels(click.ParamType):
+    """``key=value``"""
+
+    name = "key=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = value.partition("=")
+        if not key or not equals:
+            self.fail(f"{value!r} is not key=value", param, ctx)
+        return key, text
+
+
+def common(command: F) -> F:
+    """Adds the options that all commands have."""
+    for option in (
+        click.option("--request-timeout", type=Duration(), metavar="DURATION", help="Limit of one call to the server."),
+        click.option("--server", metavar="ADDRESS", help="unix:/path or host:port [env: GREENROOM_SERVER]."),
+        click.option("-n", "--namespace", metavar="NAME", help="Namespace [default: default]."),
+    ):
+        command = _stored(option)(command)
+    return command
+
+
+def _stored(option: Callable[[F], F]) -> Callable[[F], F]:
+    def apply(command: F) -> F:
+        command = option(command)
+        parameters: list[click.Parameter] = getattr(command, "__click_params__", None) or command.params  # type: ignore[attr-defined]
+        parameters[-1].expose_value = False
+        parameters[-1].callback = _store
+        return command
+
+    return apply
+
+
+def _store(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    if value is not None:
+        name = "request_timeout_s" if param.name == "request_timeout" else str(param.name)
+        setattr(ctx.find_root().ensure_object(Settings), name, value)
+
+
+def with_output(*choices: str, default: str = "table") -> Callable[[F], F]:
+    return click.option(
+        "-o", "--output", type=click.Choice(choices), default=default, show_default=True, help="Output format."
+    )
+
+
+# --- the root command -------------------------------------------------------------------------------------------
+
+
+class LazyGroup(click.Group):
+    """Knows its commands by name and one line of help, and imports a command's module when it runs.
+
+    ``lazy``: name -> (``module:attribute``, help, section).
+    """
+
+    def __init__(self, *args: Any, lazy: dict[str, tuple[str, str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._lazy = lazy
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self._lazy)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self._lazy:
+            return None
+        module, _, attribute = self._lazy[cmd_name][0].partition(":")
+        command = getattr(import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for name, (_, line, section) in self._lazy.items():
+            if section:
+                sections.setdefault(section, []).append((name, line))
+        for section, rows in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(rows, col_max=14)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in self._lazy:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], self._lazy, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"see `{ctx.command_path} --help`"
+            raise click.UsageError(f"there is no command {args[0]!r}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:
+        """Runs and exits; errors become one or two lines on stderr and an exit code."""
+        extra["standalone_mode"] = False
+        try:
+            result = super().main(args, prog_name or program_name(), **extra)
+            sys.stdout.flush()
+            code = result if isinstance(result, int) else 0
+        except click.exceptions.Exit as exit_:
+            code = exit_.exit_code
+        except click.ClickException as error:
+            error.show()
+            code = error.exit_code
+        except GreenroomError as error:
+            click.echo(f"error: {error.message}", err=True)
+            code = error.exit_code
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("interrupted", err=True)
+            code = INTERRUPTED
+        except BrokenPipeError:  # the reader has enough, as `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 0
+        sys.exit(code)
+
+
+def program_name() -> str:
+    """``greenroom``, or ``kubectl-greenroom`` when it is called as the plugin of kubectl."""
+    name = os.path.basename(sys.argv[0])  # noqa: PTH119
+    return name if name == "kubectl-greenroom" else "greenroom"

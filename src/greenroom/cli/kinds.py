@@ -1,0 +1,218 @@
+"""The kinds of things that `get`, `describe`, `delete` and `wait` know: names, columns, and how they are fetched."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from greenroom.api import convert
+from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
+from greenroom.api.client import Client
+from greenroom.cli.quantity import human_age, human_bytes
+from greenroom.core.names import DEFAULT_NAMESPACE
+from greenroom.core.records import Actor, Operation, Pool, Snapshot, Template, Worker
+
+Column = tuple[str, Callable[[Any, float], str]]
+
+
+def _age(record: Any, now: float) -> str:
+    return human_age(now - record.created_at)
+
+
+def _text(field: str) -> Callable[[Any, float], str]:
+    return lambda record, now: str(getattr(record, field))
+
+
+def _since(field: str) -> Callable[[Any, float], str]:
+    def show(record: Any, now: float) -> str:
+        value = getattr(record, field)
+        return human_age(now - value) if value else ""
+
+    return show
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """``names``: the singular first, then plural and short forms. ``wide``: further columns of ``-o wide``."""
+
+    cls: Any
+    names: tuple[str, ...]
+    namespaced: bool
+    columns: tuple[Column, ...]
+    wide: tuple[Column, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    def fetch(self, client: Client, namespace: str, name: str, timeout_s: float) -> Any:
+        """Raises `NotFound`."""
+        stub = getattr(client, f"{self.name}s")
+        request = getattr(pb, f"Get{self.cls.__name__}Request")()
+        if self.cls in (Snapshot, Operation):
+            request.id = name
+        else:
+            request.name = name
+        if self.cls in (Actor, Template):
+            request.namespace = namespace or DEFAULT_NAMESPACE
+        message = getattr(stub, f"Get{self.cls.__name__}")(request, timeout=timeout_s)
+        return convert.from_message(self.cls, message)
+
+    def list(self, client: Client, namespace: str, timeout_s: float, **filters: Any) -> Iterator[Any]:
+        """All of them, page by page; ``namespace`` "" means all."""
+        stub = getattr(client, f"{self.name}s")
+        request = getattr(pb, f"List{self.cls.__name__}sRequest")(**filters)
+        if self.namespaced:
+            request.namespace = namespace
+        while True:
+            page = getattr(stub, f"List{self.cls.__name__}s")(request, timeout=timeout_s)
+            for message in getattr(page, f"{self.name}s"):
+                yield convert.from_message(self.cls, message)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def shown_columns(self, *, wide: bool, all_namespaces: bool) -> list[Column]:
+        first: list[Column] = [("NAMESPACE", _text("namespace"))] if all_namespaces and self.namespaced else []
+        return [*first, *self.columns, *(self.wide if wide else ())]
+
+    def row(self, record: Any, columns: list[Column]) -> list[str]:
+        now = time.time()
+        return [show(record, now) for _, show in columns]
+
+    def ref(self, record: Any) -> str:
+        """``actor/counter``"""
+        return f"{self.name}/{record.id if self.cls in (Snapshot, Operation) else record.name}"
+
+
+def took(operation: Operation) -> str:
+    if operation.finished_at is None:
+        return ""
+    return f"{(operation.finished_at - operation.created_at) * 1000:.0f} ms"
+
+
+ACTORS = Kind(
+    Actor,
+    ("actor", "actors", "ac"),
+    True,
+    (
+        ("NAME", _text("name")),
+        ("STATE", _text("state")),
+        ("TEMPLATE", _text("template")),
+        ("WORKER", _text("worker")),
+        ("WAKES", _text("wakes")),
+        ("AGE", _age),
+    ),
+    (
+        ("SINCE", _since("state_since")),
+        ("SNAPSHOT", _text("snapshot")),
+        ("REASON", _text("reason")),
+        ("UID", _text("uid")),
+    ),
+)
+TEMPLATES = Kind(
+    Template,
+    ("template", "templates", "tpl"),
+    True,
+    (
+        ("NAME", _text("name")),
+        ("STATE", _text("state")),
+        ("IMAGE", lambda t, now: t.spec.image),
+        ("POOL", lambda t, now: t.spec.pool),
+        ("AGE", _age),
+    ),
+    (
+        ("REASON", _text("reason")),
+        ("DIGEST", lambda t, now: t.image_digest[:19]),
+        ("GOLDEN", _text("golden_snapshot")),
+    ),
+)
+POOLS = Kind(
+    Pool,
+    ("pool", "pools", "wp", "workerpool", "workerpools"),
+    False,
+    (
+        ("NAME", _text("name")),
+        ("WORKERS", lambda p, now: str(p.spec.replicas)),
+        ("SLOTS", lambda p, now: str(p.spec.slots)),
+        ("BACKEND", lambda p, now: p.spec.backend),
+        ("AGE", _age),
+    ),
+)
+WORKERS = Kind(
+    Worker,
+    ("worker", "workers", "wk"),
+    False,
+    (
+        ("NAME", _text("name")),
+        ("POOL", _text("pool")),
+        ("STATE", _text("state")),
+        ("USED", lambda w, now: f"{w.used}/{w.capacity}"),
+        ("BACKEND", _text("backend")),
+        ("SEEN", _since("last_seen")),
+    ),
+    (("FINGERPRINT", _text("fingerprint")), ("MESSAGE", _text("message"))),
+)
+SNAPSHOTS = Kind(
+    Snapshot,
+    ("snapshot", "snapshots", "snap"),
+    True,
+    (
+        ("ID", _text("id")),
+        ("ACTOR", _text("actor")),
+        ("TEMPLATE", _text("template")),
+        ("STATE", _text("state")),
+        ("SCOPE", _text("scope")),
+        ("SIZE", lambda s, now: human_bytes(s.size_bytes)),
+        ("AGE", _age),
+    ),
+    (("WORKER", _text("worker")), ("PARENT", _text("parent")), ("FINGERPRINT", _text("fingerprint"))),
+)
+OPERATIONS = Kind(
+    Operation,
+    ("operation", "operations", "op", "ops"),
+    True,
+    (
+        ("ID", _text("id")),
+        ("KIND", _text("kind")),
+        ("NAME", _text("name")),
+        ("STATE", _text("state")),
+        ("PHASE", _text("phase")),
+        ("TOOK", lambda o, now: took(o)),
+        ("AGE", _age),
+    ),
+    (
+        ("WORKER", _text("worker")),
+        ("CAUSE", _text("cause")),
+        ("ERROR", lambda o, now: o.error.reason if o.error else ""),
+    ),
+)
+KINDS = (ACTORS, TEMPLATES, POOLS, WORKERS, SNAPSHOTS, OPERATIONS)
+BY_NAME = {name: kind for kind in KINDS for name in kind.names}
+
+
+def find(name: str) -> Kind:
+    kind = BY_NAME.get(name.lower())
+    if kind is None:
+        raise click.UsageError(f"there is no type {name!r}; types are: {', '.join(k.names[1] for k in KINDS)}")
+    return kind
+
+
+def targets(arguments: tuple[str, ...]) -> list[tuple[Kind, str]]:
+    """``TYPE NAME...`` or ``TYPE/NAME...`` -> (kind, name)s; ``TYPE`` alone -> [(kind, "")]."""
+    if "/" in arguments[0]:
+        found = []
+        for argument in arguments:
+            kind, slash, name = argument.partition("/")
+            if not slash or not name:
+                raise click.UsageError(f"{argument!r} is not TYPE/NAME")
+            found.append((find(kind), name))
+        return found
+    kind_ = find(arguments[0])
+    if any("/" in name for name in arguments[1:]):
+        raise click.UsageError("write either TYPE NAME... or TYPE/NAME...")
+    return [(kind_, name) for name in arguments[1:]] or [(kind_, "")]

@@ -1,0 +1,63 @@
+"""``greenroom`` (also as ``kubectl greenroom``): the list of commands."""
+
+from __future__ import annotations
+
+import click
+
+from greenroom.cli.app import LazyGroup, common, settings
+
+_SERVER, _DECLARE, _ACT, _LOOK, _OTHER = (
+    "Run a server",
+    "Describe what you want",
+    "Use actors",
+    "Look",
+    "Other",
+)
+
+COMMANDS = {
+    "up": ("greenroom.cli.up:up", "Start a server with its workers on this machine.", _SERVER),
+    "agent": ("greenroom.cli.agent:agent", "Run one worker (`up` starts these itself).", _SERVER),
+    "doctor": ("greenroom.cli.doctor:doctor", "Check what this machine can run, and what is missing.", _SERVER),
+    "apply": ("greenroom.cli.apply:apply", "Create or change templates and pools from YAML.", _DECLARE),
+    "create": ("greenroom.cli.act:create", "Make an actor from a template.", _DECLARE),
+    "delete": ("greenroom.cli.act:delete", "Delete actors, templates or pools.", _DECLARE),
+    "exec": ("greenroom.cli.inside:exec_", "Run a command in an actor.", _ACT),
+    "logs": ("greenroom.cli.inside:logs", "Show what an actor has written.", _ACT),
+    "url": ("greenroom.cli.inside:url", "Show where an actor answers HTTP requests.", _ACT),
+    "resume": ("greenroom.cli.act:resume", "Wake actors.", _ACT),
+    "suspend": ("greenroom.cli.act:suspend", "Save actors and free their place.", _ACT),
+    "pause": ("greenroom.cli.act:pause", "Freeze actors where they are.", _ACT),
+    "get": ("greenroom.cli.look:get", "List things, or show one in a line.", _LOOK),
+    "describe": ("greenroom.cli.describe:describe", "Show everything about one thing.", _LOOK),
+    "wait": ("greenroom.cli.look:wait", "Wait until a thing is in a state.", _LOOK),
+    "watch": ("greenroom.cli.look:watch", "Show changes as they happen.", _LOOK),
+    "top": ("greenroom.cli.inside:stats", "Show memory and CPU of running actors.", _LOOK),
+    "stats": ("greenroom.cli.inside:stats", "", ""),
+    "version": ("greenroom.cli.other:version", "Show the versions of client and server.", _OTHER),
+    "completion": ("greenroom.cli.other:completion", "Print a completion script for your shell.", _OTHER),
+}
+
+EXAMPLES = """\b
+Examples:
+  greenroom up                                  start a server here
+  greenroom apply -f counter.yaml               make a template
+  greenroom create actor mine -t counter        make an actor, asleep
+  curl $(greenroom url mine)                    it wakes, answers, and sleeps again
+  greenroom describe actor mine
+"""
+
+
+@click.group(
+    cls=LazyGroup,
+    lazy=COMMANDS,
+    epilog=EXAMPLES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@common
+def cli() -> None:
+    """Very many stateful, sandboxed, mostly idle actors on a few warm workers."""
+    settings()
+
+
+def main() -> None:
+    cli.main()

@@ -1,0 +1,190 @@
+"""The image store on disk keeps the port's rules; and what is its own: sharing, killed processes, memory."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from greenroom.core.errors import FailedPrecondition, ResourceExhausted
+from greenroom.images.port import ImageStore
+from greenroom.images.store import DiskImageStore
+from greenroom.testing.contracts.images import ImageStoreContract, contents, make_image
+from greenroom.testing.oci_layout import Layout
+
+#: Prepares argv[2] in the store argv[1] and prints what it was like.
+_PREPARE = """
+import asyncio, os, sys
+from pathlib import Path
+from greenroom.images.store import DiskImageStore
+
+def peak_mib(process):  # since exec; what getrusage gives is inherited from whoever forked
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM")), 0)
+
+phases, unpacker_peak = [], 0
+
+def heard(phase, layers):
+    global unpacker_peak
+    if not phases or phases[-1] != phase:
+        phases.append(phase)
+        print(phase, flush=True)
+    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        unpacker_peak = max(unpacker_peak, peak_mib(child))
+
+store, base = DiskImageStore(Path(sys.argv[1])), peak_mib("self")
+image = asyncio.run(store.prepare(sys.argv[2], heard))
+print("done", image.digest, peak_mib("self") - base, unpacker_peak, flush=True)
+"""
+
+
+def _start(store: Path, reference: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", _PREPARE, str(store), reference], stdout=subprocess.PIPE, text=True)
+
+
+class TestDisk(ImageStoreContract):
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> ImageStore:
+        return DiskImageStore(tmp_path / "store")
+
+    async def test_removing_takes_only_unshared_blobs(self, store: ImageStore, tmp_path: Path) -> None:
+        first = await store.prepare(make_image(tmp_path / "one", {"shared": b"s"}, {"a": b"1"}))
+        second = await store.prepare(make_image(tmp_path / "two", {"shared": b"s"}, {"a": b"2"}))
+        await store.remove(first.digest)
+        left = {f"sha256:{path.name}" for path in (tmp_path / "store/blobs/sha256").iterdir()}
+        assert set(second.layers) <= left
+        assert first.layers[1] not in left
+        await store.remove(second.digest)
+        assert list((tmp_path / "store/blobs/sha256").iterdir()) == []
+        assert list((tmp_path / "store/images").iterdir()) == []
+        assert list((tmp_path / "store/rootfs").iterdir()) == []
+
+    async def test_a_store_may_be_moved(self, store: ImageStore, tmp_path: Path) -> None:
+        image = await store.prepare(make_image(tmp_path / "layout", {"a": b"1"}))
+        (tmp_path / "store").rename(tmp_path / "moved")
+        found = await DiskImageStore(tmp_path / "moved").get(image.digest)
+        assert contents(found.rootfs) == {"a": b"1"}
+
+    async def test_rotten_blob_is_replaced(self, store: ImageStore, tmp_path: Path) -> None:
+        """A blob that went bad on disk is noticed when it is unpacked, and fetched anew by the next attempt."""
+        reference = make_image(tmp_path / "layout", {"a": b"1" * 5000}, compression="none")
+        image = await store.prepare(reference)
+        blob = tmp_path / "store/blobs/sha256" / image.layers[0].removeprefix("sha256:")
+        blob.write_bytes(blob.read_bytes().replace(b"111", b"121"))
+        shutil.rmtree(image.rootfs)
+        with pytest.raises(Exception, match="unpacks to"):
+            await store.prepare(reference)
+        assert contents((await store.prepare(reference)).rootfs) == {"a": b"1" * 5000}
+
+    async def test_limits_are_the_stores(self, tmp_path: Path) -> None:
+        small = DiskImageStore(tmp_path / "store", max_entries=2, max_unpacked_bytes=100_000)
+        with pytest.raises(FailedPrecondition, match="more than 2 files"):
+            await small.prepare(make_image(tmp_path / "many", {"a": b"", "b": b"", "c": b""}))
+        with pytest.raises(FailedPrecondition, match="more than 100000 bytes"):
+            await small.prepare(make_image(tmp_path / "large", {"zeros": bytes(1 << 20)}, compression="zstd"))
+        assert list((tmp_path / "store/unpacking").iterdir()) == []
+
+
+def test_two_processes_make_it_once(tmp_path: Path) -> None:
+    reference = make_image(tmp_path / "layout", {"large": os.urandom(30 << 20)}, {"b": b"b"}, compression="none")
+    processes = [_start(tmp_path / "store", reference) for _ in range(2)]
+    outputs = [process.communicate(timeout=60)[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    # One downloads and unpacks; the other waits for it and has nothing to tell but that it is done.
+    assert sorted("download" in output for output in outputs) == [False, True]
+
+
+@pytest.mark.parametrize("phase", ["download", "unpack"])
+def test_killed_and_done_again(tmp_path: Path, phase: str) -> None:
+    """Killed in the middle, with its unpacker still at work: the next one waits for that, cleans up and does it."""
+    data = os.urandom(60 << 20)
+    reference = make_image(tmp_path / "layout", {"large": data}, compression="none")
+    process = _start(tmp_path / "store", reference)
+    assert process.stdout is not None
+    while process.stdout.readline().strip() != phase:
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not list((tmp_path / "store/rootfs").iterdir())
+    image = asyncio.run(DiskImageStore(tmp_path / "store").prepare(reference))
+    assert contents(image.rootfs) == {"large": data}
+    assert not list((tmp_path / "store/unpacking").iterdir())
+    assert not list((tmp_path / "store/partial").iterdir())
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd"])
+def test_memory_stays_flat(tmp_path: Path, compression: str) -> None:
+    """A layer of 200 MB costs neither the agent nor the unpacker memory in proportion."""
+    layout = Layout(tmp_path / "layout")
+    random = os.urandom(1 << 20)
+
+    class Endless(io.RawIOBase):
+        def read(self, size: int = -1) -> bytes:
+            return random[: size if 0 <= size < len(random) else len(random)]
+
+    with (tmp_path / "tar").open("w+b") as out:
+        with tarfile.open(fileobj=out, mode="w") as tar:
+            member = tarfile.TarInfo("large")
+            member.size = 200 << 20
+            tar.addfile(member, Endless())  # type: ignore[arg-type]
+        out.seek(0)
+        layer = layout.add_layer(out, compression)  # type: ignore[arg-type]
+    layout.add_image([layer], {}, "latest")
+    process = _start(tmp_path / "store", f"oci:{tmp_path / 'layout'}")
+    output = process.communicate(timeout=100)[0].split()
+    assert process.returncode == 0
+    own_mib, child_mib = int(output[-2]), int(output[-1])
+    assert own_mib < 80
+    assert 10 < child_mib < 80
+    print(f"{compression}: agent +{own_mib} MiB, unpacker {child_mib} MiB in all")
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+class TestFull:
+    @pytest.fixture
+    def small(self, tmp_path: Path) -> Iterator[Path]:
+        mount = tmp_path / "small"
+        mount.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,mode=755", "greenroom-test", str(mount)], check=True)
+        yield mount
+        subprocess.run(["umount", str(mount)], check=True)
+
+    @pytest.mark.parametrize("where", ["download", "unpack"])
+    async def test_full_disk(self, small: Path, tmp_path: Path, where: str) -> None:
+        data = os.urandom(20 << 20) if where == "download" else bytes(20 << 20)
+        store = DiskImageStore(small)
+        with pytest.raises(ResourceExhausted) as raised:
+            await store.prepare(make_image(tmp_path / "layout", {"large": data}))
+        assert raised.value.reason == "DISK_FULL"
+        assert not list((small / "unpacking").iterdir())
+        assert not list((small / "partial").iterdir())
+        assert await store.list() == []
+        image = await store.prepare(make_image(tmp_path / "fits", {"a": os.urandom(1 << 20)}))
+        assert len(contents(image.rootfs)["a"]) == 1 << 20
+
+
+def test_unpacker_leaves_no_descriptor_behind(tmp_path: Path) -> None:
+    """An image with many directories and many layers ends with as many open files as it began with."""
+    reference = make_image(tmp_path / "layout", *({f"{n}/{m}/f": b"" for m in range(20)} for n in range(10)))
+
+    async def work() -> int:
+        store = DiskImageStore(tmp_path / "store")
+        image = await store.prepare(reference)
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        for _ in range(3):
+            await store.remove(image.digest)
+            await store.prepare(reference)
+        return len(list(Path("/proc/self/fd").iterdir())) - before
+
+    assert asyncio.run(work()) == 0

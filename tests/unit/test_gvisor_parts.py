@@ -1,0 +1,354 @@
+"""The parts of the gVisor backend that need neither root nor runsc."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from greenroom.core.errors import FailedPrecondition
+from greenroom.core.records import Resources
+from greenroom.sandbox import reaper
+from greenroom.sandbox.gvisor import binary, spec, urpc
+from greenroom.sandbox.gvisor.box import finish
+from greenroom.sandbox.gvisor.cgroups import HOST_TASKS_PER_ACTOR_TASK, SENTRY_MEMORY_BYTES, SENTRY_TASKS, Cgroups
+from greenroom.sandbox.gvisor.control import exit_code
+from greenroom.sandbox.gvisor.network import COUNTER_BLOCK, Counter, base36
+from greenroom.sandbox.gvisor.rootfs import find_command, resolve
+from greenroom.sandbox.port import SandboxClass
+
+# --- which runsc ----------------------------------------------------------------------------------------------
+
+
+def program(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_runsc_is_looked_for_in_order(tmp_path: Path) -> None:
+    prefix = tmp_path / "project" / ".venv"
+    with pytest.raises(FailedPrecondition, match="make setup"):
+        binary.find_path({"PATH": str(tmp_path / "bin")}, prefix)
+    tools = program(tmp_path / "project/.tools/bin/runsc")
+    assert binary.find_path({"PATH": str(tmp_path / "bin")}, prefix) == tools
+    on_path = program(tmp_path / "bin/runsc")
+    assert binary.find_path({"PATH": str(tmp_path / "bin")}, prefix) == on_path
+    chosen = program(tmp_path / "mine")
+    assert binary.find_path({"PATH": str(tmp_path / "bin"), "GREENROOM_RUNSC": str(chosen)}, prefix) == chosen
+    with pytest.raises(FailedPrecondition, match="GREENROOM_RUNSC"):
+        binary.find_path({"GREENROOM_RUNSC": str(tmp_path / "absent")}, prefix)
+
+
+@pytest.mark.parametrize("version", ["0.0~20221219.0", "release-20221219.0", "release-20240101.0"])
+def test_releases_that_lose_actors_are_refused(version: str) -> None:
+    with pytest.raises(FailedPrecondition, match="kills the actor") as caught:
+        binary.check_release("/usr/bin/runsc", version)
+    assert caught.value.reason == "RUNSC_TOO_OLD"
+
+
+@pytest.mark.parametrize("version", ["0.0~20240729.0", "release-20251110.0", "VERSION_MISSING"])
+def test_other_releases_are_left_to_the_self_test(version: str) -> None:
+    binary.check_release("/usr/bin/runsc", version)
+
+
+def test_fingerprint_says_what_a_snapshot_is_bound_to() -> None:
+    one = binary.Runsc(path="/a", version="1", platform="ptrace", cpu="x")
+    assert one.fingerprint == binary.Runsc(path="/b", version="1", platform="ptrace", cpu="x").fingerprint
+    others = [("2", "ptrace", "x"), ("1", "systrap", "x"), ("1", "ptrace", "y")]
+    prints = {binary.Runsc(path="/a", version=v, platform=p, cpu=c).fingerprint for v, p, c in others}
+    assert len(prints | {one.fingerprint}) == 4
+    assert binary.cpu_features("flags : b a\n") == binary.cpu_features("model: x\nflags\t: a b\n")
+    assert binary.cpu_features("Features : fp\n") not in (binary.cpu_features("Features : sve\n"), "unknown")
+
+
+def test_platform_is_one_that_is_known() -> None:
+    assert binary.platform_of({}) == "ptrace"
+    assert binary.platform_of({"GREENROOM_GVISOR_PLATFORM": "systrap"}) == "systrap"
+    with pytest.raises(FailedPrecondition, match="kvm"):
+        binary.platform_of({"GREENROOM_GVISOR_PLATFORM": "kvm"})
+
+
+# --- paths in an image ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "root"
+    program(root / "usr/bin/tool")
+    (root / "bin").symlink_to("usr/bin")
+    (root / "usr/bin/alias").symlink_to("/bin/tool")
+    (root / "usr/bin/up").symlink_to("../../../../../usr/bin/tool")
+    (root / "usr/bin/loop").symlink_to("loop")
+    (root / "usr/bin/host").symlink_to("/etc/host-only")
+    (root / "usr/bin/data").write_text("no program")
+    (root / "srv").mkdir()
+    program(root / "srv/here")
+    return root
+
+
+def test_links_stay_inside(root: Path) -> None:
+    tool = root / "usr/bin/tool"
+    for path in ("/bin/tool", "/bin/alias", "/bin/up", "/../../bin//./tool", "/srv/../bin/tool"):
+        assert resolve(root, path) == tool
+    for path in ("/bin/loop", "/bin/host", "/bin/missing", "/bin/tool/x"):
+        assert resolve(root, path) is None
+    assert resolve(root, "/..") == root
+
+
+def test_commands_are_found_as_execvp_does(root: Path) -> None:
+    path = "/sbin:/bin"
+    assert find_command(root, "tool", path, "/") == "/bin/tool"
+    assert find_command(root, "/usr/bin/alias", path, "/") == "/usr/bin/alias"
+    assert find_command(root, "./here", path, "/srv") == "/srv/./here"
+    assert find_command(root, "here", ":/bin", "/srv/") == "/srv/here"
+    for command in ("data", "missing", "/bin/missing", "/bin", "loop", "", "./here"):
+        with pytest.raises(FailedPrecondition) as caught:
+            find_command(root, command, path, "/")
+        assert caught.value.reason == "COMMAND_NOT_FOUND"
+        assert repr(command) in caught.value.message
+
+
+def test_specification(root: Path, tmp_path: Path) -> None:
+    cls = SandboxClass(
+        rootfs=root, image_digest="x", argv=("tool", "-v"), env=(("A", "b=c"),), cwd="/srv", uid=5, gid=6
+    )
+    config = spec.config(cls, tmp_path)
+    args = config["process"]["args"]
+    assert args == ["/run/greenroom/init", "/run/greenroom/hostname", "/usr/bin/tool", "-v"]
+    assert "A=b=c" in config["process"]["env"]
+    assert config["process"]["noNewPrivileges"] is True
+    (identity,) = (m for m in config["mounts"] if m["type"] == "bind")
+    assert identity["destination"] == "/run/greenroom"
+    assert "ro" in identity["options"]
+    assert spec.mask(("CAP_CHOWN", "CAP_SYS_ADMIN")) == 1 | 1 << 21
+    assert spec.mask(spec.CAPABILITIES) & spec.mask(("CAP_SYS_ADMIN", "CAP_SETPCAP")) == 0
+    with pytest.raises(FailedPrecondition, match="set the template's command"):
+        spec.config(SandboxClass(rootfs=root, image_digest="x", argv=(), env=()), tmp_path)
+
+
+# --- control groups -------------------------------------------------------------------------------------------
+
+RESOURCES = Resources(memory_bytes=100 << 20, cpus=0.5, pids=10)
+
+
+def test_version_1_limits(tmp_path: Path) -> None:
+    mounts = "".join(f"cgroup {tmp_path}/{c} cgroup rw,{c} 0 0\n" for c in ("memory", "cpu", "cpuacct", "pids"))
+    for controller in ("memory", "cpu", "cpuacct", "pids"):
+        (tmp_path / controller).mkdir()
+    groups = Cgroups.detect("w", mounts)
+    assert "limits hold" in groups.check().detail
+    group = groups.make("s", RESOURCES)
+    groups.limit_cpu(group, RESOURCES)
+    place = tmp_path / "{}/greenroom/w/s"
+    assert Path(str(place).format("memory"), "memory.limit_in_bytes").read_text() == str(
+        (100 << 20) + SENTRY_MEMORY_BYTES
+    )
+    assert Path(str(place).format("pids"), "pids.max").read_text() == str(SENTRY_TASKS + 10 * HOST_TASKS_PER_ACTOR_TASK)
+    assert Path(str(place).format("cpu"), "cpu.cfs_quota_us").read_text() == "50000"
+    assert len(group.process_files) == 4
+    Path(str(place).format("cpuacct"), "cpuacct.usage").write_text("1500000000\n")
+    assert groups.cpu_seconds(group) == 1.5
+    oom = Path(str(place).format("memory"), "memory.oom_control")
+    oom.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 0\n")
+    assert not groups.out_of_memory(group)
+    oom.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n")
+    assert groups.out_of_memory(group)
+    assert groups.leftovers() == {"s"}
+    assert groups.find("s") == group
+    assert groups.find("other").directories == {}
+
+
+def test_version_2_limits(tmp_path: Path) -> None:
+    (tmp_path / "cgroup.controllers").write_text("cpuset cpu io memory pids\n")
+    groups = Cgroups.detect("w", f"cgroup2 {tmp_path} cgroup2 rw 0 0\n")
+    group = groups.make("s", RESOURCES)
+    groups.limit_cpu(group, RESOURCES)
+    place = tmp_path / "greenroom/w/s"
+    assert (place / "memory.max").read_text() == str((100 << 20) + SENTRY_MEMORY_BYTES)
+    assert (place / "cpu.max").read_text() == "50000 100000"
+    assert group.process_files == [place / "cgroup.procs"]
+    for parent in (tmp_path, tmp_path / "greenroom", tmp_path / "greenroom/w"):
+        assert set((parent / "cgroup.subtree_control").read_text().split()) == {"+memory", "+cpu", "+pids"}
+    (place / "cpu.stat").write_text("usage_usec 2500000\nuser_usec 1\n")
+    assert groups.cpu_seconds(group) == 2.5
+    (place / "memory.events").write_text("low 0\noom 1\noom_kill 1\n")
+    assert groups.out_of_memory(group)
+
+
+def test_missing_controllers_are_said_and_no_failure(tmp_path: Path) -> None:
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "unified").mkdir()
+    (tmp_path / "unified/cgroup.controllers").write_text("hugetlb\n")
+    mounts = f"cgroup {tmp_path}/memory cgroup rw,memory 0 0\ncgroup2 {tmp_path}/unified cgroup2 rw 0 0\n"
+    groups = Cgroups.detect("w", mounts)
+    check = groups.check()
+    assert check.ok
+    assert "cpu, pids" in check.detail
+    assert list(groups.make("s", RESOURCES).directories) == ["memory"]
+    assert not (tmp_path / "unified/greenroom").exists()
+    assert Cgroups.detect("w", "").make("s", RESOURCES).process_files == []
+
+
+# --- small things ---------------------------------------------------------------------------------------------
+
+
+def test_slot_names_are_never_used_twice(tmp_path: Path) -> None:
+    path = tmp_path / "counter"
+    seen = []
+    for _ in range(3):  # three agents, each of which dies without a word
+        counter = Counter(path)
+        seen += [counter.next() for _ in range(COUNTER_BLOCK + 5)]
+    assert len(set(seen)) == len(seen)
+    assert sorted(seen, key=lambda s: int(s, 36)) == seen
+    assert all(len("gr" + s) <= 15 for s in seen)
+    path.unlink()  # a state directory that was lost: goes on from the time of day
+    assert int(Counter(path).next(), 36) > 1_700_000_000_000
+    assert [base36(n) for n in (0, 35, 36, 36**9)] == ["0", "z", "10", "1000000000"]
+
+
+def test_exit_codes() -> None:
+    assert [exit_code(s) for s in (0, 7 << 8, 9, 15)] == [0, 7, 137, 143]
+
+
+async def test_finish_outlives_cancellation() -> None:
+    done = asyncio.Event()
+
+    async def work() -> None:
+        await asyncio.sleep(0.01)
+        done.set()
+
+    task = asyncio.create_task(finish(work()))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert done.is_set()
+
+
+# --- the control socket's protocol ----------------------------------------------------------------------------
+
+
+class Server:
+    """Answers one request with given pieces, and keeps what it was sent."""
+
+    def __init__(self, path: Path, *pieces: bytes) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        directory = os.open(path.parent, os.O_PATH)
+        self._socket.bind(f"/proc/self/fd/{directory}/{path.name}")
+        os.close(directory)
+        self._socket.listen()
+        self._pieces = pieces
+        self.request = b""
+        self.fds: list[int] = []
+
+    async def serve(self) -> None:
+        await asyncio.to_thread(self._serve)
+
+    def _serve(self) -> None:
+        peer, _ = self._socket.accept()
+        with peer, self._socket:
+            self.request, self.fds, _, _ = socket.recv_fds(peer, 1 << 16, 4)
+            for piece in self._pieces:
+                peer.sendall(piece)
+
+
+async def talk(path: Path, server: Server, fds: tuple[int, ...] = ()) -> object:
+    async with asyncio.timeout(10):
+        serving = asyncio.create_task(server.serve())
+        try:
+            return await urpc.call(path, "m.M", {"a": 1}, fds)
+        finally:
+            await serving
+
+
+async def test_call(tmp_path: Path) -> None:
+    path = tmp_path / ("deep" * 30) / "s"
+    path.parent.mkdir()
+    server = Server(path, b'{"success":true,"er', b'r":"","result":{"x":[1,2]}}\n')
+    null = os.open(os.devnull, os.O_RDONLY)
+    assert await talk(path, server, (null,)) == {"x": [1, 2]}
+    os.close(null)
+    assert server.request == b'{"method":"m.M","arg":{"a":1}}'
+    assert stat.S_ISCHR(os.fstat(server.fds[0]).st_mode)
+    os.close(server.fds[0])
+
+
+async def test_refused_call(tmp_path: Path) -> None:
+    server = Server(tmp_path / "s", b'{"success":false,"err":"no way","result":null}')
+    with pytest.raises(urpc.UrpcError, match="no way") as caught:
+        await talk(tmp_path / "s", server)
+    assert not isinstance(caught.value, urpc.UrpcClosed)
+
+
+async def test_call_of_a_sandbox_that_goes_or_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(urpc.UrpcClosed):
+        await talk(tmp_path / "s", Server(tmp_path / "s", b'{"success":tr'))
+    with pytest.raises(urpc.UrpcClosed):  # the socket's file is there, its owner is not
+        await urpc.call(tmp_path / "s", "m.M")
+    with pytest.raises(urpc.UrpcClosed):
+        await urpc.call(tmp_path / "absent" / "s", "m.M")
+
+
+# --- processes of others --------------------------------------------------------------------------------------
+
+
+async def test_process_is_found_only_by_its_own_start_time() -> None:
+    # Not by asyncio, which would reap it first.
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)  # noqa: ASYNC220
+    process = reaper.Process.find(child.pid)
+    assert process is not None
+    assert process.alive()
+    assert reaper.Process.find(child.pid, process.started + 1) is None
+    same = reaper.Process.find(child.pid, process.started)
+    assert same is not None
+    same.close()
+    waiting = asyncio.create_task(process.ended())
+    process.kill()
+    async with asyncio.timeout(10):
+        assert await waiting == 137
+    assert not process.alive()
+    process.kill()
+    assert await process.ended() == 137
+    process.close()
+    assert reaper.Process.find(child.pid) is None
+    assert reaper.start_time(child.pid) == 0
+    child.stdin.close()  # type: ignore[union-attr]
+    child.wait()
+
+
+async def test_orphans_of_a_group_are_reaped_and_other_children_left_alone() -> None:
+    """In a process of its own, because a subreaper stays one."""
+    source = """
+import asyncio, os, subprocess, sys
+from greenroom.sandbox import reaper
+async def main():
+    reaper.become_subreaper()
+    other = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    # A parent that leaves two children behind, in a session of their own, and says its group.
+    orphans = '''
+import os, time
+os.setsid()
+for _ in range(2):
+    if os.fork() == 0:
+        time.sleep(0.1); os._exit(0)
+print(os.getpid(), flush=True)
+'''
+    out = subprocess.run([sys.executable, "-c", orphans], stdout=subprocess.PIPE).stdout
+    group = int(out)
+    members = lambda: [p for p in reaper._children(os.getpid()) if os.getpgid(p) == group]
+    assert len(members()) == 2
+    await reaper.reap_group(group)
+    assert members() == []
+    assert other.wait() == 3
+asyncio.run(main())
+"""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", source)
+    assert await process.wait() == 0
