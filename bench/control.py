@@ -25,9 +25,10 @@ import httptools
 import uvloop
 from _kit import WORK, conditions, percentile, report, say
 
+from greenroom.api import convert
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
 from greenroom.api.client import AioClient
-from greenroom.core.records import Probe, TemplateSpec, TemplateState
+from greenroom.core.records import Operation, OperationState, Probe, TemplateSpec, TemplateState
 from greenroom.testing.live import LiveServer, cpu_seconds
 
 GOAL_PER_S = 1000
@@ -99,7 +100,8 @@ async def through_grpc(client: AioClient, names: list[str], concurrency: int) ->
     async def make() -> Callable[[str], Awaitable[None]]:
         async def call(name: str) -> None:
             operation = await client.actors.ResumeActor(pb.ActorRequest(namespace="default", name=name))
-            assert operation.state == pb.Operation.State.Value("DONE"), operation
+            if convert.from_message(Operation, operation).state is not OperationState.DONE:
+                raise SystemExit(f"actor {name} did not wake: {operation}")
 
         return call
 

@@ -139,14 +139,14 @@ def assert_nothing_left(state_dir: Path, worker: str) -> None:
 
 
 def sandbox_processes(state_dir: Path) -> list[str]:
-    """The processes, zombies too, that were made for sandboxes below ``state_dir``."""
+    """The processes that were made for sandboxes below ``state_dir``, and zombies that this process failed to reap."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+            state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
             name = (process / "comm").read_text().strip()
-            if f"--bundle={state_dir}" in command or (name == "exe" and parent == str(os.getpid())):
+            if f"--bundle={state_dir}" in command or (state == "Z" and name == "exe" and parent == str(os.getpid())):
                 found.append(f"{process.name} {name} {command}")
     return found
 

@@ -374,6 +374,26 @@ async def test_connections_per_actor_are_bounded(tmp_path: Path) -> None:
         await until(lambda: it.open == 0)
 
 
+async def test_idle_connections_are_bounded_and_the_freshest_kept(tmp_path: Path) -> None:
+    """A POST takes no connection that has been idle for long, nor do those keep its own from being kept."""
+    limits = Limits(idle_connections_per_actor=2, fresh_enough_s=0.05)
+    async with running(tmp_path, answers(OK), limits) as (bench, it):
+        clients = [await bench.connect() for _ in range(4)]
+        for client in clients:
+            client.send(GET * 20)
+        for client in clients:
+            assert [(await client.response()).status for _ in range(20)] == [200] * 20
+        await until(lambda: it.open <= 2)
+        await asyncio.sleep(0.06)  # now they are too old for a POST
+        before = it.connections
+        post = b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 0\r\n\r\n"
+        clients[0].send(post * 10)
+        assert [(await clients[0].response()).status for _ in range(10)] == [200] * 10
+        assert it.connections == before + 1
+        for client in clients:
+            client.writer.transport.abort()
+
+
 async def test_idle_connections_end(tmp_path: Path) -> None:
     async with running(tmp_path, answers(OK), Limits(upstream_idle_s=0.05)) as (bench, it):
         await bench.ask()

@@ -156,7 +156,7 @@ class Agent:
         root = self._config.state_dir
         for name in ("staging", "cache", "logs"):
             (root / name).mkdir(parents=True, exist_ok=True)
-        self._journal = Journal(root / "journal.db")
+        self._journal = Journal(root / "journal")
         self._logs = LogFiles(root / "logs")
         self._probe: BackendProbe = await self._backend.open(root / "sandboxes", self._config.worker)
         for found in await self._backend.reconcile():

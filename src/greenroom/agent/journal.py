@@ -1,33 +1,92 @@
 """What an agent remembers across its own death: the highest generation seen per actor, and the results of operations.
 
 It is written before a call is answered, so a control plane that lost the answer gets the same one again, and a stale
-control plane stays refused. It need not survive the death of the *machine*: then no sandbox has survived either. Hence
-SQLite without syncs, which costs some 30 us a write.
+control plane stays refused. It need not survive the death of the *machine*: then no sandbox has survived either. So a
+line appended to a file, without a sync, is enough; it costs some microseconds on every wake, where a database's
+transaction costs a hundred. The file is written anew, with what still counts, when it is opened and when it has grown.
 """
 
 from __future__ import annotations
 
+import os
+from collections import OrderedDict
 from pathlib import Path
 
-import apsw
+import msgspec
+
+from greenroom.core.errors import DataLoss
+from greenroom.core.records import Record
 
 #: Results kept. An operation is asked for again within minutes, and a worker does at most some hundred a second.
 KEPT_RESULTS = 20_000
+#: Bytes appended after which the file is written anew; the content that counts is some 10 MB at most.
+REWRITE_BYTES = 64 << 20
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS fence (actor_uid TEXT PRIMARY KEY, generation INTEGER NOT NULL) WITHOUT ROWID, STRICT;
-CREATE TABLE IF NOT EXISTS result (
-    id INTEGER PRIMARY KEY, operation TEXT NOT NULL, call TEXT NOT NULL, answer BLOB NOT NULL, UNIQUE (operation, call)
-) STRICT;
-"""
+
+class _Fence(Record, frozen=True, kw_only=True, tag="fence"):
+    actor_uid: str
+    generation: int  # 0: forgotten
+
+
+class _Result(Record, frozen=True, kw_only=True, tag="result"):
+    operation_id: str
+    call: str
+    answer: msgspec.Raw
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(_Fence | _Result).decode
 
 
 class Journal:
     def __init__(self, path: Path) -> None:
-        self._db = apsw.Connection(str(path))
-        self._db.execute("PRAGMA journal_mode=WAL; PRAGMA synchronous=OFF;")
-        self._db.execute(_SCHEMA)
-        self._fences: dict[str, int] = dict(self._db.execute("SELECT actor_uid, generation FROM fence"))
+        """Raises:
+        DataLoss: a line in the middle can't be read (the last one may be torn: then it was never acted on).
+        """
+        self._path = path
+        self._fences: dict[str, int] = {}
+        self._results: OrderedDict[tuple[str, str], bytes] = OrderedDict()
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        for number, line in enumerate(lines, 1):
+            if not line:
+                continue
+            try:
+                self._remember(_decode(line))
+            except msgspec.DecodeError as error:
+                if number < len(lines):
+                    raise DataLoss(f"line {number} of the journal {path} can't be read: {error}") from error
+        self._rewrite()
+
+    def _remember(self, entry: _Fence | _Result) -> None:
+        if isinstance(entry, _Result):
+            self._results[entry.operation_id, entry.call] = bytes(entry.answer)
+            while len(self._results) > KEPT_RESULTS:
+                self._results.popitem(last=False)
+        elif entry.generation:
+            self._fences[entry.actor_uid] = entry.generation
+        else:
+            self._fences.pop(entry.actor_uid, None)
+
+    def _rewrite(self) -> None:
+        new = self._path.with_suffix(".new")
+        with new.open("wb") as file:
+            for uid, generation in self._fences.items():
+                file.write(_encode(_Fence(actor_uid=uid, generation=generation)) + b"\n")
+            for (operation, call), answer in self._results.items():
+                file.write(_encode(_Result(operation_id=operation, call=call, answer=msgspec.Raw(answer))) + b"\n")
+        new.replace(self._path)
+        self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._appended = 0
+
+    def _append(self, entry: _Fence | _Result) -> None:
+        line = _encode(entry) + b"\n"
+        if os.write(self._fd, line) != len(line):
+            raise OSError(28, "the journal could not be written", str(self._path))
+        self._remember(entry)
+        self._appended += len(line)
+        if self._appended > REWRITE_BYTES:
+            os.close(self._fd)
+            self._rewrite()
 
     def generation(self, actor_uid: str) -> int:
         """The highest generation seen; 0 for an actor never seen."""
@@ -35,27 +94,18 @@ class Journal:
 
     def raise_fence(self, actor_uid: str, generation: int) -> None:
         if generation > self.generation(actor_uid):
-            self._db.execute("INSERT OR REPLACE INTO fence VALUES (?, ?)", (actor_uid, generation))
-            self._fences[actor_uid] = generation
+            self._append(_Fence(actor_uid=actor_uid, generation=generation))
 
     def forget(self, actor_uid: str) -> None:
         """The actor is deleted for ever; its uid is never used again."""
-        self._db.execute("DELETE FROM fence WHERE actor_uid = ?", (actor_uid,))
-        self._fences.pop(actor_uid, None)
+        if actor_uid in self._fences:
+            self._append(_Fence(actor_uid=actor_uid, generation=0))
 
     def answer(self, operation_id: str, call: str) -> bytes | None:
-        for (data,) in self._db.execute(
-            "SELECT answer FROM result WHERE operation = ? AND call = ?", (operation_id, call)
-        ):
-            return bytes(data)
-        return None
+        return self._results.get((operation_id, call))
 
     def record(self, operation_id: str, call: str, answer: bytes) -> None:
-        self._db.execute(
-            "INSERT OR REPLACE INTO result (operation, call, answer) VALUES (?, ?, ?)", (operation_id, call, answer)
-        )
-        if (last := self._db.last_insert_rowid()) % 1000 == 0:
-            self._db.execute("DELETE FROM result WHERE id <= ?", (last - KEPT_RESULTS,))
+        self._append(_Result(operation_id=operation_id, call=call, answer=msgspec.Raw(answer)))
 
     def close(self) -> None:
-        self._db.close()
+        os.close(self._fd)

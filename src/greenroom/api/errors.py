@@ -132,13 +132,15 @@ def _unreachable(details: str, address: str) -> Unavailable:
     )
 
 
-def translating(call: Callable[..., T], address: str) -> Callable[..., T]:
-    """Wraps a synchronous unary call so that it raises `GreenroomError`."""
+def translating(call: Any, address: str) -> Callable[..., Any]:
+    """Wraps a synchronous unary call so that it raises `GreenroomError`. Its ``future`` is gRPC's own, for many calls
+    at once: what its ``result()`` raises is for `from_rpc_error`."""
 
-    def translated(*args: Any, **kwargs: Any) -> T:
+    def translated(*args: Any, **kwargs: Any) -> Any:
         try:
             return call(*args, **kwargs)
         except grpc.RpcError as error:
             raise from_rpc_error(error, address) from None
 
+    translated.future = call.future  # type: ignore[attr-defined]
     return translated

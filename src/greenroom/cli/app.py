@@ -45,40 +45,32 @@ def settings() -> Settings:
     return click.get_current_context().find_root().ensure_object(Settings)
 
 
-class Duration(click.ParamType):
-    """``90``, ``30s`` or ``5m``."""
+def duration(value: str | float) -> float:
+    """The type of options like ``--timeout``: ``90``, ``30s`` or ``5m``, in seconds."""
+    from greenroom.cli.quantity import parse_duration
 
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        from greenroom.cli.quantity import parse_duration
-
-        if isinstance(value, (int, float)):
-            return float(value)
-        try:
-            return float(value) if value.replace(".", "", 1).isdigit() else parse_duration(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+    if isinstance(value, (int, float)):
+        return float(value)
+    try:
+        return float(value) if value.replace(".", "", 1).isdecimal() else parse_duration(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
-class Labels(click.ParamType):
-    """``key=value``"""
-
-    name = "key=value"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
-        if isinstance(value, tuple):
-            return value
-        key, equals, text = value.partition("=")
-        if not key or not equals:
-            self.fail(f"{value!r} is not key=value", param, ctx)
-        return key, text
+def pair(value: str | tuple[str, str]) -> tuple[str, str]:
+    """The type of options like ``--label``: ``key=value``."""
+    if isinstance(value, tuple):
+        return value
+    key, equals, text = value.partition("=")
+    if not key or not equals:
+        raise click.BadParameter(f"{value!r} is not key=value")
+    return key, text
 
 
 def common(command: F) -> F:
     """Adds the options that all commands have."""
     for option in (
-        click.option("--request-timeout", type=Duration(), metavar="DURATION", help="Limit of one call to the server."),
+        click.option("--request-timeout", type=duration, metavar="DURATION", help="Limit of one call to the server."),
         click.option("--server", metavar="ADDRESS", help="unix:/path or host:port [env: GREENROOM_SERVER]."),
         click.option("-n", "--namespace", metavar="NAME", help="Namespace [default: default]."),
     ):
@@ -153,7 +145,9 @@ class LazyGroup(click.Group):
             raise click.UsageError(f"there is no command {args[0]!r}; {hint}", ctx)
         return super().resolve_command(ctx, args)
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:
+    def main(  # type: ignore[override]  # it never returns, in either mode
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> NoReturn:
         """Runs and exits; errors become one or two lines on stderr and an exit code."""
         extra["standalone_mode"] = False
         try:
@@ -163,7 +157,9 @@ class LazyGroup(click.Group):
         except click.exceptions.Exit as exit_:
             code = exit_.exit_code
         except click.ClickException as error:
-            error.show()
+            click.echo(f"error: {error.format_message()}", err=True)
+            if isinstance(error, click.UsageError) and error.ctx is not None:
+                click.echo(f"try: {error.ctx.command_path} --help", err=True)
             code = error.exit_code
         except GreenroomError as error:
             click.echo(f"error: {error.message}", err=True)

@@ -62,7 +62,7 @@ class Kind:
         message = getattr(stub, f"Get{self.cls.__name__}")(request, timeout=timeout_s)
         return convert.from_message(self.cls, message)
 
-    def list(self, client: Client, namespace: str, timeout_s: float, **filters: Any) -> Iterator[Any]:
+    def fetch_all(self, client: Client, namespace: str, timeout_s: float, **filters: Any) -> Iterator[Any]:
         """All of them, page by page; ``namespace`` "" means all."""
         stub = getattr(client, f"{self.name}s")
         request = getattr(pb, f"List{self.cls.__name__}sRequest")(**filters)

@@ -13,7 +13,7 @@ from greenroom.api import convert
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
 from greenroom.api.client import Client
 from greenroom.cli import kinds
-from greenroom.cli.app import Duration, Labels, Settings, common, settings, with_output
+from greenroom.cli.app import Settings, common, duration, pair, settings, with_output
 from greenroom.cli.kinds import BY_NAME, Kind
 from greenroom.cli.manifest import to_document
 from greenroom.cli.output import Table, clean, dump
@@ -23,7 +23,15 @@ from greenroom.core.errors import DeadlineExceeded, FailedPrecondition, Greenroo
 @click.command()
 @click.argument("what", nargs=-1, required=True, metavar="TYPE [NAME...] | TYPE/NAME...")
 @click.option("-A", "--all-namespaces", is_flag=True, help="Of all namespaces.")
-@click.option("-l", "--label", "labels", type=Labels(), multiple=True, help="Only actors with this label; repeatable.")
+@click.option(
+    "-l",
+    "--label",
+    "labels",
+    type=pair,
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Only actors with this label; repeatable.",
+)
 @click.option("-w", "--watch", "watching", is_flag=True, help="Then show changes, until Ctrl-C.")
 @with_output("table", "wide", "json", "yaml", "name")
 @common
@@ -42,7 +50,7 @@ def get(what: tuple[str, ...], all_namespaces: bool, labels: Any, watching: bool
             records = [kind.fetch(client, options.namespace, name, options.read_timeout_s) for name in names]
         else:
             filters = {"labels": dict(labels)} if labels else {}
-            records = list(kind.list(client, namespace, options.read_timeout_s, **filters))
+            records = list(kind.fetch_all(client, namespace, options.read_timeout_s, **filters))
         table = _show(kind, records, output, all_namespaces, single=len(names) == 1)
         if watching:
             seen = {kind.ref(r): r.version for r in records}
@@ -169,7 +177,9 @@ HOPELESS = {"template": {"Failed"}, "operation": {"Failed", "Done"}}
 @click.option(
     "--for", "goal", metavar="GOAL", help="state=STATE, condition=Ready or delete; without it: ready, or done."
 )
-@click.option("--timeout", type=Duration(), default=300.0, show_default="5m", help="Then it exits with 124.")
+@click.option(
+    "--timeout", type=duration, metavar="DURATION", default=300.0, show_default="5m", help="Then it exits with 124."
+)
 @common
 def wait(what: tuple[str, ...], goal: str | None, timeout: float) -> None:
     """Waits until one thing is in a state, has a condition or is gone.

@@ -66,8 +66,8 @@ class UntilCloseBody:
 
 
 def _small_chunks(data: bytes, here: int, payload: list[bytes]) -> int:
-    """Takes chunks of up to 255 bytes that are there in whole, from the end of one (``here``) to the end of another. Only
-    for speed: a sender may cut its body into a great many, and the event loop waits."""
+    """Takes chunks of up to 255 bytes that are there in whole, from the end of one (``here``) to the end of another.
+    Only for speed: a sender may cut its body into a great many, and the event loop waits."""
     size = len(data)
     while data.startswith(b"\r\n", here):
         end = data.find(b"\r\n", here + 2, here + 6)

@@ -242,9 +242,11 @@ class Pool:
     def give(self, connection: UpstreamConnection) -> None:
         """Keeps it for the next request, or closes it."""
         idle = self._idle.setdefault(connection.port, [])
-        if self.binding.revoked or len(idle) >= self.limits.idle_connections_per_actor or not connection.reusable():
+        if self.binding.revoked or not connection.reusable():
             connection.abort()
             return
+        if len(idle) >= self.limits.idle_connections_per_actor:
+            idle[0].abort()  # the one that has been idle longest, and is the likeliest to be closed by the actor
         connection.reused = True
         connection.idle_since = time.perf_counter()
         idle.append(connection)

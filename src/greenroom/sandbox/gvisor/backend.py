@@ -8,37 +8,37 @@ step, and what is undone when a step fails.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import os
 import shutil
 import time
 from collections import OrderedDict, deque
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from pathlib import Path
+
+import msgspec
 
 from greenroom.core.agentapi import ActorStats, Identity, ResidentState
 from greenroom.core.errors import (
     DataLoss,
     FailedPrecondition,
-    GreenroomError,
-    Internal,
     InvalidArgument,
-    ResourceExhausted,
     Unavailable,
 )
 from greenroom.core.records import Endpoint, PhaseTime, SnapshotScope
 from greenroom.sandbox import reaper
-from greenroom.sandbox.gvisor import binary, hostname, spec
-from greenroom.sandbox.gvisor.box import Box, BoxState, Factory, base_command, finish, read_record, storage_error
+from greenroom.sandbox.gvisor import binary, spec
+from greenroom.sandbox.gvisor.box import Box, BoxState, Factory, base_command, finish, read_record
 from greenroom.sandbox.gvisor.cgroups import Cgroups
 from greenroom.sandbox.gvisor.cli import CliControl
 from greenroom.sandbox.gvisor.control import SNAPSHOT_FILES, Command, Control, SocketControl
 from greenroom.sandbox.gvisor.exec import KILLED, open_session
+from greenroom.sandbox.gvisor.failures import sandbox_errors, why_not_running
+from greenroom.sandbox.gvisor.machine import probe_machine
 from greenroom.sandbox.gvisor.naming import set_hostname
 from greenroom.sandbox.gvisor.network import Network
 from greenroom.sandbox.gvisor.selftest import self_test
-from greenroom.sandbox.gvisor.urpc import UrpcClosed, UrpcError
+from greenroom.sandbox.gvisor.urpc import UrpcError
 from greenroom.sandbox.port import (
     BackendProbe,
     Capabilities,
@@ -89,26 +89,14 @@ class GvisorBackend:
     # --- opening and closing ------------------------------------------------------------------------------
 
     async def probe(self) -> BackendProbe:
-        checks = [_check_machine(), _check_root(), Cgroups.detect("probe").check()]
-        try:
-            runsc = await binary.find()
-        except (GreenroomError, OSError) as e:
-            hint = binary.INSTALL_HINT
-            checks.append(Check(name="runsc", ok=False, detail=str(e), hint=hint))
-            return BackendProbe(available=False, version="", fingerprint="", checks=tuple(checks))
-        checks.append(Check(name="runsc", ok=True, detail=f"{runsc.path}, {runsc.version}, {runsc.platform}"))
-        return BackendProbe(
-            available=all(c.ok for c in checks),
-            version=runsc.version,
-            fingerprint=runsc.fingerprint,
-            checks=tuple(checks),
-        )
+        return await probe_machine()
 
     async def open(self, state_dir: Path, worker: str) -> BackendProbe:
         probe = await self.probe()
         if not probe.available:
             raise FailedPrecondition(f"gVisor can't run here: {probe.reason}", reason="BACKEND_UNAVAILABLE")
         runsc = await binary.find()
+        controls = controls_to_try(os.environ.get("GREENROOM_GVISOR_CONTROL", ""), runsc)
         self._state_dir = state_dir.resolve()
         (self._state_dir / "sandboxes").mkdir(parents=True, exist_ok=True)
         name = scope_name(state_dir)
@@ -116,30 +104,21 @@ class GvisorBackend:
         self._network = Network(name, self._state_dir / "slot-counter")
         self._cgroups = Cgroups.detect(name)
         await self._network.open()
-        choices: dict[str, Control] = {"socket": SocketControl(), "cli": CliControl(base_command(runsc))}
-        chosen = os.environ.get("GREENROOM_GVISOR_CONTROL", "")
-        if chosen and chosen not in choices:
-            raise FailedPrecondition(f"GREENROOM_GVISOR_CONTROL={chosen} is neither 'socket' nor 'cli'")
-        failures: list[Check] = []
-        for way in [chosen] if chosen else list(choices):
-            self._factory = Factory(runsc, choices[way], self._network, self._cgroups, self._state_dir / "sandboxes")
+        failures: list[str] = []
+        for way, control in controls.items():
+            self._factory = Factory(runsc, control, self._network, self._cgroups, self._state_dir / "sandboxes")
             started = time.monotonic()
             try:
                 await self_test(self._factory, self._state_dir / "self-test")
             except FailedPrecondition as e:
-                failures.append(Check(name=f"self-test by {way}", ok=False, detail=e.message))
+                failures.append(f"by {way}: {e.message}")
                 continue
-            detail = f"by {way}, {time.monotonic() - started:.2f} s" + "".join(f"; {f.detail}" for f in failures)
+            detail = "; ".join([f"by {way}, {time.monotonic() - started:.2f} s", *failures])
             ready = Check(name="self-test", ok=True, detail=detail)
-            return BackendProbe(
-                available=True,
-                version=probe.version,
-                fingerprint=probe.fingerprint,
-                checks=(*probe.checks, ready),
-            )
+            return msgspec.structs.replace(probe, checks=(*probe.checks, ready))
         await self._network.close(remove=not any((self._state_dir / "sandboxes").iterdir()))
         self._cgroups.remove_worker()
-        raise FailedPrecondition("; ".join(f"{f.name}: {f.detail}" for f in failures), reason="SELF_TEST_FAILED")
+        raise FailedPrecondition("; ".join(failures), reason="SELF_TEST_FAILED")
 
     async def reconcile(self) -> list[Found]:
         found = []
@@ -287,9 +266,11 @@ class GvisorBackend:
             self._cgroups.limit_cpu(box.group, cls.resources)
             box.save(BoxState.RUNNING)
         except BaseException as e:
-            error = self._why_not(box, e, source) if isinstance(e, Exception) else e
             self._in_background(self._dispose(box))
-            raise error from e
+            if not isinstance(e, Exception):
+                raise
+            memory = cls.resources.memory_bytes if self._cgroups.out_of_memory(box.group) else 0
+            raise why_not_running(e, source, self._factory.log_of(box), memory) from e
         if box.slot is not None:
             box.slot.release()
         self._keep(box)
@@ -300,22 +281,6 @@ class GvisorBackend:
             phases=phase_times(marks, started),
             warm=warm,
         )
-
-    def _why_not(self, box: Box, error: Exception, source: Path | None) -> Exception:
-        if isinstance(error, GreenroomError):
-            return error
-        said = f"{error or 'no answer in time'}; runsc says: {self._factory.log_of(box)}"
-        if isinstance(error, OSError):
-            return storage_error(error, "giving the sandbox its identity")
-        if self._cgroups.out_of_memory(box.group):
-            limit = box.record.resources.memory_bytes >> 20
-            return ResourceExhausted(
-                f"the memory limit of {limit} MiB does not suffice; raise the template's resources ({said})",
-                reason="OUT_OF_MEMORY",
-            )
-        if source is not None:
-            return DataLoss(f"snapshot {source} can't be restored: {said}", reason="SNAPSHOT_UNREADABLE")
-        return FailedPrecondition(f"the sandbox did not start: {said}", reason="START_FAILED")
 
     def _keep(self, box: Box) -> None:
         self._boxes[box.sid] = box
@@ -349,14 +314,14 @@ class GvisorBackend:
         box = self._find_alive(sid)
         async with box.lock:
             if box.state is not BoxState.FROZEN:
-                with self._sandbox_errors(sid, "freezing"):
+                with sandbox_errors(sid, "freezing"):
                     await finish(self._pause(box))
 
     async def thaw(self, sid: str) -> Endpoint:
         box = self._find_alive(sid)
         async with box.lock:
             if box.state in _FROZEN:
-                with self._sandbox_errors(sid, "thawing"):
+                with sandbox_errors(sid, "thawing"):
                     await finish(self._resume(box))
         return box.endpoint(self._network.path)
 
@@ -377,7 +342,7 @@ class GvisorBackend:
         async with box.lock:
             started = time.monotonic()
             marks: list[tuple[str, float]] = []
-            with self._sandbox_errors(sid, "checkpoint"):
+            with sandbox_errors(sid, "checkpoint"):
                 try:
                     await finish(self._end_commands(box))
                     if box.state is not BoxState.FROZEN:
@@ -437,7 +402,7 @@ class GvisorBackend:
         async with box.lock:  # not while it is being saved: see `_end_commands`
             if box.state in _FROZEN:
                 raise FailedPrecondition(f"sandbox {sid} is frozen; thaw it first", reason="SANDBOX_FROZEN")
-            with self._sandbox_errors(sid, f"running {spec.argv[0]!r}", command=spec.argv[0]):
+            with sandbox_errors(sid, f"running {spec.argv[0]!r}", command=spec.argv[0]):
                 session = await open_session(
                     lambda stdio: self._factory.control.execute(box.target, command, stdio), spec.timeout_s
                 )
@@ -447,7 +412,7 @@ class GvisorBackend:
 
     async def stats(self, sid: str) -> ActorStats:
         box = self._find_alive(sid)
-        with self._sandbox_errors(sid, "measuring"):
+        with sandbox_errors(sid, "measuring"):
             memory, pids = await self._factory.control.usage(box.target)
         return ActorStats(memory_bytes=memory, cpu_seconds=self._cgroups.cpu_seconds(box.group) or 0.0, pids=pids)
 
@@ -492,48 +457,17 @@ class GvisorBackend:
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
-    @contextlib.contextmanager
-    def _sandbox_errors(self, sid: str, doing: str, command: str = "") -> Iterator[None]:
-        """Turns what the sandbox says into the errors of the port."""
-        try:
-            yield
-        except UrpcClosed as e:
-            raise Unavailable(f"sandbox {sid} is gone: {doing} failed ({e})", reason="SANDBOX_GONE") from e
-        except TimeoutError as e:
-            raise Unavailable(f"sandbox {sid} does not answer: {doing} failed", reason="SANDBOX_STUCK") from e
-        except OSError as e:
-            raise storage_error(e, doing) from e
-        except UrpcError as e:
-            text = e.message.lower()
-            if "no space left" in text or "quota exceeded" in text:
-                raise ResourceExhausted(f"the disk is full: {doing} failed ({e})", reason="DISK_FULL") from e
-            if command and ("no such file" in text or "not found" in text or "permission denied" in text):
-                raise FailedPrecondition(
-                    f"the sandbox has no program {command!r} ({e})",
-                    reason="COMMAND_NOT_FOUND",
-                    metadata={"command": command},
-                ) from e
-            raise Internal(f"{doing} failed in sandbox {sid}: {e}") from e
+
+def controls_to_try(chosen: str, runsc: binary.Runsc) -> dict[str, Control]:
+    """The ways of speaking to a sandbox, the better first; ``chosen`` leaves one."""
+    controls: dict[str, Control] = {"socket": SocketControl(), "cli": CliControl(base_command(runsc))}
+    if not chosen:
+        return controls
+    if chosen not in controls:
+        raise FailedPrecondition(f"GREENROOM_GVISOR_CONTROL={chosen} is neither 'socket' nor 'cli'")
+    return {chosen: controls[chosen]}
 
 
 def exec_capabilities(uid: int) -> tuple[str, ...]:
     """What a further command may do: as the actor's own, and hence nothing unless it is root."""
     return spec.CAPABILITIES if uid == 0 else ()
-
-
-def _check_root() -> Check:
-    root = os.geteuid() == 0
-    return Check(
-        name="root",
-        ok=root,
-        detail="yes" if root else "network namespaces and gVisor's own isolation need root",
-        hint="" if root else "run the worker as root, or use a pool of backend `process`",
-    )
-
-
-def _check_machine() -> Check:
-    try:
-        hostname.program()
-    except FailedPrecondition as e:
-        return Check(name="machine", ok=False, detail=e.message)
-    return Check(name="machine", ok=True, detail=os.uname().machine)

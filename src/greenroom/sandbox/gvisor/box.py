@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-import errno
 import json
 import os
 import secrets
@@ -28,12 +27,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from greenroom.core.agentapi import Identity
-from greenroom.core.errors import FailedPrecondition, Internal, ResourceExhausted
+from greenroom.core.errors import FailedPrecondition
 from greenroom.core.records import Endpoint, Record, Resources
 from greenroom.sandbox.gvisor import hostname, spec
 from greenroom.sandbox.gvisor.binary import Runsc
 from greenroom.sandbox.gvisor.cgroups import Cgroups, Group
 from greenroom.sandbox.gvisor.control import Control, Target
+from greenroom.sandbox.gvisor.failures import storage_error
 from greenroom.sandbox.gvisor.network import GUEST_ADDRESS, Network, Slot
 from greenroom.sandbox.port import SandboxClass
 from greenroom.sandbox.reaper import Process, reap_group
@@ -246,7 +246,7 @@ class Factory:
         try:
             process = await asyncio.create_subprocess_exec(
                 *("/bin/sh", "-c", _ENTER, "sh", *map(str, box.group.process_files), "--"),
-                *(*base_command(self._runsc), "create", "--bundle=.", box.sid),
+                *(*base_command(self._runsc), "create", f"--bundle={box.directory}", box.sid),
                 cwd=box.directory,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
@@ -341,9 +341,3 @@ async def finish(work: Coroutine[object, object, None]) -> None:
     task.result()
     if cancelled is not None:
         raise cancelled
-
-
-def storage_error(error: OSError, doing: str) -> ResourceExhausted | Internal:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceExhausted(f"the disk is full: {doing} failed ({error}); free some space", reason="DISK_FULL")
-    return Internal(f"{doing} failed: {error}")

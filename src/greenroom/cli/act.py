@@ -1,0 +1,225 @@
+"""Commands that change actors: ``create``, ``delete``, ``resume``, ``suspend``, ``pause``."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+import grpc
+
+from greenroom.api import convert, errors
+from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
+from greenroom.api.client import Client
+from greenroom.cli import kinds
+from greenroom.cli.app import INTERRUPTED, Settings, common, duration, pair, settings
+from greenroom.cli.kinds import Kind
+from greenroom.core.errors import GreenroomError, rebuild
+from greenroom.core.records import Operation, OperationState
+
+#: With --no-wait: long enough to learn that it was refused.
+NO_WAIT_S = 1.0
+#: A call may take this much longer than the wait that it asks for.
+CALL_MARGIN_S = 10.0
+#: Actors that are changed at once; the others wait their turn here instead of in the server.
+MAX_AT_ONCE = 64
+EXIT_TIMEOUT = 124
+
+
+@click.group()
+def create() -> None:
+    """Makes an actor from a template (templates and pools are made with `apply`)."""
+
+
+@create.command("actor")
+@click.argument("name")
+@click.option("-t", "--template", required=True, help="Template to make it from.")
+@click.option(
+    "-l", "--label", "labels", type=pair, metavar="KEY=VALUE", multiple=True, help="Label to attach; repeatable."
+)
+@common
+def create_actor(name: str, template: str, labels: Sequence[tuple[str, str]]) -> None:
+    """Makes an actor, asleep. It wakes when a request or a command for it comes."""
+    options = settings()
+    request = pb.CreateActorRequest(
+        namespace=options.namespace,
+        name=name,
+        template=template,
+        labels=dict(labels),
+        request_id=secrets.token_hex(16),
+    )
+    with options.connect() as client:
+        client.actors.CreateActor(request, timeout=options.read_timeout_s)
+    click.echo(f"actor/{name} created")
+
+
+def _waiting(command: Any) -> Any:
+    command = click.option(
+        "--timeout",
+        type=duration,
+        metavar="DURATION",
+        default=300.0,
+        show_default="5m",
+        help="How long to wait; it goes on after that.",
+    )(command)
+    return click.option("--wait/--no-wait", "wait", default=True, help="Wait until it is done [default: wait].")(
+        command
+    )
+
+
+@click.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@_waiting
+@common
+def resume(names: tuple[str, ...], wait: bool, timeout: float) -> None:
+    """Wakes actors; crashed ones go back to their last snapshot."""
+    change("ResumeActor", "resumed", "running already", _actors(names), wait, timeout)
+
+
+@click.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@_waiting
+@common
+def suspend(names: tuple[str, ...], wait: bool, timeout: float) -> None:
+    """Saves actors' memory and files, and frees their place on the worker."""
+    change("SuspendActor", "suspended", "suspended already", _actors(names), wait, timeout)
+
+
+@click.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@_waiting
+@common
+def pause(names: tuple[str, ...], wait: bool, timeout: float) -> None:
+    """Freezes actors where they are: quick to wake, but they keep their place."""
+    change("PauseActor", "paused", "paused already", _actors(names), wait, timeout)
+
+
+@click.command()
+@click.argument("what", nargs=-1, required=True, metavar="TYPE NAME... | TYPE/NAME...")
+@_waiting
+@common
+def delete(what: tuple[str, ...], wait: bool, timeout: float) -> None:
+    """Deletes actors (with their snapshots), templates or pools."""
+    wanted = kinds.targets(what)
+    for kind, name in wanted:
+        if not name:
+            raise click.UsageError(f"say which: delete {kind.name} NAME")
+        if kind not in (kinds.ACTORS, kinds.TEMPLATES, kinds.POOLS):
+            raise click.UsageError(f"{kind.names[1]} can't be deleted; they go by themselves")
+    actors = [name for kind, name in wanted if kind is kinds.ACTORS]
+    if actors:
+        change("DeleteActor", "deleted", "deleted already", actors, wait, timeout)
+    options = settings()
+    with options.connect() as client:
+        for kind, name in wanted:
+            if kind is not kinds.ACTORS:
+                _delete(client, options, kind, name)
+                click.echo(f"{kind.name}/{name} deleted")
+
+
+def _delete(client: Client, options: Settings, kind: Kind, name: str) -> None:
+    if kind is kinds.TEMPLATES:
+        request = pb.DeleteTemplateRequest(namespace=options.namespace, name=name)
+        client.templates.DeleteTemplate(request, timeout=options.read_timeout_s)
+    else:
+        client.pools.DeletePool(pb.DeletePoolRequest(name=name), timeout=options.read_timeout_s)
+
+
+def _actors(names: tuple[str, ...]) -> list[str]:
+    """``NAME`` or ``actor/NAME``."""
+    plain = []
+    for name in names:
+        kind, slash, rest = name.partition("/")
+        if slash and kinds.find(kind) is not kinds.ACTORS:
+            raise click.UsageError(f"{name!r} is not an actor")
+        plain.append(rest if slash else name)
+    return plain
+
+
+def change(method: str, done: str, already: str, names: list[str], wait: bool, timeout_s: float) -> None:
+    """Starts the operations together and reports each; exits with the code of the first that failed."""
+    options = settings()
+    wait_s = timeout_s if wait else NO_WAIT_S
+    code = 0
+    with options.connect() as client:
+        call = getattr(client.actors, method)
+        for start in range(0, len(names), MAX_AT_ONCE):
+            batch = names[start : start + MAX_AT_ONCE]
+            futures = [
+                call.future(
+                    pb.ActorRequest(
+                        namespace=options.namespace,
+                        name=name,
+                        request_id=secrets.token_hex(16),
+                        wait=convert.duration(wait_s),
+                    ),
+                    timeout=options.request_timeout_s or wait_s + CALL_MARGIN_S,
+                )
+                for name in batch
+            ]
+            for position, (name, future) in enumerate(zip(batch, futures, strict=True)):
+                try:
+                    operation = convert.from_message(Operation, _result(future, client.address))
+                    code = code or _report(operation, f"actor/{name}", done, already, wait)
+                except GreenroomError as error:
+                    if error.reason == "STILL_WAITING" and not wait:
+                        click.echo(f"actor/{name} begun")
+                        continue
+                    code = code or error.exit_code
+                    click.echo(f"error: {error.message}", err=True)
+                    if error.reason == "SERVER_NOT_RUNNING":
+                        raise SystemExit(code) from None
+                except KeyboardInterrupt:
+                    _interrupted(client, options, batch[position:])
+    if code:
+        raise SystemExit(code)
+
+
+def _result(future: Any, address: str) -> Any:
+    try:
+        return future.result()
+    except grpc.RpcError as error:
+        raise errors.from_rpc_error(error, address) from None
+
+
+def _report(operation: Operation, ref: str, done: str, already: str, wait: bool) -> int:
+    if operation.error is not None:
+        failure = operation.error
+        click.echo(f"error: {ref}: {failure.message}", err=True)
+        return rebuild(failure.code, failure.reason, failure.message, failure.metadata).exit_code
+    if operation.state is OperationState.RUNNING:
+        how = f"`greenroom wait operation {operation.id}`"
+        if not wait:
+            click.echo(f"{ref} begun; watch it with {how}")
+            return 0
+        click.echo(f"{ref}: still in phase {operation.phase!r} and going on; watch it with {how}", err=True)
+        return EXIT_TIMEOUT
+    if operation.cause == "already":
+        click.echo(f"{ref} {already}")
+    else:
+        took = f" ({kinds.took(operation)})" if operation.finished_at else ""
+        click.echo(f"{ref} {done}{took}")
+    return 0
+
+
+def _interrupted(client: Client, options: Settings, names: list[str]) -> None:
+    """Ctrl-C only ends the waiting. Says how to find what goes on."""
+    for name in names[:3]:
+        operation = _attempt(
+            lambda name=name: (
+                client.actors.GetActor(  # type: ignore[misc]
+                    pb.GetActorRequest(namespace=options.namespace, name=name), timeout=2.0
+                ).operation
+            )
+        )
+        how = f"`greenroom wait operation {operation}`" if operation else f"`greenroom describe actor {name}`"
+        click.echo(f"actor/{name}: no longer waiting; the operation goes on, watch it with {how}", err=True)
+    raise SystemExit(INTERRUPTED)
+
+
+def _attempt(call: Callable[[], str]) -> str:
+    try:
+        return call()
+    except GreenroomError:
+        return ""
