@@ -116,7 +116,7 @@ def show(results: list[Result], memory: bool) -> None:
     console.print(table)
     wakes = sorted((phases for r in results for phases in r.wakes), key=lambda phases: sum(ms for _, ms in phases))
     median, slowest = dict(wakes[len(wakes) // 2]), dict(wakes[-1])
-    names = list(dict.fromkeys([*median, *slowest]))
+    names = list(dict.fromkeys([*slowest, *median]))
     table = Table("PHASE", "P50 WAKE MS", "MAX WAKE MS", box=None)
     for name in names:
         table.add_row(name, f"{median.get(name, 0):.1f}", f"{slowest.get(name, 0):.1f}")
@@ -145,10 +145,8 @@ def main() -> int:
         results = play(live, options.actors, options.requests)
         show(results, memory)
     right = all(r.file == options.requests and r.ram == (options.requests if memory else 1) for r in results)
-    say(
-        f"{'every count is right' if right else 'A COUNT IS WRONG'}; nothing left behind; {
-            time.monotonic() - started:.0f} s"
-    )
+    verdict = "every count is right" if right else "A COUNT IS WRONG"
+    say(f"{verdict}; nothing left behind; {time.monotonic() - started:.0f} s")
     return 0 if right else 1
 
 

@@ -89,7 +89,7 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     for name, (_, line, section) in COMMANDS.items():
-        assert not section or f"  {name}" in done.stdout and line in done.stdout
+        assert not section or (f"  {name}" in done.stdout and line in done.stdout)
 
 
 @pytest.mark.parametrize("name", [n for n in COMMANDS if n not in ("up", "agent")])
@@ -268,7 +268,7 @@ def test_ctrl_c_leaves_the_operation_running(mine: Shell) -> None:
 
     operation = mine.server.run(begun())
     running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=30)
+    _, err = running.communicate(timeout=30)
     assert running.returncode == 130 and "Traceback" not in err
     assert f"the operation goes on, watch it with `greenroom wait operation {operation}`" in err
     mine.server.call(mine.control.gate.set)
@@ -305,7 +305,7 @@ def test_nothing_is_applied_when_a_document_is_wrong(shell: Shell, tmp_path: Pat
         TEMPLATE + "---\n" + TEMPLATE.split("---")[0].replace("name: web", "name: other").replace("256Mi", "x")
     )
     done = shell("apply", "-f", str(path), code=2)
-    assert f"{path}:13: spec.resources.memory: 'x' is not a quantity" in done.stderr
+    assert f"{path}:14: spec.resources.memory: 'x' is not a quantity" in done.stderr
     assert len(shell.server.run(shell.control.store.list(Template))) == 1  # the one that was there
 
 
@@ -436,11 +436,15 @@ def test_watching(mine: Shell) -> None:
     mine("delete", "actor", "mine")
     while (line := running.stdout.readline().split())[1] != "(deleted)":
         assert line[1] == "Deleting"
+    assert everything.stdout is not None
+    out = ""
+    while "actor/mine  deleted" not in out:
+        out += everything.stdout.readline()
     for one in (running, everything):
         one.send_signal(signal.SIGINT)
-    out, _ = everything.communicate(timeout=30)
-    running.communicate(timeout=30)
-    assert "actor/mine  Running  on default-0" in out and "Resume  mine  Done" in out and "actor/mine  deleted" in out
+        one.communicate(timeout=30)
+        assert one.returncode == 130
+    assert "actor/mine  Running  on default-0" in out and "Resume  mine  Done" in out
 
 
 def test_options_before_and_after_the_command(mine: Shell) -> None:

@@ -161,7 +161,8 @@ def change(method: str, done: str, already: str, names: list[str], wait: bool, t
             for position, (name, future) in enumerate(zip(batch, futures, strict=True)):
                 try:
                     operation = convert.from_message(Operation, _result(future, client.address))
-                    code = code or _report(operation, f"actor/{name}", done, already, wait)
+                    reported = _report(operation, f"actor/{name}", done, already, wait)
+                    code = code or reported
                 except GreenroomError as error:
                     if error.reason == "STILL_WAITING" and not wait:
                         click.echo(f"actor/{name} begun")

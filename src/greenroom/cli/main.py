@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from greenroom.cli.app import LazyGroup, common, settings
@@ -60,4 +62,8 @@ def cli() -> None:
 
 
 def main() -> None:
+    # gRPC writes lines of its own to stderr when a process that uses it starts another one; nothing here forks without
+    # exec, so its fork handlers are not needed.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     cli.main()

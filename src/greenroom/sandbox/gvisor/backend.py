@@ -183,7 +183,7 @@ class GvisorBackend:
         for device in await self._network.devices() - {b.record.device for b in self._boxes.values()}:
             await self._network.drop_slot(device)
         for sid in self._cgroups.leftovers() - self._boxes.keys():
-            self._cgroups.remove(sid)
+            await self._factory.sweep(sid)
 
     async def close(self, *, keep_running: bool) -> None:
         doomed = [box for pool in self._warm.values() for box in pool]

@@ -306,10 +306,20 @@ class Factory:
         await asyncio.to_thread(shutil.rmtree, box.directory, ignore_errors=True)
 
     async def _remove_group(self, sid: str) -> None:
+        """Also ends and reaps what is still in the group."""
+        strays: set[int] = set()
         for _ in range(_CGROUP_RETRIES):
+            strays |= self._cgroups.kill(sid)
             if self._cgroups.remove(sid):
-                return
+                break
             await asyncio.sleep(_CGROUP_RETRY_S)
+        for pid in strays:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+
+    async def sweep(self, sid: str) -> None:
+        """Removes what a sandbox left behind that has no directory any more."""
+        await self._remove_group(sid)
 
 
 def base_command(runsc: Runsc) -> tuple[str, ...]:

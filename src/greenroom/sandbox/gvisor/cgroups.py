@@ -7,6 +7,8 @@ sandbox: gVisor's own kernel (the "sentry"), its file server and the actor; so g
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -154,6 +156,18 @@ class Cgroups:
             counts = dict(line.split()[:2] for line in (directory / name).read_text().splitlines())
             return int(counts.get("oom_kill", "0")) > 0
         return False
+
+    def kill(self, sid: str) -> set[int]:
+        """Ends every process that is still in the sandbox's group, and returns their pids. That finds also those of a
+        `runsc create` that was cut short, which nothing else has a record of."""
+        pids: set[int] = set()
+        for root in set(self._roots.values()):
+            with contextlib.suppress(FileNotFoundError):
+                pids |= {int(p) for p in (root / PARENT / self._worker / sid / "cgroup.procs").read_text().split()}
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return pids
 
     def remove(self, sid: str) -> bool:
         """False when processes are still in it. Idempotent."""

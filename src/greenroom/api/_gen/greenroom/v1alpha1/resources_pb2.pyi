@@ -334,7 +334,7 @@ class Actor(_message.Message):
     wakes: _builtins.int
     """how often it was resumed"""
     golden: _builtins.bool
-    """hidden helper that a template boots once"""
+    """the hidden actor that a template boots once"""
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
