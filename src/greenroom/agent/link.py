@@ -56,7 +56,7 @@ class AgentLink:
         pause = FIRST_PAUSE_S
         while True:
             async with grpc.aio.insecure_channel(self._target, options=KEEPALIVE) as channel:
-                connection = _Connection(self._agent, link_pb2_grpc.AgentLinkStub(channel).Connect())  # type: ignore[no-untyped-call]
+                connection = _Connection(self._agent, link_pb2_grpc.AgentLinkStub(channel).Connect())
                 self._connection = connection
                 try:
                     await connection.run()

@@ -83,7 +83,7 @@ class Server:
         snapshots = str(options.data_dir / "snapshots")
         self.engine = Engine(self.store, self.hub, ObjectSnapshotStore(snapshots), config)
         self._link = grpc.aio.server(options=[("grpc.http2.min_ping_interval_without_data_ms", _MIN_PING_MS)])
-        link_pb2_grpc.add_AgentLinkServicer_to_server(self.hub, self._link)  # type: ignore[no-untyped-call]
+        link_pb2_grpc.add_AgentLinkServicer_to_server(self.hub, self._link)
         control = f"unix:{self.run_dir / 'agents.sock'}"
         self._link.add_insecure_port(control)
         self.gateway = Gateway(self.engine, domain=options.domain)
