@@ -360,8 +360,8 @@ class Agent:
         )
         if not fits:
             raise FailedPrecondition(
-                f"snapshot {snapshot.id} was made by {snapshot.backend} ({snapshot.fingerprint}) and can't run on worker "
-                f"{self._config.worker}, which is {self._backend.name} ({self._probe.fingerprint})",
+                f"snapshot {snapshot.id} was made by {snapshot.backend} ({snapshot.fingerprint}) and can't run on "
+                f"worker {self._config.worker}, which is {self._backend.name} ({self._probe.fingerprint})",
                 reason="NO_COMPATIBLE_WORKER",
             )
 

@@ -73,8 +73,8 @@ async def _run(options: object) -> None:
     probe = await registry.load(options.pool.backend).probe()
     if not probe.available:
         raise FailedPrecondition(
-            f"backend {options.pool.backend!r} can't run here: {probe.reason}. `greenroom doctor` tells what is missing; "
-            "`greenroom up --backend process` needs no root (and is no security boundary)",
+            f"backend {options.pool.backend!r} can't run here: {probe.reason}. `greenroom doctor` tells what is "
+            "missing; `greenroom up --backend process` needs no root (and is no security boundary)",
             reason="BACKEND_UNAVAILABLE",
         )
     ended = asyncio.Event()

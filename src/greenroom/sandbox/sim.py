@@ -355,7 +355,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's do not derive from it
-        self._backend._connections.add(transport)
+        self._backend._connections.add(self._transport)
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._transport is not None:

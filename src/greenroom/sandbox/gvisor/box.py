@@ -315,7 +315,7 @@ class Factory:
             await asyncio.sleep(_CGROUP_RETRY_S)
         for pid in strays:
             with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
+                os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222 - does not wait
 
     async def sweep(self, sid: str) -> None:
         """Removes what a sandbox left behind that has no directory any more."""
