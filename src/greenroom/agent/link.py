@@ -18,6 +18,7 @@ import structlog
 
 from greenroom.agent.agent import Agent
 from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2, link_pb2_grpc
+from greenroom.api.frames import WINDOW, gather_frames
 from greenroom.core import agentapi as api
 from greenroom.core.errors import GreenroomError
 from greenroom.core.records import Failure
@@ -25,12 +26,11 @@ from greenroom.core.records import Failure
 log = structlog.get_logger(__name__)
 
 Frame = link_pb2.Frame
+Frames = link_pb2.Frames
 
 #: Between attempts to connect, doubling from the first to the last, with jitter so that agents spread.
 FIRST_PAUSE_S = 0.05
 LAST_PAUSE_S = 2.0
-#: DATA frames of one call and direction on the way unread; both ends agree on it (link.proto).
-WINDOW = 64
 #: A dead peer is noticed within about 25 s (gRPC keepalive), also where no packet ever comes back.
 KEEPALIVE = [
     ("grpc.keepalive_time_ms", 15_000),
@@ -79,7 +79,7 @@ class _Connection:
     def __init__(self, agent: Agent, stream: Any) -> None:
         self._agent = agent
         self._stream = stream
-        self._out: asyncio.Queue[link_pb2.Frame] = asyncio.Queue()
+        self._out: asyncio.Queue[link_pb2.Frame | None] = asyncio.Queue()
         self._open: dict[int, _Reporter] = {}
         self.welcomed = False
         self.closed = False
@@ -89,11 +89,13 @@ class _Connection:
             self._out.put_nowait(frame)
 
     async def run(self) -> None:
-        await self._stream.write(Frame(kind=Frame.HELLO, body=_encode(self._agent.hello())))
+        hello = Frame(kind=Frame.HELLO, body=_encode(self._agent.hello()))
+        await self._stream.write(Frames(frames=[hello]))
         writer = asyncio.create_task(self._write())
         try:
-            while (frame := await self._stream.read()) is not grpc.aio.EOF:
-                self._receive(frame)
+            while (message := await self._stream.read()) is not grpc.aio.EOF:
+                for frame in message.frames:
+                    self._receive(frame)
         finally:
             self.closed = True
             writer.cancel()
@@ -103,8 +105,8 @@ class _Connection:
             self._stream.cancel()
 
     async def _write(self) -> None:
-        while True:
-            await self._stream.write(await self._out.get())
+        while (frames := await gather_frames(self._out)) is not None:
+            await self._stream.write(Frames(frames=frames))
 
     def _receive(self, frame: link_pb2.Frame) -> None:
         match frame.kind:

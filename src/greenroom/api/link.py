@@ -18,6 +18,7 @@ import msgspec
 import structlog
 
 from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2, link_pb2_grpc
+from greenroom.api.frames import WINDOW, gather_frames
 from greenroom.core import agentapi
 from greenroom.core.agentapi import AgentCall, Exec, Hello, Logs, Progress, SandboxExited
 from greenroom.core.errors import GreenroomError, ResourceExhausted, Unavailable, rebuild
@@ -27,12 +28,11 @@ from greenroom.engine.workers import CallStream, OnProgress, WorkerListener
 log = structlog.get_logger(__name__)
 
 Frame = link_pb2.Frame
+Frames = link_pb2.Frames
 Context: TypeAlias = Any  # grpc.aio.ServicerContext; grpcio ships no types
 
 #: Frames waiting to be sent to one agent; more means that it does not read, and calls are refused.
 MAX_QUEUED_FRAMES = 10_000
-#: DATA frames of one call and direction that may be on the way unread; a frame has at most 64 KiB, so 4 MiB.
-WINDOW = 64
 #: How long an agent may take for its first frame.
 HELLO_TIMEOUT_S = 10.0
 
@@ -140,13 +140,14 @@ class AgentHub(link_pb2_grpc.AgentLinkServicer):
             self._drop(old)
         structlog.contextvars.bind_contextvars(worker=hello.worker)
         log.info("agent connected", boot_id=hello.boot_id, residents=len(hello.residents))
-        await context.write(Frame(kind=Frame.WELCOME))
+        await context.write(Frames(frames=[Frame(kind=Frame.WELCOME)]))
         writer = asyncio.create_task(self._write(peer, context), name=f"link-writer-{hello.worker}")
         try:
             if self.listener:
                 self.listener.worker_connected(hello)
-            while (frame := await context.read()) is not grpc.aio.EOF:
-                self._receive(peer, frame)
+            while (message := await context.read()) is not grpc.aio.EOF:
+                for frame in message.frames:
+                    self._receive(peer, frame)
         except asyncio.CancelledError:
             pass  # the server stops, or the agent has gone; grpcio would print a traceback
         finally:
@@ -157,10 +158,10 @@ class AgentHub(link_pb2_grpc.AgentLinkServicer):
     async def _greet(self, context: Context) -> Hello:
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
-                frame = await context.read()
-            if frame is grpc.aio.EOF or frame.kind != Frame.HELLO:
+                message = await context.read()
+            if message is grpc.aio.EOF or len(message.frames) != 1 or message.frames[0].kind != Frame.HELLO:
                 raise ValueError("the first frame must be HELLO")
-            return _decode_hello(frame.body)
+            return _decode_hello(message.frames[0].body)
         except (TimeoutError, ValueError, msgspec.MsgspecError) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no proper HELLO: {error}")
             raise AssertionError("abort raises") from error
@@ -176,8 +177,8 @@ class AgentHub(link_pb2_grpc.AgentLinkServicer):
                 self.listener.worker_gone(name, peer.hello.boot_id)
 
     async def _write(self, peer: _Peer, context: Context) -> None:
-        while (frame := await peer.out.get()) is not None:
-            await context.write(frame)
+        while (frames := await gather_frames(peer.out)) is not None:
+            await context.write(Frames(frames=frames))
         context.cancel()  # replaced by a newer connection
 
     def _receive(self, peer: _Peer, frame: link_pb2.Frame) -> None:

@@ -36,8 +36,8 @@ class AgentLinkStub:
         """
         self.Connect = channel.stream_stream(
                 '/greenroom.link.v1alpha1.AgentLink/Connect',
-                request_serializer=greenroom_dot_link_dot_v1alpha1_dot_link__pb2.Frame.SerializeToString,
-                response_deserializer=greenroom_dot_link_dot_v1alpha1_dot_link__pb2.Frame.FromString,
+                request_serializer=greenroom_dot_link_dot_v1alpha1_dot_link__pb2.Frames.SerializeToString,
+                response_deserializer=greenroom_dot_link_dot_v1alpha1_dot_link__pb2.Frames.FromString,
                 _registered_method=True)
 
 
@@ -57,8 +57,8 @@ def add_AgentLinkServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Connect': grpc.stream_stream_rpc_method_handler(
                     servicer.Connect,
-                    request_deserializer=greenroom_dot_link_dot_v1alpha1_dot_link__pb2.Frame.FromString,
-                    response_serializer=greenroom_dot_link_dot_v1alpha1_dot_link__pb2.Frame.SerializeToString,
+                    request_deserializer=greenroom_dot_link_dot_v1alpha1_dot_link__pb2.Frames.FromString,
+                    response_serializer=greenroom_dot_link_dot_v1alpha1_dot_link__pb2.Frames.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,8 +86,8 @@ class AgentLink:
             request_iterator,
             target,
             '/greenroom.link.v1alpha1.AgentLink/Connect',
-            greenroom_dot_link_dot_v1alpha1_dot_link__pb2.Frame.SerializeToString,
-            greenroom_dot_link_dot_v1alpha1_dot_link__pb2.Frame.FromString,
+            greenroom_dot_link_dot_v1alpha1_dot_link__pb2.Frames.SerializeToString,
+            greenroom_dot_link_dot_v1alpha1_dot_link__pb2.Frames.FromString,
             options,
             channel_credentials,
             insecure,
