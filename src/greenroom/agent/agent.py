@@ -369,7 +369,7 @@ class Agent:
         key = image_digest.encode() + msgspec.json.encode(spec)
         cls = self._classes.get(key)
         if cls is None:
-            cls = _sandbox_class(await self._pinned_image(image_digest, spec, reporter), spec)
+            cls = sandbox_class(await self._pinned_image(image_digest, spec, reporter), spec)
             if len(self._classes) >= MAX_CLASSES:
                 self._classes.clear()
             self._classes[key] = cls
@@ -587,7 +587,7 @@ class Agent:
             await session.kill()
 
 
-def _sandbox_class(image: Image, spec: TemplateSpec) -> SandboxClass:
+def sandbox_class(image: Image, spec: TemplateSpec) -> SandboxClass:
     """Image and template merged, as Kubernetes does: a command replaces entrypoint and arguments of the image."""
     config = image.config
     argv = (*spec.command, *spec.args) if spec.command else (*config.entrypoint, *(spec.args or config.cmd))

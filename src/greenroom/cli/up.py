@@ -13,6 +13,9 @@ import click
 @click.option("--data", type=click.Path(path_type=Path), default=None, help="Data directory [default: see README].")
 @click.option("--workers", type=click.IntRange(0, 64), default=None, help="Workers of pool 'default' [default: 2].")
 @click.option("--slots", type=click.IntRange(1, 10_000), default=None, help="Actors awake per worker [default: 4].")
+@click.option(
+    "--warm", type=click.IntRange(0, 1000), default=None, help="Sandboxes kept ready per worker [default: 2 per CPU]."
+)
 @click.option("--backend", default=None, help="Sandbox backend of pool 'default' [default: gvisor].")
 @click.option("--listen", default="127.0.0.1:8080", show_default=True, help="Where the HTTP gateway listens.")
 @click.option("--domain", default="localhost", show_default=True, help="What actors' host names end in.")
@@ -23,6 +26,7 @@ def up(
     data: Path | None,
     workers: int | None,
     slots: int | None,
+    warm: int | None,
     backend: str | None,
     listen: str,
     domain: str,
@@ -50,6 +54,7 @@ def up(
         domain=domain,
         api=api,
         log_level=log_level,
+        warm=warm,
         operation_deadline_s=operation_deadline,
     )
     import uvloop

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import stat
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
 from typing import IO
 
+from greenroom.testing import counter_app
 from greenroom.testing.oci_layout import Compression, Layer, Layout
 from greenroom.testing.python_rootfs import build_python_rootfs
 
@@ -84,3 +86,15 @@ def write_tree(archive: IO[bytes], root: Path) -> None:
                 info.size = found.st_size
                 with path.open("rb") as file:
                     tar.addfile(info, file)
+
+
+def main() -> None:
+    """``python -m greenroom.testing.python_image DIRECTORY [APP]``: prints the reference."""
+    if len(sys.argv) not in (2, 3):
+        raise SystemExit("usage: python -m greenroom.testing.python_image DIRECTORY [APP.py]")
+    app = sys.argv[2] if len(sys.argv) == 3 else counter_app.__file__
+    print(build_python_image(Path(sys.argv[1]).absolute(), app=Path(app)))
+
+
+if __name__ == "__main__":
+    main()
