@@ -12,7 +12,7 @@ from greenroom.sandbox.gvisor import GvisorBackend, binary
 from greenroom.sandbox.port import Backend
 from greenroom.testing.backend_conformance import BackendConformance
 
-pytestmark = [pytest.mark.gvisor, pytest.mark.root]
+pytestmark = [pytest.mark.gvisor, pytest.mark.root, pytest.mark.xdist_group("sandboxes")]
 
 
 @pytest.fixture(scope="module", autouse=True)

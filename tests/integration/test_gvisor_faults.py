@@ -30,7 +30,7 @@ from greenroom.sandbox.gvisor import GvisorBackend
 from greenroom.sandbox.gvisor.box import BoxState, read_record
 from greenroom.sandbox.port import ExecSpec, SandboxClass
 
-pytestmark = [pytest.mark.gvisor, pytest.mark.root]
+pytestmark = [pytest.mark.gvisor, pytest.mark.root, pytest.mark.xdist_group("sandboxes")]
 
 
 @pytest.fixture(scope="module")

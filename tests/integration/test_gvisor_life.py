@@ -35,7 +35,7 @@ from greenroom.sandbox.gvisor import GvisorBackend
 from greenroom.sandbox.port import ExecSpec, SandboxClass
 from greenroom.sandbox.reaper import readable
 
-pytestmark = [pytest.mark.gvisor, pytest.mark.root]
+pytestmark = [pytest.mark.gvisor, pytest.mark.root, pytest.mark.xdist_group("sandboxes")]
 
 
 @pytest.fixture(scope="module")

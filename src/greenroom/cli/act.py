@@ -15,6 +15,7 @@ from greenroom.api.client import Client
 from greenroom.cli import kinds
 from greenroom.cli.app import INTERRUPTED, Settings, common, duration, pair, settings
 from greenroom.cli.kinds import Kind
+from greenroom.cli.output import clean
 from greenroom.core.errors import GreenroomError, rebuild
 from greenroom.core.records import Operation, OperationState
 
@@ -163,6 +164,8 @@ def change(method: str, done: str, already: str, names: list[str], wait: bool, t
                     operation = convert.from_message(Operation, _result(future, client.address))
                     reported = _report(operation, f"actor/{name}", done, already, wait)
                     code = code or reported
+                    if method == "ResumeActor" and operation.state is OperationState.DONE:
+                        _say_if_gone_back(client, options, name)
                 except GreenroomError as error:
                     if error.reason == "STILL_WAITING" and not wait:
                         click.echo(f"actor/{name} begun")
@@ -202,6 +205,13 @@ def _report(operation: Operation, ref: str, done: str, already: str, wait: bool)
         took = f" ({kinds.took(operation)})" if operation.finished_at else ""
         click.echo(f"{ref} {done}{took}")
     return 0
+
+
+def _say_if_gone_back(client: Client, options: Settings, name: str) -> None:
+    """A snapshot that was corrupt costs what the actor did since the one before: whoever wakes it is told."""
+    actor = kinds.ACTORS.fetch(client, options.namespace, name, options.read_timeout_s)
+    if actor.reason == "SnapshotCorrupt":
+        click.echo(f"actor/{name}: {clean(actor.message)}", err=True)
 
 
 def _interrupted(client: Client, options: Settings, names: list[str]) -> None:

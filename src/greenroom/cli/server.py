@@ -22,8 +22,9 @@ from greenroom.api.link import AgentHub
 from greenroom.api.server import ApiServer
 from greenroom.api.service import ServerInfo
 from greenroom.cli.supervisor import AgentPaths, Supervisor
+from greenroom.core import states
 from greenroom.core.errors import NotFound
-from greenroom.core.records import Pool, PoolSpec
+from greenroom.core.records import Actor, Pool, PoolSpec
 from greenroom.engine.config import EngineConfig
 from greenroom.engine.engine import Engine
 from greenroom.gateway.gateway import Gateway
@@ -51,6 +52,7 @@ class ServerOptions:
     log_level: str = "info"
     warm: int | None = None
     operation_deadline_s: float = 300.0
+    capacity_wait_s: float = 60.0
 
 
 class Server:
@@ -78,7 +80,9 @@ class Server:
         self.supervisor: Supervisor | None = None
         self.hub = AgentHub()
         config = EngineConfig(
-            owner=f"server-{uuid.uuid4().hex[:12]}", operation_deadline_s=options.operation_deadline_s
+            owner=f"server-{uuid.uuid4().hex[:12]}",
+            operation_deadline_s=options.operation_deadline_s,
+            capacity_wait_s=options.capacity_wait_s,
         )
         snapshots = str(options.data_dir / "snapshots")
         self.engine = Engine(self.store, self.hub, ObjectSnapshotStore(snapshots), config)
@@ -125,16 +129,36 @@ class Server:
         assert self.gateway is not None
         return self.gateway.addresses[0]
 
-    async def close(self, *, suspend: bool = True) -> None:
-        """Ends everything in order: no new requests, actors suspended, agents ended, store closed."""
+    async def close(self, *, suspend: bool = True) -> list[str]:
+        """Ends everything in order: no new requests, actors suspended, agents ended, store closed.
+
+        Returns:
+            Actors that could not be suspended (a full disk). The sandboxes on their workers are left running, for the
+            next server to take over: to end them would lose what they have in memory.
+        """
+        awake: list[Actor] = []
         if self.gateway:
             await self.gateway.close(grace_s=1.0)
         if suspend and self.supervisor:
-            await self.engine.suspend_all()
+            awake = await self._suspend_all()
         if self.supervisor:
-            await self.supervisor.close()
+            await self.supervisor.close(spare={actor.worker for actor in awake})
         if self.api:
             await self.api.close(grace_s=1.0)
         await self.engine.close()
         await self._link.stop(grace=1.0)
         await self.store.close()
+        return [str(actor.key) for actor in awake]
+
+    async def _suspend_all(self) -> list[Actor]:
+        """Suspends every actor and returns those that are awake all the same."""
+        for operation in await self.engine.suspend_all():
+            if operation.error is not None:
+                log.error("could not suspend", actor=str(operation.key), error=operation.error.message)
+        awake: list[Actor] = []
+        for state in states.BOUND:
+            after = ""
+            while page := await self.store.list(Actor, where={"state": state}, after=after):
+                awake += page
+                after = page[-1].pk
+        return awake

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,9 +144,10 @@ class Supervisor:
             process.kill()
             await process.wait()
 
-    async def close(self) -> None:
-        """Ends all agents; what still runs on them is destroyed, so suspend everything first."""
+    async def close(self, *, spare: Collection[str] = ()) -> None:
+        """Ends all agents; what still runs on them is destroyed, so suspend everything first. On the workers of
+        ``spare`` it goes on running instead, for the next agent to take over."""
         if self._watcher:
             self._watcher.cancel()
         keepers, self._keepers = self._keepers, {}
-        await asyncio.gather(*(self._end(name, keeper, wipe=True) for name, keeper in keepers.items()))
+        await asyncio.gather(*(self._end(name, keeper, wipe=name not in spare) for name, keeper in keepers.items()))

@@ -21,6 +21,13 @@ import click
 @click.option("--domain", default="localhost", show_default=True, help="What actors' host names end in.")
 @click.option("--api", multiple=True, help="Further API address, host:port on loopback (besides the unix socket).")
 @click.option("--operation-deadline", type=float, default=300.0, show_default=True, help="Seconds per operation.")
+@click.option(
+    "--capacity-wait",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    help='Seconds that a wake-up waits for a free slot before it is answered "no capacity".',
+)
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 def up(
     data: Path | None,
@@ -32,6 +39,7 @@ def up(
     domain: str,
     api: tuple[str, ...],
     operation_deadline: float,
+    capacity_wait: float,
     log_level: str,
 ) -> None:
     """Starts a server with its workers; ends on Ctrl-C, after suspending every running actor."""
@@ -56,6 +64,7 @@ def up(
         log_level=log_level,
         warm=warm,
         operation_deadline_s=operation_deadline,
+        capacity_wait_s=capacity_wait,
     )
     import uvloop
 
@@ -87,6 +96,7 @@ async def _run(options: object) -> None:
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
     server = Server(options)
     await server.start()
+    awake: list[str] = []
     try:
         host, port = server.gateway_address
         click.echo(
@@ -96,4 +106,10 @@ async def _run(options: object) -> None:
         await ended.wait()
         click.echo("suspending the running actors and ending ...", err=True)
     finally:
-        await server.close()
+        awake = await server.close()
+    if awake:
+        raise FailedPrecondition(
+            f"could not be suspended: {', '.join(awake)}; the lines above say why. Nothing of them is lost: their "
+            "sandboxes go on running, and the next `greenroom up` with this data directory takes them over",
+            reason="NOT_SUSPENDED",
+        )

@@ -99,7 +99,7 @@ class Gateway:
                 ) from e
             raise FailedPrecondition(
                 f"port {port} of {host} is in use by another program: stop that, or let the gateway listen on another "
-                "port (0 takes any that is free)",
+                "port (`greenroom up --listen HOST:PORT`; port 0 takes any that is free)",
                 reason="PORT_IN_USE",
                 metadata={"host": host, "port": str(port)},
             ) from e

@@ -89,7 +89,10 @@ class LayoutSource:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 raise
             why = "has no index.json, so it is no OCI image layout" if self._directory.is_dir() else "is no directory"
-            raise NotFound(f"{self._directory} {why}", reason="IMAGE_NOT_FOUND") from error
+            raise NotFound(
+                f"there is no image {self._reference}: {self._directory} {why} on the worker's machine",
+                reason="IMAGE_NOT_FOUND",
+            ) from error
         if len(data) > MAX_JSON_BYTES:
             raise invalid(f"{path} is larger than {MAX_JSON_BYTES} bytes")
         return data

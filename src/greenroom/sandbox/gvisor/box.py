@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 CREATIONS_AT_ONCE = 2
 #: Normally 0.1 s; on a machine that is starved of CPU some seconds.
 CREATE_TIMEOUT_S = 60.0
+#: A killed process is gone within milliseconds, unless the kernel holds it.
+STRAY_TIMEOUT_S = 5.0
 #: A control group is empty a moment after its last process has ended.
 _CGROUP_RETRIES, _CGROUP_RETRY_S = 200, 0.01
 #: How much of runsc's own log an error quotes.
@@ -307,15 +309,25 @@ class Factory:
 
     async def _remove_group(self, sid: str) -> None:
         """Also ends and reaps what is still in the group."""
-        strays: set[int] = set()
         for _ in range(_CGROUP_RETRIES):
-            strays |= self._cgroups.kill(sid)
+            await asyncio.gather(*(self._end_stray(sid, pid) for pid in self._cgroups.processes(sid)))
             if self._cgroups.remove(sid):
-                break
+                return
             await asyncio.sleep(_CGROUP_RETRY_S)
-        for pid in strays:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222 - does not wait
+
+    async def _end_stray(self, sid: str, pid: int) -> None:
+        stray = Process.find(pid)
+        if stray is None:
+            return
+        try:
+            if pid in self._cgroups.processes(sid):  # still: so the handle is not of a later process with this pid
+                stray.kill()
+                async with asyncio.timeout(STRAY_TIMEOUT_S):
+                    await stray.ended()
+        except TimeoutError:
+            pass  # stuck in the kernel; the group stays, and the next start finds it again
+        finally:
+            stray.close()
 
     async def sweep(self, sid: str) -> None:
         """Removes what a sandbox left behind that has no directory any more."""

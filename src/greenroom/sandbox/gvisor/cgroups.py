@@ -7,8 +7,6 @@ sandbox: gVisor's own kernel (the "sentry"), its file server and the actor; so g
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -157,16 +155,13 @@ class Cgroups:
             return int(counts.get("oom_kill", "0")) > 0
         return False
 
-    def kill(self, sid: str) -> set[int]:
-        """Ends every process that is still in the sandbox's group, and returns their pids. That finds also those of a
-        `runsc create` that was cut short, which nothing else has a record of."""
+    def processes(self, sid: str) -> set[int]:
+        """The pids in the sandbox's group. Among them those of a `runsc create` that was cut short, which nothing else
+        has a record of."""
         pids: set[int] = set()
         for root in set(self._roots.values()):
             with contextlib.suppress(FileNotFoundError):
                 pids |= {int(p) for p in (root / PARENT / self._worker / sid / "cgroup.procs").read_text().split()}
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
         return pids
 
     def remove(self, sid: str) -> bool:

@@ -32,7 +32,7 @@ def sandbox_errors(sid: str, doing: str, command: str = "") -> Iterator[None]:
     except UrpcError as e:
         text = e.message.lower()
         if "no space left" in text or "quota exceeded" in text:
-            raise ResourceExhausted(f"the disk is full: {doing} failed ({e})", reason="DISK_FULL") from e
+            raise _disk_full(doing, e) from e
         if command and ("no such file" in text or "not found" in text or "permission denied" in text):
             raise FailedPrecondition(
                 f"the sandbox has no program {command!r} ({e})",
@@ -68,5 +68,11 @@ def why_not_running(error: Exception, source: Path | None, log: str, memory_byte
 
 def storage_error(error: OSError, doing: str) -> ResourceExhausted | Internal:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceExhausted(f"the disk is full: {doing} failed ({error}); free some space", reason="DISK_FULL")
+        return _disk_full(doing, error)
     return Internal(f"{doing} failed: {error}")
+
+
+def _disk_full(doing: str, error: Exception) -> ResourceExhausted:
+    return ResourceExhausted(
+        f"the worker's disk is full: {doing} failed ({error}); delete actors, or free some space", reason="DISK_FULL"
+    )
