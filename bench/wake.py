@@ -24,6 +24,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
@@ -100,7 +101,7 @@ class Case:
 # --- measuring --------------------------------------------------------------------------------------------
 
 
-async def get(connect: Callable[[], Awaitable[Any]], head: str) -> tuple[float, float, bytes, bytes]:
+async def get(connect: Callable[[], Awaitable[socket.socket]], head: str) -> tuple[float, float, bytes, bytes]:
     """One GET: when its answer's first and last byte came, its head and its body."""
     loop = asyncio.get_running_loop()
     with await connect() as sock:
@@ -127,9 +128,14 @@ def header(head: bytes, name: str) -> str:
     raise SystemExit(f"no {name} in {head!r}")
 
 
-async def connected(endpoint: Endpoint) -> Any:
+async def connected(endpoint: Endpoint) -> socket.socket:
+    """Without the detour through a thread that resolves names, which asyncio makes even for an address."""
     sock = dial.make_socket(endpoint)
-    await asyncio.get_running_loop().sock_connect(sock, dial.address(endpoint))
+    with contextlib.suppress(BlockingIOError):
+        sock.connect(dial.address(endpoint))
+    await reaper.writable(sock.fileno())
+    if error := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        raise OSError(error, os.strerror(error))
     return sock
 
 
@@ -226,17 +232,12 @@ class Product:
         return await quiet(self.server.pids())
 
     async def wake(self, name: str) -> Took:
-        loop, (host, port) = asyncio.get_running_loop(), self.server.gateway
+        host, port = self.server.gateway
         head = f"GET /inc HTTP/1.1\r\nHost: bench\r\nGreenroom-Actor: default/{name}\r\n\r\n"
-
-        async def connect() -> Any:
-            sock = dial.make_socket(Endpoint(host=host, port=port))
-            await loop.sock_connect(sock, (host, port))
-            return sock
 
         pids = self.server.pids()
         cpu, started = cpu_ms(pids), time.perf_counter()
-        first, last, top, body = await get(connect, head)
+        first, last, top, body = await get(lambda: connected(Endpoint(host=host, port=port)), head)
         cpu = cpu_ms(pids) - cpu
         items = [i.strip().partition(";dur=") for i in header(top, "server-timing").split(",")]
         phases = tuple((phase, float(ms)) for phase, _, ms in items)
@@ -282,11 +283,14 @@ class Floor:
         self.cgroups.limit_cpu(box.group, self.cls.resources)  # the actor's answer is under the same quota
 
     async def answer(self, box: Box, started: float) -> Took:
+        """One request to the actor; ``started``: when the floor's work began, which this ends."""
         assert box.record.owner is not None
         endpoint = box.endpoint(self.network.path)
         head = f"GET /inc HTTP/1.1\r\nHost: bench\r\nGreenroom-Actor: default/{box.record.owner.name}\r\n\r\n"
+        restored = time.perf_counter()
         first, last, _, _ = await get(lambda: connected(endpoint), head)
-        return Took((first - started) * 1e3, (last - started) * 1e3)
+        phases = (("restore", (restored - started) * 1e3), ("answer", (first - restored) * 1e3))
+        return Took((first - started) * 1e3, (last - started) * 1e3, phases)
 
     async def close(self) -> None:
         await self.network.close(remove=True)
@@ -429,6 +433,7 @@ def figures(case: Case) -> dict[str, Any]:
         "p95_ratio": round(percentile(wakes, 0.95) / percentile(floors, 0.95), 3),
         "pool_misses": sum(any(name == "create" for name, _ in t.phases) for t in case.wakes),
         "phases_median_ms": medians([summed(t.phases) for t in case.wakes]),
+        "floor_phases_median_ms": medians([summed(t.phases) for t in case.floors]),
         "median_wake_phases_ms": dict(middle.phases),
         "server_and_agent_cpu_per_wake_ms": round(median(t.cpu_ms for t in case.wakes), 2),
     }

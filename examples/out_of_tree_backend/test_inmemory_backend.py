@@ -12,6 +12,7 @@ from greenroom.testing.backend_conformance import BackendConformance, Reading
 
 
 class TestInMemoryBackend(BackendConformance):
+    lacks = frozenset({"command", "exec", "logs", "warm"})
     survives_agent = False
 
     async def make_backend(self) -> Backend:

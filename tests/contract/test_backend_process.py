@@ -58,7 +58,7 @@ class Tools(BackendTools):
 
 
 class TestProcessBackend(Tools, BackendConformance):
-    pass
+    lacks = frozenset({"warm"})
 
 
 class TestFiles(Tools):

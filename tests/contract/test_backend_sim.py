@@ -20,6 +20,7 @@ CLASS = SandboxClass(rootfs=Path("/"), image_digest="sha256:0", argv=("none",), 
 
 
 class TestSimBackend(BackendConformance):
+    lacks = frozenset({"command", "logs"})
     survives_agent = False
 
     async def make_backend(self) -> Backend:

@@ -109,8 +109,7 @@ class ApiServer:
     def _register(self, server: grpc.aio.Server) -> None:
         control, streams = self._control, self._streams
         for kind in service.SERVICES:
-            _add(kind(control, streams), server)
-        _add(service.System(control, streams, self._info), server)
+            _add(kind(control, streams, self._info), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*_service_names(), health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 

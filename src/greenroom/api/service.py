@@ -110,10 +110,22 @@ class Streams:
             scope.reschedule(asyncio.get_running_loop().time())
 
 
+class ServerInfo(Record, frozen=True, kw_only=True):
+    """What the server tells about itself. ``gateway_url`` as clients reach it, for example ``http://127.0.0.1:8080``;
+    actors answer there as ``<name>.<namespace>.<domain>``."""
+
+    version: str = ""
+    backends: tuple[str, ...] = ()
+    gateway_url: str = ""
+    domain: str = ""
+    started_at: float = 0.0
+
+
 class _Service:
-    def __init__(self, control: ControlPlane, streams: Streams) -> None:
+    def __init__(self, control: ControlPlane, streams: Streams, info: ServerInfo) -> None:
         self._control = control
         self._streams = streams
+        self._info = info
 
     @property
     def _store(self) -> Store:
@@ -371,6 +383,12 @@ class Pools(_Service, pb_grpc.PoolsServicer):
         name = check_label("pool", request.name)
         spec = convert.from_message(PoolSpec, request.spec)
         validate.refuse("pool", name, validate.pool_spec(spec))
+        if spec.backend not in self._info.backends:
+            raise InvalidArgument(
+                f"pool {name}: spec.backend: there is no sandbox backend {spec.backend!r}; installed are: "
+                f"{', '.join(self._info.backends)}",
+                reason="UNKNOWN_BACKEND",
+            )
         return convert.to_message(await self._control.apply_pool(name, spec))
 
     @rpc
@@ -459,28 +477,10 @@ class Operations(_Service, pb_grpc.OperationsServicer):
                     return
 
 
-SERVICES = (Actors, Templates, Pools, Workers, Snapshots, Operations)
-
-
 # --- the server itself ------------------------------------------------------------------------------------------
 
 
-class ServerInfo(Record, frozen=True, kw_only=True):
-    """What the server tells about itself. ``gateway_url`` as clients reach it, for example ``http://127.0.0.1:8080``;
-    actors answer there as ``<name>.<namespace>.<domain>``."""
-
-    version: str = ""
-    backends: tuple[str, ...] = ()
-    gateway_url: str = ""
-    domain: str = ""
-    started_at: float = 0.0
-
-
 class System(_Service, pb_grpc.SystemServicer):
-    def __init__(self, control: ControlPlane, streams: Streams, info: ServerInfo) -> None:
-        super().__init__(control, streams)
-        self._info = info
-
     @rpc
     async def GetServerInfo(self, request: Any, context: Any) -> Any:
         info = self._info
@@ -553,3 +553,6 @@ def _shown(record: Shown, request: Any) -> bool:
 def _event(kind: Any, record: Shown) -> Any:
     message: Mapping[str, Any] = {_KIND_NAMES[type(record)]: convert.to_message(record)}
     return pb.WatchEvent(type=kind, **message)
+
+
+SERVICES = (Actors, Templates, Pools, Workers, Snapshots, Operations, System)

@@ -13,7 +13,7 @@ from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
 from greenroom.api.client import Client
 from greenroom.cli import kinds, manifest
 from greenroom.cli.app import INTERRUPTED, Settings, common, duration, settings
-from greenroom.cli.manifest import Manifest
+from greenroom.cli.manifest import Manifest, ManifestError
 from greenroom.cli.progress import display
 from greenroom.core.errors import DeadlineExceeded, FailedPrecondition, NotFound, rebuild
 from greenroom.core.records import Operation, OperationState, Pool, PoolSpec, Template, TemplateState
@@ -40,6 +40,7 @@ def apply(files: tuple[str, ...], wait: bool, timeout: float) -> None:
         if one.labels:
             click.echo(f"{one.source}: metadata.labels: labels of {one.kind}s are not kept yet", err=True)
     with options.connect() as client:
+        _check_backends(client, options, wanted)
         begun = []
         for one in wanted:
             if isinstance(one.spec, PoolSpec):
@@ -49,6 +50,22 @@ def apply(files: tuple[str, ...], wait: bool, timeout: float) -> None:
         if wait:
             for one, template in begun:
                 _follow(client, options, one, template, timeout)
+
+
+def _check_backends(client: Client, options: Settings, wanted: list[Manifest]) -> None:
+    """The one thing about a manifest that only the server knows; asked before anything is applied."""
+    pools = [one for one in wanted if isinstance(one.spec, PoolSpec)]
+    if not pools:
+        return
+    info = client.system.GetServerInfo(pb.GetServerInfoRequest(), timeout=options.read_timeout_s)
+    problems = [
+        f"{one.source}: spec.backend: there is no sandbox backend {one.spec.backend!r}; "
+        f"installed are: {', '.join(info.backends)}"
+        for one in pools
+        if one.spec.backend not in info.backends
+    ]
+    if problems:
+        raise ManifestError(problems)
 
 
 def _apply_pool(client: Client, options: Settings, one: Manifest) -> None:

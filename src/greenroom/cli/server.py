@@ -21,8 +21,7 @@ from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2_grpc
 from greenroom.api.link import AgentHub
 from greenroom.api.server import ApiServer
 from greenroom.api.service import ServerInfo
-from greenroom.cli.supervisor import AgentPaths, Supervisor
-from greenroom.core import states
+from greenroom.cli.supervisor import AgentPaths, Supervisor, awake_actors
 from greenroom.core.errors import NotFound
 from greenroom.core.records import Actor, Pool, PoolSpec
 from greenroom.engine.config import EngineConfig
@@ -155,10 +154,4 @@ class Server:
         for operation in await self.engine.suspend_all():
             if operation.error is not None:
                 log.error("could not suspend", actor=str(operation.key), error=operation.error.message)
-        awake: list[Actor] = []
-        for state in states.BOUND:
-            after = ""
-            while page := await self.store.list(Actor, where={"state": state}, after=after):
-                awake += page
-                after = page[-1].pk
-        return awake
+        return await awake_actors(self.store)

@@ -14,10 +14,12 @@ from pathlib import Path
 import structlog
 from msgspec.structs import replace
 
+from greenroom.core import states
 from greenroom.core.agentapi import Shutdown
 from greenroom.core.errors import GreenroomError, NotFound
-from greenroom.core.records import Pool, Worker, WorkerState
+from greenroom.core.records import Actor, Pool, PoolSpec, Worker, WorkerState
 from greenroom.engine.engine import Engine
+from greenroom.store.port import Store
 
 log = structlog.get_logger(__name__)
 
@@ -26,6 +28,10 @@ FIRST_PAUSE_S = 0.2
 LAST_PAUSE_S = 10.0
 #: An agent that ran at least this long did not die of its start.
 HEALTHY_S = 10.0
+#: How long the agent of a worker that is too much may take to connect, before it is ended without having been asked.
+CONNECT_TIMEOUT_S = 30.0
+#: Between attempts to suspend what runs on a worker that is too much (the disk is full, for example).
+RETIRE_PAUSE_S = 10.0
 #: How long an agent may take to end after it was asked to: its sandboxes and its network are removed meanwhile.
 STOP_TIMEOUT_S = 20.0
 
@@ -47,12 +53,14 @@ class Supervisor:
         self._log_level = log_level
         self._warm = warm
         self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._retiring: dict[str, asyncio.Task[None]] = {}
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         events = self._engine.store.watch()
         await self._reconcile()
+        await self._retire_leftovers()
 
         async def watch() -> None:
             async for event in events:
@@ -67,11 +75,27 @@ class Supervisor:
         for pool in await self._engine.store.list(Pool):
             wanted |= {f"{pool.name}-{n}": pool for n in range(pool.spec.replicas)}
         for name, pool in wanted.items():
-            if name not in self._keepers:
-                self._keepers[name] = asyncio.create_task(self._keep(name, pool), name=f"keep-{name}")
+            if name not in self._keepers and name not in self._retiring:
+                self._keepers[name] = self._keeper(name, pool)
         for name in [n for n in self._keepers if n not in wanted]:
-            keeper = self._keepers.pop(name)
-            self._engine.spawn(self._retire(name, keeper), f"retire-{name}")
+            self._retiring[name] = self._keepers.pop(name)
+            self._engine.spawn(self._retire(name), f"retire-{name}")
+
+    async def _retire_leftovers(self) -> None:
+        """Workers of an earlier server that no pool asks for any more (``up`` with fewer of them): they are started
+        once more, so that nothing that runs there is left behind."""
+        for worker in await self._engine.store.list(Worker):
+            if worker.name in self._keepers:
+                if worker.state is WorkerState.DRAINING:  # it was too much for a while, and that was cut short
+                    await self._engine.store.put(replace(worker, state=WorkerState.DISCONNECTED, message=""))
+                continue
+            spec = PoolSpec(backend=worker.backend, slots=worker.capacity)
+            pool = Pool(name=worker.pool, uid="", spec=spec, created_at=worker.registered_at)
+            self._retiring[worker.name] = self._keeper(worker.name, pool)
+            self._engine.spawn(self._retire(worker.name), f"retire-{worker.name}")
+
+    def _keeper(self, name: str, pool: Pool) -> asyncio.Task[None]:
+        return asyncio.create_task(self._keep(name, pool), name=f"keep-{name}")
 
     async def _keep(self, name: str, pool: Pool) -> None:
         """Runs one agent, again and again."""
@@ -111,20 +135,29 @@ class Supervisor:
             start_new_session=True,  # Ctrl-C is for the server, which ends its agents in order
         )
 
-    async def _retire(self, name: str, keeper: asyncio.Task[None]) -> None:
+    async def _retire(self, name: str) -> None:
         """A worker that is too much: its actors are suspended first, then it ends and is forgotten."""
-        store = self._engine.store
+        store, recovery = self._engine.store, self._engine.recovery
         try:
             worker = await store.get(Worker, name)
             await store.put(replace(worker, state=WorkerState.DRAINING, message="the pool was made smaller"))
+            await recovery.wait_for_worker(name, time.monotonic() + CONNECT_TIMEOUT_S)
             await self._engine.suspend_all([name])
+            while awake := await awake_actors(store, name):
+                log.error("worker can't end yet: actors are awake", worker=name, actors=[str(a.key) for a in awake])
+                await asyncio.sleep(RETIRE_PAUSE_S)
+                await self._engine.suspend_all([name])
         except NotFound:
-            pass
+            pass  # it never connected
+        if (keeper := self._retiring.get(name)) is None:
+            return  # the server ends, and all its agents with it
         await self._end(name, keeper, wipe=True)
         try:
             await store.remove(await store.get(Worker, name))
         except GreenroomError as error:
             log.warning("worker not forgotten", worker=name, error=error.message)
+        self._retiring.pop(name, None)
+        await self._reconcile()  # it may be wanted again by now
 
     async def _end(self, name: str, keeper: asyncio.Task[None], *, wipe: bool) -> None:
         keeper.cancel()
@@ -149,5 +182,18 @@ class Supervisor:
         ``spare`` it goes on running instead, for the next agent to take over."""
         if self._watcher:
             self._watcher.cancel()
-        keepers, self._keepers = self._keepers, {}
+        keepers = self._keepers | self._retiring
+        self._keepers, self._retiring = {}, {}
         await asyncio.gather(*(self._end(name, keeper, wipe=name not in spare) for name, keeper in keepers.items()))
+
+
+async def awake_actors(store: Store, worker: str = "") -> list[Actor]:
+    """Actors that hold a slot (of ``worker``): they run, are paused, or are on the way from one to the other."""
+    awake: list[Actor] = []
+    for state in sorted(states.BOUND):
+        where = {"state": str(state), **({"worker": worker} if worker else {})}
+        after = ""
+        while page := await store.list(Actor, where=where, after=after):
+            awake += page
+            after = page[-1].pk
+    return awake

@@ -478,7 +478,7 @@ class Engine:
         if pool.spec.backend != spec.backend:
             raise FailedPrecondition(
                 f"pool {name} has backend {pool.spec.backend!r}, which can't change to {spec.backend!r}; "
-                "make another pool",
+                "make another pool, or use another data directory",
                 reason="POOL_IMMUTABLE",
             )
         return await self.store.put(replace(pool, spec=spec))

@@ -90,7 +90,8 @@ class LayoutSource:
                 raise
             why = "has no index.json, so it is no OCI image layout" if self._directory.is_dir() else "is no directory"
             raise NotFound(
-                f"there is no image {self._reference}: {self._directory} {why} on the worker's machine",
+                f"{self._directory} {why}; name the directory of an OCI image layout on the worker's machine, as "
+                "oci:/path:tag",
                 reason="IMAGE_NOT_FOUND",
             ) from error
         if len(data) > MAX_JSON_BYTES:

@@ -21,6 +21,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 #: A killed group is gone within milliseconds; one that is stuck in the kernel (a hung disk) must not stop its caller.
 GROUP_TIMEOUT_S = 5.0
 
+_READ_BYTES = 1 << 16
+
 
 def become_subreaper() -> None:
     """Orphaned descendants become children of this process, for as long as it lives. Source: prctl(2)."""
@@ -182,13 +184,28 @@ def _reap(kind: int, which: int) -> int | None:
 
 
 def _children(pid: int) -> list[int]:
-    """Direct children. Source: proc(5), ``/proc/pid/task/tid/children``."""
+    """Direct children. Source: proc(5), ``/proc/pid/task/tid/children``.
+
+    Without `pathlib` and buffered files, which take four times as long (0.1 ms for a sandbox, on every wake).
+    """
     found: list[int] = []
+    tasks = f"/proc/{pid}/task"
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
+        for task in os.listdir(tasks):  # noqa: PTH208
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                found += map(int, (task / "children").read_bytes().split())
+                found += map(int, _read(f"{tasks}/{task}/children").split())
     return found
+
+
+def _read(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        parts = []
+        while part := os.read(fd, _READ_BYTES):
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        os.close(fd)
 
 
 def _is_zombie(pid: int) -> bool:

@@ -18,6 +18,9 @@ file system of this machine's own Python. An own program must answer these with 
     GET /exit?code=N  ends the program with that status
 
 Where a program answers otherwise, override `read`; where commands are called otherwise, `command`.
+
+What a backend can't do it declares in ``lacks``, out of ``command`` (the class's argv is run at all), ``exec``,
+``freeze``, ``logs`` and ``warm``. The tests of what is lacking are then not collected; that it is lacking is a test of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import msgspec
 import pytest
@@ -46,6 +49,8 @@ from greenroom.sandbox.dial import address, make_socket
 from greenroom.sandbox.port import Backend, ExecSession, ExecSpec, Running, SandboxClass, Warmer
 from greenroom.testing import counter_app
 from greenroom.testing.python_rootfs import build_python_rootfs
+
+_F = TypeVar("_F", bound=Callable[..., object])
 
 #: How long anything may take that takes milliseconds on an idle machine; a machine that tests is not idle.
 PATIENCE_S = 30.0
@@ -180,10 +185,7 @@ class BackendTools:
             shutil.rmtree(place)
 
     async def exec(self, backend: Backend, sid: str, argv: tuple[str, ...]) -> ExecSession:
-        try:
-            return await backend.exec(sid, ExecSpec(argv=argv))
-        except Unimplemented:
-            pytest.skip("runs no commands")
+        return await backend.exec(sid, ExecSpec(argv=argv))
 
     async def run(self, session: ExecSession, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
         """(status, stdout, stderr) of a command."""
@@ -198,10 +200,44 @@ class BackendTools:
 
 
 @pytest.mark.asyncio
+def _needs(power: str) -> Callable[[_F], _F]:
+    """Marks a test of something that a backend may lack."""
+
+    def mark(test: _F) -> _F:
+        test.__dict__["needs"] = power
+        return test
+
+    return mark
+
+
 class BackendConformance(BackendTools):
     """See the module docstring."""
 
+    #: What this backend can't do, of ``command``, ``exec``, ``freeze``, ``logs``, ``warm``.
+    lacks: ClassVar[frozenset[str]] = frozenset()
+
     # --- the backend ------------------------------------------------------------------------------------------
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in dir(cls):
+            if getattr(getattr(cls, name), "needs", None) in cls.lacks:
+                setattr(cls, name, None)
+
+    async def test_it_lacks_what_it_says(self, tmp_path: Path) -> None:
+        cls, owner = await self.make_class(tmp_path), identity()
+        async with self.opened() as (backend, _, _):
+            running = await backend.start(cls, owner)
+            if "command" in self.lacks:
+                assert not backend.capabilities.needs_image
+            if "exec" in self.lacks:
+                with pytest.raises(Unimplemented):
+                    await backend.exec(running.sid, ExecSpec(argv=("true",)))
+            if "freeze" in self.lacks:
+                with pytest.raises(Unimplemented):
+                    await backend.freeze(running.sid)
+            assert ("logs" in self.lacks) == (running.log_fifo is None)
+            assert ("warm" in self.lacks) == (not isinstance(backend, Warmer))
 
     async def test_probe_never_raises_and_changes_nothing(self, tmp_path: Path) -> None:
         backend = await self.make_backend()
@@ -252,10 +288,8 @@ class BackendConformance(BackendTools):
                 said = await self.ask(running.endpoint, owner)
                 assert (said.ram, said.file, said.actor) == (times, times, owner.name)
 
+    @_needs("command")
     async def test_no_such_command(self, tmp_path: Path) -> None:
-        backend = await self.make_backend()
-        if not backend.capabilities.needs_image:
-            pytest.skip("runs no image, so no command")
         cls = msgspec.structs.replace(await self.make_class(tmp_path), argv=("/no/such/program",))
         async with self.opened() as (backend, state_dir, _):
             with pytest.raises(FailedPrecondition, match="/no/such/program") as caught:
@@ -413,15 +447,13 @@ class BackendConformance(BackendTools):
 
     # --- freeze -----------------------------------------------------------------------------------------------
 
+    @_needs("freeze")
     async def test_freeze_and_thaw(self, tmp_path: Path) -> None:
         cls, owner = await self.make_class(tmp_path), identity()
         async with self.opened() as (backend, _, _):
             running = await backend.start(cls, owner)
             await self.ask(running.endpoint, owner, "/")
-            try:
-                await backend.freeze(running.sid)
-            except Unimplemented:
-                pytest.skip("can't freeze")
+            await backend.freeze(running.sid)
             await backend.freeze(running.sid)
             request = asyncio.create_task(self.http_get(running.endpoint, "/", owner))
             await asyncio.wait([request], timeout=QUIET_S)
@@ -433,6 +465,7 @@ class BackendConformance(BackendTools):
             assert self.read(body).ram == 2
             assert (await self.ask(endpoint, owner, "/")).ram == 3
 
+    @_needs("freeze")
     async def test_checkpoint_and_destroy_of_a_frozen_one(self, tmp_path: Path) -> None:
         cls, owner = await self.make_class(tmp_path), identity()
         dest = tmp_path / "dest"
@@ -440,10 +473,7 @@ class BackendConformance(BackendTools):
         async with self.opened() as (backend, _, _):
             running = await backend.start(cls, owner)
             await self.ask(running.endpoint, owner, "/")
-            try:
-                await backend.freeze(running.sid)
-            except Unimplemented:
-                pytest.skip("can't freeze")
+            await backend.freeze(running.sid)
             await backend.checkpoint(running.sid, dest)
             await backend.destroy(running.sid)
             again = await backend.restore(cls, owner, dest, owner.hostname)
@@ -452,6 +482,7 @@ class BackendConformance(BackendTools):
 
     # --- exec and logs ----------------------------------------------------------------------------------------
 
+    @_needs("exec")
     async def test_exec(self, tmp_path: Path) -> None:
         cls, owner = await self.make_class(tmp_path), identity()
         async with self.opened() as (backend, _, _):
@@ -475,6 +506,7 @@ class BackendConformance(BackendTools):
             await session.write(data[offset : offset + 10_000])
         await session.write(b"")
 
+    @_needs("exec")
     async def test_exec_of_no_such_command(self, tmp_path: Path) -> None:
         cls, owner = await self.make_class(tmp_path), identity()
         async with self.opened() as (backend, _, _):
@@ -484,6 +516,7 @@ class BackendConformance(BackendTools):
             assert caught.value.reason == "COMMAND_NOT_FOUND"
             await self.ask(running.endpoint, owner)
 
+    @_needs("exec")
     async def test_exec_is_killed(self, tmp_path: Path) -> None:
         cls, owner = await self.make_class(tmp_path), identity()
         sleep = self.command("sleep", "1000")
@@ -500,12 +533,12 @@ class BackendConformance(BackendTools):
             async with asyncio.timeout(PATIENCE_S):
                 assert await session.wait() == 137
 
+    @_needs("logs")
     async def test_logs_come_through_the_fifo(self, tmp_path: Path) -> None:
         cls, owner = await self.make_class(tmp_path), identity()
         async with self.opened() as (backend, _, _):
             running = await backend.start(cls, owner)
-            if running.log_fifo is None:
-                pytest.skip("has no logs")
+            assert running.log_fifo is not None
             await self.ask(running.endpoint, owner)
             fd = os.open(running.log_fifo, os.O_RDONLY | os.O_NONBLOCK)
             try:
@@ -522,11 +555,11 @@ class BackendConformance(BackendTools):
 
     # --- warm sandboxes ---------------------------------------------------------------------------------------
 
+    @_needs("warm")
     async def test_warm_sandboxes_are_counted_and_used(self, tmp_path: Path) -> None:
         cls, owner = await self.make_class(tmp_path), identity()
         async with self.opened() as (backend, _, _):
-            if not isinstance(backend, Warmer):
-                pytest.skip("makes none in advance")
+            assert isinstance(backend, Warmer)
             assert backend.warm_counts().get(cls.digest, 0) == 0
             await backend.warm(cls)
             await backend.warm(cls)
