@@ -197,7 +197,6 @@ class BackendTools:
             return await session.wait(), out[1], out[2]
 
 
-@pytest.mark.asyncio
 #: Tests of what a backend may lack.
 _NEEDS = {
     "test_no_such_command": "command",
@@ -211,6 +210,7 @@ _NEEDS = {
 }
 
 
+@pytest.mark.asyncio
 class BackendConformance(BackendTools):
     """See the module docstring."""
 
