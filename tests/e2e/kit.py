@@ -12,7 +12,7 @@ import msgspec
 
 from greenroom.api import convert
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
-from greenroom.core.records import Actor, Operation, OperationState, Template, TemplateSpec, Worker
+from greenroom.core.records import Actor, Operation, OperationState, Pool, Template, TemplateSpec, Worker
 from greenroom.testing.live import LiveServer
 
 
@@ -34,6 +34,14 @@ class Kit:
     def template(self, name: str) -> Template:
         request = pb.GetTemplateRequest(namespace="default", name=name)
         return convert.from_message(Template, self.client.templates.GetTemplate(request))
+
+    def templates(self) -> list[Template]:
+        answer = self.client.templates.ListTemplates(pb.ListTemplatesRequest())
+        return [convert.from_message(Template, message) for message in answer.templates]
+
+    def pools(self) -> list[Pool]:
+        answer = self.client.pools.ListPools(pb.ListPoolsRequest())
+        return [convert.from_message(Pool, message) for message in answer.pools]
 
     def create(self, *names: str, template: str = "counter") -> None:
         for name in names:

@@ -16,7 +16,7 @@ from greenroom.core.errors import FailedPrecondition
 from greenroom.core.records import Resources
 from greenroom.sandbox import reaper
 from greenroom.sandbox.gvisor import binary, spec, urpc
-from greenroom.sandbox.gvisor.box import finish
+from greenroom.sandbox.gvisor.box import Box, BoxRecord, BoxState, finish, read_record
 from greenroom.sandbox.gvisor.cgroups import HOST_TASKS_PER_ACTOR_TASK, SENTRY_MEMORY_BYTES, SENTRY_TASKS, Cgroups
 from greenroom.sandbox.gvisor.control import exit_code
 from greenroom.sandbox.gvisor.network import COUNTER_BLOCK, Counter, base36
@@ -352,3 +352,21 @@ asyncio.run(main())
 """
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", source)
     assert await process.wait() == 0
+
+
+# --- the record ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_record_is_whole_wherever_the_agent_is_cut_off(tmp_path: Path) -> None:
+    fields = {"sid": "0" * 32, "class_digest": "c", "env": {}, "cwd": "/", "uid": 0, "gid": 0, "port": 0}
+    record = BoxRecord(state=BoxState.CREATING, resources=Resources(), **fields)  # type: ignore[arg-type]
+    box, kept, draft = Box(tmp_path, record), tmp_path / "record.json", tmp_path / "record.new"
+    draft.write_bytes(b'{"sid":')  # cut off while the first one was written: never anybody's
+    assert read_record(tmp_path) is None
+    box.save(BoxState.WARM)
+    draft.write_bytes(b'{"sid":')  # while the next one was written
+    assert read_record(tmp_path) == box.record
+    box.save(BoxState.RUNNING)
+    assert not draft.exists() and read_record(tmp_path) == box.record
+    kept.rename(draft)  # between removing the old one and renaming the new one
+    assert read_record(tmp_path) == box.record

@@ -23,6 +23,11 @@ class EngineConfig:
         evictions: suspensions at a time that make room.
         idle_scan_s: how often idle actors are looked for.
         janitor_s: how often left-over work is looked for.
+        reconcile_s: how often what runs on each worker is compared with the records, whatever was lost on the way.
+        retry_s: between two tries of what has to be done in the end: a write to a store that does not answer, a call
+            to a worker whose connection broke.
+        store_away_s: how long a write is tried while the store does not answer; then whoever waits is told, and the
+            janitor goes on later.
     """
 
     owner: str
@@ -37,3 +42,6 @@ class EngineConfig:
     evictions: int = 4
     idle_scan_s: float = 1.0
     janitor_s: float = 5.0
+    reconcile_s: float = 30.0
+    retry_s: float = 0.1
+    store_away_s: float = 10.0

@@ -33,6 +33,8 @@ class LocalHub:
 
     def __init__(self) -> None:
         self.listener: WorkerListener | None = None
+        #: What agents failed with that is no `GreenroomError`: bugs.
+        self.bugs: list[Exception] = []
         self._links: dict[str, _Link] = {}
 
     # --- the engine's side --------------------------------------------------------------------------------
@@ -56,7 +58,7 @@ class LocalHub:
 
     def connect(self, agent: Agent) -> None:
         """The agent is reachable from now on, and the listener is told."""
-        link = _Link(agent, _decode_hello(_encode(agent.hello())))
+        link = _Link(agent, _decode_hello(_encode(agent.hello())), self.bugs)
         worker = link.hello.worker
         if (old := self._links.get(worker)) is not None:
             old.cut(_disconnected(worker))
@@ -84,8 +86,9 @@ def _disconnected(worker: str) -> Unavailable:
 
 
 class _Link:
-    def __init__(self, agent: Agent, hello: Hello) -> None:
+    def __init__(self, agent: Agent, hello: Hello, bugs: list[Exception]) -> None:
         self.hello = hello
+        self._bugs = bugs
         self._agent = agent
         self._answers: set[asyncio.Future[Record]] = set()
         self._work: set[asyncio.Task[None]] = set()
@@ -112,8 +115,8 @@ class _Link:
             outcome = rebuild("CANCELLED", "CANCELLED", "the call was cancelled")
             raise
         except Exception as error:
+            self._bugs.append(error)
             outcome = rebuild("INTERNAL", "INTERNAL", f"{type(error).__name__}: {error}")
-            raise  # our own bug: asyncio reports it
         finally:
             self._answers.discard(answer)
             _settle(answer, outcome)
