@@ -86,7 +86,7 @@ class Took:
 
 @dataclass
 class Case:
-    """``before`` brings the actor to where a wake begins and returns the files it would be restored from."""
+    """What was measured of one kind of wake. ``noisy``: measurements that began on a busy machine."""
 
     name: str
     wakes: list[Took] = field(default_factory=list)
@@ -163,6 +163,8 @@ async def quiet(pids: list[int]) -> bool:
         await asyncio.sleep(WINDOW_S)
         window = (time.monotonic() - at) * 1e3
         if cpu_ms(pids) - own > OWN_SHARE * window:
+            if time.monotonic() > until + SETTLE_TIMEOUT_S:
+                raise SystemExit("the server and its agent do not come to rest")
             continue
         noisy = machine_ms() - others > OTHERS_SHARE * window * (os.cpu_count() or 1)
         if not noisy or time.monotonic() > until:
@@ -282,14 +284,14 @@ class Floor:
         await self.factory.control.restore(box.target, source)
         self.cgroups.limit_cpu(box.group, self.cls.resources)  # the actor's answer is under the same quota
 
-    async def answer(self, box: Box, started: float) -> Took:
+    async def answer(self, box: Box, started: float, first_phase: str = "restore") -> Took:
         """One request to the actor; ``started``: when the floor's work began, which this ends."""
         assert box.record.owner is not None
         endpoint = box.endpoint(self.network.path)
         head = f"GET /inc HTTP/1.1\r\nHost: bench\r\nGreenroom-Actor: default/{box.record.owner.name}\r\n\r\n"
-        restored = time.perf_counter()
+        before = time.perf_counter()
         first, last, _, _ = await get(lambda: connected(endpoint), head)
-        phases = (("restore", (restored - started) * 1e3), ("answer", (first - restored) * 1e3))
+        phases = ((first_phase, (before - started) * 1e3), ("answer", (first - before) * 1e3))
         return Took((first - started) * 1e3, (last - started) * 1e3, phases)
 
     async def close(self) -> None:
@@ -314,7 +316,7 @@ async def sleeping(product: Product, floor: Floor, case: Case, name: str, rounds
         if box is None:
             box = await floor.create(name)
         await floor.restore(box, source)
-        case.floors.append(await floor.answer(box, started))
+        case.floors.append(await floor.answer(box, started, "restore" if product.warm else "create-and-restore"))
         await floor.factory.dispose(box)
 
     for number in range(rounds):
@@ -346,7 +348,7 @@ async def frozen(product: Product, floor: Floor, case: Case, name: str, rounds: 
         case.noisy += not await quiet([*product.server.pids(), os.getpid()])
         started = time.perf_counter()
         await floor.factory.control.resume(box.target)
-        case.floors.append(await floor.answer(box, started))
+        case.floors.append(await floor.answer(box, started, "thaw"))
 
     for number in range(rounds):
         for side in (wake, resume) if number % 2 == 0 else (resume, wake):

@@ -8,7 +8,9 @@ cleans up. Exit status 0 only if every count is right and nothing is left behind
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -23,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from greenroom import Actor
+from greenroom.core.errors import GreenroomError
 from greenroom.testing import counter_app
 from greenroom.testing.leftovers import leftovers
 from greenroom.testing.live import GREENROOM, LiveServer
@@ -60,7 +63,7 @@ class Result:
 
 
 def say(text: str) -> None:
-    console.print(f"[bold]demo:[/bold] {text}", highlight=False)
+    console.print("[bold]demo:[/bold]", text, highlight=False, markup=True, soft_wrap=True)
 
 
 @contextmanager
@@ -68,20 +71,28 @@ def server(backend: str) -> Iterator[LiveServer]:
     """A server on the demo's data directory; ended, and its directory removed, however the demo ends."""
     live = LiveServer(DATA / "data", backend=backend)
     if DATA.exists():
-        say("an earlier demo was cut short; this one takes over what it left and cleans up")
+        say("an earlier demo was cut short; cleaning up what it left")
+        with contextlib.suppress(GreenroomError):
+            live.start()  # takes over what is still running ...
+        end(live)  # ... and ends it in order
     try:
         live.start()
         yield live
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the cleaning up is not to be interrupted
-        if status := live.stop():
-            say(f"the server ended with status {status}; its log ends:\n{live.log_tail()}")
-        left = leftovers(live.data_dir)
-        for item in left:
-            say(f"left behind: {item}")
-        if left:
-            sys.exit(1)
-        shutil.rmtree(DATA)
+        end(live)
+
+
+def end(live: LiveServer) -> None:
+    """Ends the server and removes its directory, unless it leaves something behind: then the demo has failed."""
+    if status := live.stop():
+        say(f"the server ended with status {status}; its log ends:\n{live.log_tail()}")
+    left = leftovers(live.data_dir)
+    for item in left:
+        say(f"left behind: {item}")
+    if left:
+        sys.exit(1)
+    shutil.rmtree(DATA)
 
 
 def play(live: LiveServer, actors: int, requests: int) -> list[Result]:
@@ -117,7 +128,8 @@ def show(results: list[Result], memory: bool) -> None:
     wakes = sorted((phases for r in results for phases in r.wakes), key=lambda phases: sum(ms for _, ms in phases))
     median, slowest = dict(wakes[len(wakes) // 2]), dict(wakes[-1])
     names = list(dict.fromkeys([*slowest, *median]))
-    table = Table("PHASE", "P50 WAKE MS", "MAX WAKE MS", box=None)
+    say("where the time went: the phases of the median wake and of the slowest one, each summing to its total")
+    table = Table("PHASE", "MEDIAN WAKE MS", "SLOWEST WAKE MS", box=None)
     for name in names:
         table.add_row(name, f"{median.get(name, 0):.1f}", f"{slowest.get(name, 0):.1f}")
     table.add_row("total", f"{sum(median.values()):.1f}", f"{sum(slowest.values()):.1f}")
@@ -128,10 +140,14 @@ def show(results: list[Result], memory: bool) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backend", default="gvisor", help="gvisor (root), or process (no root, files only)")
+    parser.add_argument("--backend", help="gvisor (default as root), or process (no root needed, files only)")
     parser.add_argument("--actors", type=int, default=8)
     parser.add_argument("--requests", type=int, default=3)
     options = parser.parse_args()
+    if options.backend is None:
+        options.backend = "gvisor" if os.geteuid() == 0 else "process"
+        if options.backend == "process":
+            say("without root this runs on the process backend: actors keep their files only, and are not isolated")
     memory = options.backend != "process"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = time.monotonic()
@@ -156,3 +172,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         say("interrupted; everything was cleaned up")
         sys.exit(130)
+    except GreenroomError as error:
+        say(error.message)
+        sys.exit(error.exit_code)

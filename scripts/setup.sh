@@ -10,6 +10,7 @@
 # virtual environment by itself.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+trap 'echo "setup: interrupted; run it again, it goes on" >&2; exit 130' INT
 
 readonly ROOT=$PWD
 readonly TOOLS=$ROOT/.tools
@@ -115,7 +116,8 @@ fetch_tool() { # $1: package, $2: file in it, $3...: suites
 
 # --- the plan, said before anything is done ---------------------------------------------------------------------
 
-python=${PYTHON:-$(command -v python3 || true)}
+# Not the one of .venv itself, which is first on PATH for whoever followed the README, and about to be removed.
+python=${PYTHON:-$(PATH=${PATH//$ROOT\/.venv\/bin:/} command -v python3 || true)}
 plan=() skipped=() do_apt='' do_venv='' do_runsc='' do_registry=''
 
 if ! venv_done; then

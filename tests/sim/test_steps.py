@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from greenroom.core.errors import GreenroomError
-from greenroom.core.records import ActorState, Key, TemplateState
+from greenroom.core.errors import GreenroomError, NotFound
+from greenroom.core.records import ActorState, Key, Operation, OperationState, Template, TemplateState
+from greenroom.engine.engine import failure_of
+from greenroom.testing.contracts.store_world import list_all
 from greenroom.testing.steps import Fault
 from greenroom.testing.world import NAMESPACE, SimWorld
 
@@ -44,8 +46,8 @@ class Subject:
         await self.world.engine.suspend(self.key)
         self.saved = self.answered
 
-    async def check(self, may_crash: bool) -> None:
-        """It goes on where it was, or says that it was lost and goes back to what was saved."""
+    async def check(self, *, may_crash: bool) -> None:
+        """It goes on where it was, or says that it was lost and goes back to what was saved; and all of its life works."""
         actor = await self.world.actor(self.key)
         if actor.state is ActorState.CRASHED:
             assert may_crash, f"nobody killed it: {actor}"
@@ -89,8 +91,10 @@ async def paused(world: SimWorld, name: str) -> Subject:
 
 async def crashed(world: SimWorld, name: str) -> Subject:
     subject = await running(world, name)
-    with pytest.raises(GreenroomError):
-        await world.request(subject.key, "/exit?code=3") and await world.request(subject.key)
+    await world.request(subject.key, "/exit?code=3")
+    await world.settle()
+    assert (await world.actor(subject.key)).state is ActorState.CRASHED
+    subject.answered = subject.saved
     return subject
 
 
@@ -106,6 +110,7 @@ OPERATIONS: dict[str, tuple[Make, Act]] = {
     "resume-golden": (created, lambda world, key: world.engine.resume(key)),
     "resume-snapshot": (sleeping, lambda world, key: world.engine.resume(key)),
     "wake": (sleeping, lambda world, key: world.engine.wake(key)),
+    "resume-crashed": (crashed, lambda world, key: world.engine.resume(key)),
     "thaw": (paused, lambda world, key: world.engine.resume(key)),
     "suspend-running": (running, lambda world, key: world.engine.suspend(key)),
     "suspend-paused": (paused, lambda world, key: world.engine.suspend(key)),
@@ -113,23 +118,41 @@ OPERATIONS: dict[str, tuple[Make, Act]] = {
     "delete-sleeping": (sleeping, lambda world, key: world.engine.delete(key)),
     "delete-running": (running, lambda world, key: world.engine.delete(key)),
     "delete-paused": (paused, lambda world, key: world.engine.delete(key)),
+    "delete-crashed": (crashed, lambda world, key: world.engine.delete(key)),
 }
 
 
-async def until_it_ends_or_dies(world: SimWorld, work: Awaitable[Any]) -> GreenroomError | None:
-    """Does one thing to the world. When that kills the control plane, starts another one. Returns what it was refused
-    with."""
-    doing = asyncio.ensure_future(work)
+async def with_a_fault(world: SimWorld, number: int, fault: Fault, work: Callable[[], Awaitable[Any]]) -> Outcome:
+    """Does one thing to the world while step ``number`` fails, and waits until the world is at rest. When the control
+    plane dies of it, another one is started."""
+    world.steps.arm(number, fault)
+    doing = asyncio.ensure_future(work())
     dying = asyncio.ensure_future(world.steps.control_dies.wait())
     await asyncio.wait({doing, dying}, return_when=asyncio.FIRST_COMPLETED)
-    if dying.done():
+    if world.steps.control_dies.is_set():
         await world.crash_control()
     dying.cancel()
+    outcome = Outcome()
     try:
-        await doing
+        outcome.result = await doing
+        if isinstance(outcome.result, Operation) and outcome.result.state is not OperationState.DONE:
+            outcome.refused = failure_of(outcome.result)
     except GreenroomError as error:
-        return error
-    return None
+        outcome.refused = error
+    await world.settle()
+    world.steps.disarm()
+    outcome.hit = world.steps.hit
+    print(f"step {number}: {outcome.hit or 'none'}: {outcome.refused or 'done'}")
+    return outcome
+
+
+@dataclass
+class Outcome:
+    """``hit``: the step that failed; "" when there was none of that number."""
+
+    result: Any = None
+    refused: GreenroomError | None = None
+    hit: str = ""
 
 
 @pytest.mark.parametrize("fault", list(Fault))
@@ -141,31 +164,71 @@ async def test_every_step_of_an_operation(make_world: Callable[..., Any], operat
         asleep, awake = await sleeping(world, "asleep"), await running(world, "awake")
         for number in range(1, MOST_STEPS):
             subject = await make(world, f"a-{number}")
-            world.steps.arm(number, fault)
-            refused = await until_it_ends_or_dies(world, act(world, subject.key))
-            if world.steps.control_dies.is_set():
-                await world.crash_control()
+            outcome = await with_a_fault(world, number, fault, lambda: act(world, subject.key))
+            agent_died = bool(outcome.hit) and fault in AGENT_DIES
+            if operation.startswith("suspend") and outcome.refused is None:
+                subject.saved = subject.answered
+            if await exists(world, subject.key):
+                assert not (operation.startswith("delete") and outcome.refused is None), "a delete that said it was done"
+                await subject.check(may_crash=agent_died)
+            elif operation == "create":
+                assert outcome.refused is not None, "a creation that said it was done"
+            else:
+                assert operation.startswith("delete")
+            assert (await world.actor(asleep.key)).state is ActorState.SUSPENDED, "nobody touched it"
+            await asleep.request()
+            await asleep.suspend()
+            await awake.check(may_crash=agent_died)
             await world.settle()
-            world.steps.disarm()
-            if hit := world.steps.hit:
-                print(f"step {number}: {hit}: {refused or 'no error'}")
-            await after(world, subject, operation, refused)
-            await asleep_is_untouched(world, asleep)
-            await awake.check(may_crash=bool(hit) and fault in AGENT_DIES)
+            if not outcome.hit:
+                assert outcome.refused is None and number > 1
+                return
+        raise AssertionError(f"{operation} does not end")
+
+
+async def exists(world: SimWorld, key: Key) -> bool:
+    try:
+        await world.actor(key)
+    except NotFound:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("fault", list(Fault))
+async def test_every_step_of_the_preparation_of_a_template(make_world: Callable[..., Any], fault: Fault) -> None:
+    async with make_world() as world:
+        for number in range(1, MOST_STEPS):
+            name = f"t-{number}"
+            outcome = await with_a_fault(world, number, fault, lambda name=name: world.apply(name))
+            template = await world.apply(name)  # again, if it failed or was refused
+            assert template.state is TemplateState.READY, template
+            subject = Subject(world, await world.create(f"a-{number}", name))
+            await subject.check(may_crash=False)
+            await world.engine.delete(subject.key)
+            await world.engine.delete_template(template.key)
             await world.settle()
-            if not hit:
-                assert refused is None, "without a fault it works"
-                break
-        else:
-            raise AssertionError(f"{operation} does not end")
-        assert number > 1
+            assert not await world.snapshots.list(), "nothing of it is left"
+            if not outcome.hit:
+                assert outcome.refused is None and number > 1
+                return
+        raise AssertionError("the preparation does not end")
 
 
-async def asleep_is_untouched(world: SimWorld, asleep: Subject) -> None:
-    assert (await world.actor(asleep.key)).state is ActorState.SUSPENDED
-    await asleep.request()
-    await asleep.suspend()
-
-
-async def after(world: SimWorld, subject: Subject, operation: str, refused: GreenroomError | None) -> None:
-    raise NotImplementedError
+@pytest.mark.parametrize("fault", list(Fault))
+async def test_every_step_of_the_deletion_of_a_template(make_world: Callable[..., Any], fault: Fault) -> None:
+    async with make_world() as world:
+        for number in range(1, MOST_STEPS):
+            name = f"t-{number}"
+            key = (await world.apply(name)).key
+            outcome = await with_a_fault(world, number, fault, lambda key=key: world.engine.delete_template(key))
+            if outcome.refused is not None:
+                try:
+                    await world.engine.delete_template(key)
+                except NotFound:
+                    pass  # it was deleted, only the answer was lost
+                await world.settle()
+            assert not await list_all(world.store, Template) and not await world.snapshots.list()
+            if not outcome.hit:
+                assert outcome.refused is None and number > 1
+                return
+        raise AssertionError("the deletion does not end")

@@ -15,9 +15,12 @@ def test_what_was_written_is_there_again(tmp_path: Path) -> None:
     first.raise_fence("a", 2)
     first.raise_fence("b", 1)
     first.record("op", "Restore", b'{"x":1}')
-    first.forget("b")
+    first.end_operation("b", "op")
     again = Journal(tmp_path / "journal")  # the first one was never closed: the process died
-    assert (again.generation("a"), again.generation("b")) == (3, 0)
+    assert (again.generation("a"), again.generation("b")) == (3, 1)
+    assert (again.ended("a"), again.ended("b")) == ("", "op")
+    again.raise_fence("b", 2)
+    assert again.ended("b") == "", "a later owner may do it again"
     assert again.answer("op", "Restore") == b'{"x":1}'
     assert again.answer("op", "Discard") is None
 
@@ -41,13 +44,16 @@ def test_a_damaged_line_in_the_middle_is_not_passed_over(tmp_path: Path) -> None
 def test_it_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "REWRITE_BYTES", 10_000)
     monkeypatch.setattr(module, "KEPT_RESULTS", 10)
+    monkeypatch.setattr(module, "KEPT_FENCES", 10)
     path = tmp_path / "journal"
     journal = Journal(path)
     for n in range(1, 1001):
         journal.raise_fence("a", n)
+        journal.raise_fence(f"a{n}", 1)
         journal.record(f"op{n}", "Restore", b"{}")
     assert path.stat().st_size < 12_000
     again = Journal(path)
     assert again.generation("a") == 1000
+    assert (again.generation("a1000"), again.generation("a1")) == (1, 0)
     assert again.answer("op1000", "Restore") == b"{}"
     assert again.answer("op990", "Restore") is None

@@ -29,13 +29,15 @@ DIGEST = "sha256:" + "a1" * 32
     ("text", "expected"),
     [
         ("oci:/srv/images", LayoutReference(directory=Path("/srv/images"))),
-        ("oci:images:v1.2", LayoutReference(directory=Path("images"), tag="v1.2")),
+        ("oci:/images:v1.2", LayoutReference(directory=Path("/images"), tag="v1.2")),
         ("oci:/srv/a:b/images", LayoutReference(directory=Path("/srv/a:b/images"))),
         (f"oci:/srv/images@{DIGEST}", LayoutReference(directory=Path("/srv/images"), digest=DIGEST)),
         ("localhost:5000/a/b", RegistryReference(host="localhost:5000", repository="a/b")),
         ("127.0.0.1:5000/a:1", RegistryReference(host="127.0.0.1:5000", repository="a", tag="1")),
         ("[::1]:5000/a:1", RegistryReference(host="[::1]:5000", repository="a", tag="1")),
         ("docker.io/python:3.13", RegistryReference(host="docker.io", repository="library/python", tag="3.13")),
+        ("python:3.13-slim", RegistryReference(host="docker.io", repository="library/python", tag="3.13-slim")),
+        ("acme/tool", RegistryReference(host="docker.io", repository="acme/tool")),
         (f"r.example/a:1@{DIGEST}", RegistryReference(host="r.example", repository="a", tag="1", digest=DIGEST)),
     ],
 )
@@ -47,8 +49,9 @@ def test_parse(text: str, expected: LayoutReference | RegistryReference) -> None
     "text",
     [
         "",
-        "python",
-        "library/python",
+        "/srv/images",
+        "./images",
+        "oci:images:v1.2",
         "oci:",
         "oci:/x:bad tag",
         "r.example/",

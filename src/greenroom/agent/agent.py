@@ -1,12 +1,5 @@
-"""The agent's core: carries out calls, each at most once, each fenced. No word of any backend, no word of gRPC.
-
-For every actor call, in this order (`Agent._actor_call`):
-
-1. *Fence.* A generation below the highest seen for the actor is refused with `LeaseLost`. A higher one is written
-   down, and whatever a lower one still has under way for that actor is stopped first.
-2. *Once.* A (operation, call) whose answer is in the journal is answered from it, if what it speaks of still exists;
-   one that is under way is joined.
-3. *Do, record, answer.*
+"""The agent's core: carries out calls, each at most once, each fenced (`greenroom.agent.fence`). No word of any backend,
+no word of gRPC.
 
 A caller that goes away stops nothing. A resident is destroyed only by a call that passed the fence, or because it
 ended by itself.
@@ -17,30 +10,28 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import shutil
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, assert_never
+from typing import Protocol, assert_never
 
 import msgspec
 import structlog
 
 from greenroom.agent import readiness
+from greenroom.agent.fence import Fence
 from greenroom.agent.journal import Journal
 from greenroom.agent.logs import LogFiles
+from greenroom.agent.staging import Staging
 from greenroom.agent.warm import MAX_CLASSES, WarmPool
 from greenroom.core import agentapi as api
 from greenroom.core.agentapi import AgentCall, Identity, Resident, ResidentState
 from greenroom.core.errors import (
-    DataLoss,
     FailedPrecondition,
     GreenroomError,
-    LeaseLost,
     NotFound,
-    ResourceExhausted,
 )
 from greenroom.core.records import (
     Endpoint,
@@ -87,16 +78,6 @@ class _Resident:
     watcher: asyncio.Task[None] | None = None
 
 
-@dataclass(slots=True)
-class _Running:
-    """A call under way for an actor."""
-
-    generation: int
-    name: str
-    operation_id: str
-    task: asyncio.Task[Record]
-
-
 @dataclass(frozen=True, slots=True)
 class AgentConfig:
     worker: str
@@ -135,7 +116,6 @@ class Agent:
         self._images = images
         self._snapshots = snapshots
         self._residents: dict[str, _Resident] = {}
-        self._running: dict[str, _Running] = {}
         self._classes: dict[bytes, SandboxClass] = {}
         self._admission = asyncio.Semaphore(max(1, WAKES_PER_CORE * (os.cpu_count() or 1)))
         self._boot_id = uuid.uuid4().hex
@@ -154,9 +134,11 @@ class Agent:
             FailedPrecondition: the backend can't run here.
         """
         root = self._config.state_dir
-        for name in ("staging", "cache", "logs"):
+        for name in ("cache", "logs"):
             (root / name).mkdir(parents=True, exist_ok=True)
         self._journal = Journal(root / "journal")
+        self._fence = Fence(self._config.worker, self._journal, self._resident_generation, self._still_holds)
+        self._staging = Staging(root / "staging")
         self._logs = LogFiles(root / "logs")
         self._probe: BackendProbe = await self._backend.open(root / "sandboxes", self._config.worker)
         for found in await self._backend.reconcile():
@@ -165,6 +147,7 @@ class Agent:
             identity = msgspec.structs.replace(identity, generation=generation)
             self._settle_in(identity, found.sid, found.endpoint, found.log_fifo, found.state, "")
             log.info("took over a running actor", actor=f"{identity.namespace}/{identity.name}", sid=found.sid)
+        self._staging.keep_only(self._residents)
         if isinstance(self._backend, Warmer) and self._config.warm > 0:
             self._warm = WarmPool(self._backend, self._config.warm)
             self._warm.start()
@@ -184,10 +167,11 @@ class Agent:
 
     async def close(self, *, wipe: bool) -> None:
         """Ends the agent. Residents go on running, for the next agent process to find, unless ``wipe``."""
-        running = [r.task for r in self._running.values()]
-        for task in [*running, *(r.watcher for r in self._residents.values() if r.watcher)]:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        await self._fence.close()
+        watchers = [r.watcher for r in self._residents.values() if r.watcher]
+        for watcher in watchers:
+            watcher.cancel()
+        await asyncio.gather(*watchers, return_exceptions=True)
         if self._warm:
             await self._warm.close()
         self._logs.close()
@@ -200,17 +184,17 @@ class Agent:
         """Carries out a call. Raises `GreenroomError`."""
         match call:
             case api.Start() | api.Restore():
-                return await self._actor_call(call, lambda: self._wake(call, reporter))
+                return await self._fence.run(call, lambda: self._wake(call, reporter))
             case api.Checkpoint():
-                return await self._actor_call(call, lambda: self._checkpoint(call))
+                return await self._fence.run(call, lambda: self._checkpoint(call))
             case api.Publish():
-                return await self._actor_call(call, lambda: self._publish(call))
+                return await self._fence.run(call, lambda: self._publish(call))
             case api.Discard():
-                return await self._actor_call(call, lambda: self._discard(call))
+                return await self._fence.run(call, lambda: self._discard(call))
             case api.Freeze():
-                return await self._actor_call(call, lambda: self._freeze(call))
+                return await self._fence.run(call, lambda: self._freeze(call))
             case api.Thaw():
-                return await self._actor_call(call, lambda: self._thaw(call))
+                return await self._fence.run(call, lambda: self._thaw(call))
             case api.Prepare():
                 image = await self._image(call.image, reporter)
                 return api.Prepared(image_digest=image.digest, size_bytes=image.size_bytes)
@@ -235,49 +219,6 @@ class Agent:
             case _:
                 assert_never(call)
 
-    async def _actor_call(self, call: api.ActorCall, work: Callable[[], Coroutine[Any, Any, Record]]) -> Record:
-        name, uid = type(call).__name__, call.actor_uid
-        seen = self._journal.generation(uid)
-        if call.generation < seen:
-            raise LeaseLost(
-                f"worker {self._config.worker} has seen generation {seen} of actor {uid}; "
-                f"{name} with generation {call.generation} comes from an owner that lost its lease",
-                metadata={"generation": str(seen)},
-            )
-        self._journal.raise_fence(uid, call.generation)
-        running = self._running.get(uid)
-        if running and running.operation_id == call.operation_id and running.name == name:
-            return await asyncio.shield(running.task)
-        if (
-            running
-        ):  # calls about one actor come one at a time; an older owner's is stopped, the same owner's ends first
-            if running.generation < call.generation:
-                running.task.cancel()
-            await asyncio.wait({running.task})
-            return await self._actor_call(call, work)
-        if (recorded := self._journal.answer(call.operation_id, name)) is not None:
-            answer: Record = msgspec.json.decode(recorded, type=api.ANSWERS[name])
-            if self._still_holds(call):
-                return answer
-        task = asyncio.create_task(self._do(call, name, work), name=f"{name}-{uid}")
-        self._running[uid] = _Running(call.generation, name, call.operation_id, task)
-        task.add_done_callback(lambda done: self._ended(uid, done))
-        return await asyncio.shield(task)
-
-    def _ended(self, uid: str, task: asyncio.Task[Record]) -> None:
-        if (running := self._running.get(uid)) and running.task is task:
-            del self._running[uid]
-        if not task.cancelled():
-            task.exception()  # seen, also when the caller has gone
-
-    async def _do(self, call: api.ActorCall, name: str, work: Callable[[], Coroutine[Any, Any, Record]]) -> Record:
-        try:
-            answer = await work()
-        except OSError as error:
-            raise _from_os(error) from error
-        self._journal.record(call.operation_id, name, msgspec.json.encode(answer))
-        return answer
-
     def _still_holds(self, call: api.ActorCall) -> bool:
         """Whether what the recorded answer of this call speaks of is still so."""
         resident = self._residents.get(call.actor_uid)
@@ -288,14 +229,14 @@ class Agent:
                 resident.identity = msgspec.structs.replace(resident.identity, generation=call.generation)
                 return True
             case api.Checkpoint():
-                staged = self._staging(call.snapshot.id).is_dir()
+                staged = self._staging.find(call.actor_uid, call.snapshot.id) is not None
                 return staged and resident is not None and resident.state is ResidentState.FROZEN
             case api.Freeze():
                 return resident is not None and resident.state is ResidentState.FROZEN
             case api.Publish():
-                return True
+                return False  # only the snapshot store knows, and asking it again is publishing again
             case _:
-                return resident is None
+                return resident is None and not self._staging.holds(call.actor_uid)
 
     # --- wake ---------------------------------------------------------------------------------------------
 
@@ -303,8 +244,7 @@ class Agent:
         marks = _Marks()
         if isinstance(call, api.Restore):
             self._check_runs_here(call.snapshot)
-        if call.actor_uid in self._residents:  # of an earlier operation that was backed out
-            await self._end_resident(call.actor_uid)
+        await self._end_resident(call.actor_uid)  # of an earlier operation that was backed out
         cls = await self._class_of(call.image_digest, call.spec, reporter)
         if self._warm is None:
             async with self._admission:
@@ -448,7 +388,10 @@ class Agent:
         resident = _Resident(identity, sid, state, endpoint, operation_id)
         self._residents[identity.uid] = resident
         self._logs.attach(identity.uid, identity.generation, fifo)
-        resident.watcher = asyncio.create_task(self._watch(resident), name=f"watch-{sid}")
+        self._look_after(resident)
+
+    def _look_after(self, resident: _Resident) -> None:
+        resident.watcher = asyncio.create_task(self._watch(resident), name=f"watch-{resident.sid}")
 
     async def _watch(self, resident: _Resident) -> None:
         """Tells the control plane when a resident ends by itself."""
@@ -459,21 +402,34 @@ class Agent:
         del self._residents[uid]
         self._logs.detach(uid)
         last = self._logs.tail(uid, QUOTED_LINES).decode(errors="replace")
-        await self._backend.destroy(resident.sid)
         log.warning("actor ended by itself", actor=resident.identity.name, code=code)
         if resident.state is not ResidentState.STARTING:
-            self.on_exit(
-                api.SandboxExited(actor_uid=uid, generation=self._journal.generation(uid), code=code, last_lines=last)
-            )
+            generation = max(resident.identity.generation, self._journal.generation(uid))
+            self.on_exit(api.SandboxExited(actor_uid=uid, generation=generation, code=code, last_lines=last))
+        try:
+            await self._backend.destroy(resident.sid)
+        except GreenroomError as error:
+            log.error("what an ended actor left could not be removed", sid=resident.sid, error=error.message)
 
     async def _end_resident(self, uid: str) -> None:
-        resident = self._residents.pop(uid, None)
-        if resident is None:
-            return
-        if resident.watcher:
-            resident.watcher.cancel()
-        await self._backend.destroy(resident.sid)
-        self._logs.detach(uid)
+        """Destroys the actor's sandbox and drops what is staged of it; neither has to be there."""
+        resident = self._residents.get(uid)
+        if resident is not None:
+            if resident.watcher:
+                resident.watcher.cancel()
+            try:
+                await self._backend.destroy(resident.sid)
+            except BaseException:
+                self._look_after(resident)  # it may live still: whoever asks next must find it
+                raise
+            if self._residents.get(uid) is resident:
+                del self._residents[uid]
+            self._logs.detach(uid)
+        await self._drop_staged(uid)
+
+    def _resident_generation(self, uid: str) -> int:
+        resident = self._residents.get(uid)
+        return resident.identity.generation if resident else 0
 
     def _resident(self, uid: str) -> _Resident:
         resident = self._residents.get(uid)
@@ -487,7 +443,7 @@ class Agent:
                 actor_uid=uid,
                 namespace=r.identity.namespace,
                 name=r.identity.name,
-                generation=max(r.identity.generation, self._journal.generation(uid)),
+                generation=self._fence.generation(uid),
                 state=r.state,
                 endpoint=r.endpoint,
                 operation_id=r.operation_id,
@@ -497,64 +453,65 @@ class Agent:
 
     # --- sleep --------------------------------------------------------------------------------------------
 
-    def _staging(self, snapshot_id: str) -> Path:
-        return self._config.state_dir / "staging" / snapshot_id
-
     async def _checkpoint(self, call: api.Checkpoint) -> api.Checkpointed:
         resident = self._resident(call.actor_uid)
-        dest = self._staging(call.snapshot.id)
-        await asyncio.to_thread(_fresh_directory, dest)
+        dest = await asyncio.to_thread(self._staging.begin, call.actor_uid, call.snapshot.id)
         marks = _Marks()
         try:
             phases = await self._backend.checkpoint(resident.sid, dest)
+            marks.took(phases, "staging")
+            snapshot = msgspec.structs.replace(
+                call.snapshot,
+                scope=self._backend.capabilities.scope,
+                backend=self._backend.name,
+                fingerprint=self._probe.fingerprint,
+                hostname=resident.identity.hostname,
+                worker=self._config.worker,
+            )
+            size = sum(f.stat().st_size for f in dest.iterdir())
+            self._staging.complete(snapshot)
         except BaseException:
-            await asyncio.to_thread(shutil.rmtree, dest, ignore_errors=True)
+            await self._undo_checkpoint(resident)
             raise
-        marks.took(phases, "staging")
         resident.state = ResidentState.FROZEN
         resident.operation_id = call.operation_id
-        snapshot = msgspec.structs.replace(
-            call.snapshot,
-            scope=self._backend.capabilities.scope,
-            backend=self._backend.name,
-            fingerprint=self._probe.fingerprint,
-            hostname=resident.identity.hostname,
-            worker=self._config.worker,
-        )
-        (dest.parent / f"{dest.name}.json").write_bytes(msgspec.json.encode(snapshot))
-        size = sum(f.stat().st_size for f in dest.iterdir())
         return api.Checkpointed(size_bytes=size, phases=tuple(marks.phases))
 
+    async def _undo_checkpoint(self, resident: _Resident) -> None:
+        """After a failure the sandbox runs, also one that was frozen before."""
+        await self._drop_staged(resident.identity.uid)
+        try:
+            resident.endpoint = await self._backend.thaw(resident.sid)
+            resident.state = ResidentState.RUNNING
+        except GreenroomError as error:  # the next call about it finds that out too; what failed first says more
+            log.error("could not thaw after a failed checkpoint", sid=resident.sid, error=error.message)
+
     async def _publish(self, call: api.Publish) -> api.Published:
-        staged = self._staging(call.snapshot_id)
-        described = staged.parent / f"{staged.name}.json"
-        if not described.exists():
+        snapshot = self._staging.find(call.actor_uid, call.snapshot_id)
+        if snapshot is None:
             raise NotFound(
                 f"worker {self._config.worker} has no files of snapshot {call.snapshot_id}", reason="NOT_STAGED"
             )
         marks = _Marks()
-        snapshot = msgspec.json.decode(described.read_bytes(), type=Snapshot)
-        published = await self._snapshots.publish(snapshot, staged)
+        published = await self._snapshots.publish(snapshot, self._staging.path(call.actor_uid, call.snapshot_id))
         marks.end("publish")
         return api.Published(snapshot=published, phases=tuple(marks.phases))
 
     async def _discard(self, call: api.Discard) -> api.Done:
         marks = _Marks()
         await self._end_resident(call.actor_uid)
-        if call.snapshot_id:
-            await asyncio.to_thread(self._drop_staged, call.snapshot_id)
         if call.forget:
             await asyncio.to_thread(self._logs.forget, call.actor_uid)
         marks.end("discard")
         return api.Done(phases=tuple(marks.phases))
 
-    def _drop_staged(self, snapshot_id: str) -> None:
-        staged = self._staging(snapshot_id)
-        (staged.parent / f"{staged.name}.json").unlink(missing_ok=True)
-        shutil.rmtree(staged, ignore_errors=True)
+    async def _drop_staged(self, actor_uid: str) -> None:
+        if self._staging.holds(actor_uid):  # mostly not, and a look is cheaper than a thread
+            await asyncio.to_thread(self._staging.drop, actor_uid)
 
     async def _freeze(self, call: api.Freeze) -> api.Done:
         resident, marks = self._resident(call.actor_uid), _Marks()
+        await self._drop_staged(call.actor_uid)
         await self._backend.freeze(resident.sid)
         resident.state = ResidentState.FROZEN
         marks.end("freeze")
@@ -562,11 +519,9 @@ class Agent:
 
     async def _thaw(self, call: api.Thaw) -> api.Started:
         resident, marks = self._resident(call.actor_uid), _Marks()
+        await self._drop_staged(call.actor_uid)  # from here on it is older than the actor
         resident.endpoint = await self._backend.thaw(resident.sid)
         resident.state = ResidentState.RUNNING
-        if call.snapshot_id:  # the suspend is off, and what it wrote with it
-            await asyncio.to_thread(self._drop_staged, call.snapshot_id)
-            await self._snapshots.delete(call.snapshot_id)
         marks.end("thaw")
         return api.Started(endpoint=resident.endpoint, phases=tuple(marks.phases), warm=True)
 
@@ -620,17 +575,3 @@ def _no_image(reference: str) -> Image:
 async def _feed(session: ExecSession, reporter: Reporter) -> None:
     async for data in reporter.input():
         await session.write(data)
-
-
-def _fresh_directory(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(mode=0o700, parents=True)
-
-
-def _from_os(error: OSError) -> GreenroomError:
-    if error.errno == 28:  # ENOSPC
-        return ResourceExhausted(
-            f"the worker's disk is full ({error.filename or error}); delete actors or images, or add space",
-            reason="DISK_FULL",
-        )
-    return DataLoss(f"the worker's disk failed: {error}", reason="WORKER_IO")

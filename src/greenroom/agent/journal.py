@@ -19,13 +19,18 @@ from greenroom.core.records import Record
 
 #: Results kept. An operation is asked for again within minutes, and a worker does at most some hundred a second.
 KEPT_RESULTS = 20_000
+#: Actors whose generation is kept, the last seen ones. A call that comes late comes within minutes; an actor that is
+#: here has its generation in its sandbox as well.
+KEPT_FENCES = 50_000
 #: Bytes appended after which the file is written anew; the content that counts is some 10 MB at most.
 REWRITE_BYTES = 64 << 20
 
 
 class _Fence(Record, frozen=True, kw_only=True, tag="fence"):
     actor_uid: str
-    generation: int  # 0: forgotten
+    generation: int
+    #: The operation of this generation that was ended here by a Discard.
+    ended: str = ""
 
 
 class _Result(Record, frozen=True, kw_only=True, tag="result"):
@@ -44,7 +49,7 @@ class Journal:
         DataLoss: a line in the middle can't be read (the last one may be torn: then it was never acted on).
         """
         self._path = path
-        self._fences: dict[str, int] = {}
+        self._fences: OrderedDict[str, _Fence] = OrderedDict()  # the last seen last
         self._results: OrderedDict[tuple[str, str], bytes] = OrderedDict()
         lines = path.read_bytes().split(b"\n") if path.exists() else []
         for number, line in enumerate(lines, 1):
@@ -62,16 +67,17 @@ class Journal:
             self._results[entry.operation_id, entry.call] = bytes(entry.answer)
             while len(self._results) > KEPT_RESULTS:
                 self._results.popitem(last=False)
-        elif entry.generation:
-            self._fences[entry.actor_uid] = entry.generation
         else:
-            self._fences.pop(entry.actor_uid, None)
+            self._fences[entry.actor_uid] = entry
+            self._fences.move_to_end(entry.actor_uid)
+            while len(self._fences) > KEPT_FENCES:
+                self._fences.popitem(last=False)
 
     def _rewrite(self) -> None:
         new = self._path.with_suffix(".new")
         with new.open("wb") as file:
-            for uid, generation in self._fences.items():
-                file.write(_encode(_Fence(actor_uid=uid, generation=generation)) + b"\n")
+            for fence in self._fences.values():
+                file.write(_encode(fence) + b"\n")
             for (operation, call), answer in self._results.items():
                 file.write(_encode(_Result(operation_id=operation, call=call, answer=msgspec.Raw(answer))) + b"\n")
         new.replace(self._path)
@@ -90,16 +96,22 @@ class Journal:
 
     def generation(self, actor_uid: str) -> int:
         """The highest generation seen; 0 for an actor never seen."""
-        return self._fences.get(actor_uid, 0)
+        fence = self._fences.get(actor_uid)
+        return fence.generation if fence else 0
 
     def raise_fence(self, actor_uid: str, generation: int) -> None:
         if generation > self.generation(actor_uid):
             self._append(_Fence(actor_uid=actor_uid, generation=generation))
 
-    def forget(self, actor_uid: str) -> None:
-        """The actor is deleted for ever; its uid is never used again."""
-        if actor_uid in self._fences:
-            self._append(_Fence(actor_uid=actor_uid, generation=0))
+    def ended(self, actor_uid: str) -> str:
+        """The operation that was ended under the highest generation seen; "" when none was."""
+        fence = self._fences.get(actor_uid)
+        return fence.ended if fence else ""
+
+    def end_operation(self, actor_uid: str, operation_id: str) -> None:
+        """Nothing that this operation asks for under the present generation may begin any more."""
+        if self.ended(actor_uid) != operation_id:
+            self._append(_Fence(actor_uid=actor_uid, generation=self.generation(actor_uid), ended=operation_id))
 
     def answer(self, operation_id: str, call: str) -> bytes | None:
         return self._results.get((operation_id, call))

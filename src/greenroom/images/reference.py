@@ -45,7 +45,8 @@ class RegistryReference(Record, frozen=True, kw_only=True):
 
 
 def parse(reference: str) -> LayoutReference | RegistryReference:
-    """Parses ``oci:<directory>[:<tag>][@sha256:...]`` or ``host[:port]/repository[:tag][@sha256:...]``.
+    """Parses ``oci:<directory>[:<tag>][@sha256:...]`` or ``[host[:port]/]repository[:tag][@sha256:...]``. Without a
+    host it is Docker Hub.
 
     Raises:
         InvalidArgument: it is neither; the message says which part is wrong.
@@ -57,9 +58,13 @@ def parse(reference: str) -> LayoutReference | RegistryReference:
         raise _malformed(reference, "after @ must come sha256: and 64 lower-case hex digits")
     if rest.startswith("oci:"):
         return _parse_layout(reference, rest.removeprefix("oci:"), digest)
-    host, slash, rest = rest.partition("/")
-    if not slash or not ("." in host or ":" in host or host == "localhost"):
-        raise _malformed(reference, "name the registry too, as in docker.io/library/python:3.13-slim")
+    if rest.startswith(("/", ".")):
+        raise _malformed(reference, f"for an OCI layout directory write oci:{Path(rest).absolute()}")
+    host, slash, path = rest.partition("/")
+    if slash and ("." in host or ":" in host or host == "localhost"):
+        rest = path
+    else:
+        host = "docker.io"  # as everywhere: a name without a registry is Docker Hub's
     if not _HOST.fullmatch(host):
         raise _malformed(reference, f"{host!r} is no host name")
     repository, colon, tag = rest.partition(":")
@@ -101,8 +106,8 @@ def _parse_layout(reference: str, rest: str, digest: str) -> LayoutReference:
         directory, tag = rest, ""
     elif not _TAG.fullmatch(tag):
         raise _malformed(reference, f"{tag!r} is no tag")
-    if not directory:
-        raise _malformed(reference, "after oci: comes the layout's directory")
+    if not Path(directory).is_absolute():
+        raise _malformed(reference, "after oci: comes the layout's directory as an absolute path")
     return LayoutReference(directory=Path(directory), tag=tag, digest=digest)
 
 

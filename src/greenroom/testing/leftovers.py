@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from greenroom.sandbox.gvisor.backend import scope_name
 
+GRACE_S = 2.0
+
 
 def leftovers(data_dir: Path) -> list[str]:
-    """Processes, mounts, network namespaces and cgroups that belong to the server of ``data_dir``; empty is good.
+    """Processes, mounts, network namespaces and cgroups that belong to the server of ``data_dir``; empty is good. The
+    kernel may take a moment to let go of what was removed, so it looks again for up to ``GRACE_S`` seconds.
 
     A process belongs to it when its command line names the directory. Namespaces and cgroups are called after the
     directory of the worker that they belong to, so the workers' directories must still be there.
     """
+    until = time.monotonic() + GRACE_S
+    while (found := _look(data_dir)) and time.monotonic() < until:
+        time.sleep(0.05)
+    return found
+
+
+def _look(data_dir: Path) -> list[str]:
     name = str(data_dir.absolute())
     found = [f"process {pid}: {command}" for pid, command in _processes() if name in command]
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()

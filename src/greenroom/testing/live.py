@@ -158,7 +158,8 @@ class LiveServer:
     def stop(self) -> int:
         """Ends it in order, as Ctrl-C does; returns its exit status."""
         assert self.process is not None
-        self.client.close()
+        if self.gateway[0]:
+            self.client.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
         return self.process.wait(STOP_TIMEOUT_S)

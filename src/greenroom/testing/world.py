@@ -52,7 +52,7 @@ from greenroom.snapshots.store import ObjectSnapshotStore
 from greenroom.store.memory import MemoryStore
 from greenroom.testing.contracts.store_world import audit, list_all
 from greenroom.testing.local_hub import LocalHub
-from greenroom.testing.steps import Gate, SteppedHub, Steps, SteppedStore
+from greenroom.testing.steps import Gate, SteppedHub, SteppedStore, Steps
 
 NAMESPACE = "default"
 #: Clocks short enough that nothing has to be waited for, and long enough for two slow cores.
@@ -70,7 +70,7 @@ QUICK = EngineConfig(
     reconcile_s=0.05,
 )
 #: How long `SimWorld.settle` waits. Everything takes milliseconds; this bounds a world that never settles.
-SETTLE_S = 15.0
+SETTLE_S = 2.0
 _POLL_S = 0.002
 
 
@@ -243,6 +243,8 @@ class SimWorld:
         """
         until = time.monotonic() + SETTLE_S
         while problems := await self.problems():
+            if self.steps.control_dies.is_set():
+                await self.crash_control()
             assert time.monotonic() < until, "the world does not settle:\n" + "\n".join(problems)
             await asyncio.sleep(_POLL_S)
         assert not self.hub.bugs, self.hub.bugs

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import errno
 import json
 import os
 import secrets
@@ -125,11 +126,19 @@ class Box:
         The old file is removed first: when one is renamed over another, ext4 writes its content out before, which
         takes 0.3 ms, and milliseconds on a busy disk, several times on every wake (auto_da_alloc, ext4(5)).
         """
-        self.record = msgspec.structs.replace(self.record, state=state, **changes)
+        record = msgspec.structs.replace(self.record, state=state, **changes)
+        content = msgspec.json.encode(record)
         draft, kept = self.directory / _DRAFT, self.directory / _RECORD
-        draft.write_bytes(msgspec.json.encode(self.record))
-        kept.unlink(missing_ok=True)
-        draft.rename(kept)
+        try:
+            draft.write_bytes(content)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not kept.exists():
+                raise
+            _overwrite(kept, content)  # a full disk must not keep anybody from thawing an actor
+        else:
+            kept.unlink(missing_ok=True)
+            draft.rename(kept)
+        self.record = record
 
     def occupy(self, owner: Identity) -> None:
         """Writes down whose it is; from here on it is the actor's."""
@@ -358,6 +367,13 @@ def base_command(runsc: Runsc) -> tuple[str, ...]:
         "--net-disconnect-ok",
         "--log=/proc/self/cwd/runsc.log",
     )
+
+
+def _overwrite(path: Path, content: bytes) -> None:
+    """Writes a small file anew within the block that it has: one write, padded with spaces where it becomes shorter, so
+    that an agent that is killed leaves the old content or the new one."""
+    with path.open("r+b", buffering=0) as file:
+        file.write(content.ljust(path.stat().st_size))
 
 
 async def finish(work: Coroutine[object, object, None]) -> None:

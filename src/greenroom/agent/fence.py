@@ -1,0 +1,154 @@
+"""Which calls about an actor are carried out: by the latest owner, one at a time, each once.
+
+For every call, in this order:
+
+1. *Fence.* A generation below the highest seen for the actor is refused with `LeaseLost`. A higher one is written down.
+   A `Discard` ends its operation here for ever: a wake of the same operation that comes later, however late, is refused.
+2. *One at a time.* The same call of the same operation joins the one under way. Any other stops it first and waits until
+   it has stopped: who sends another call has given the first one up. Only a `Discard` is left to end by itself.
+3. *Once.* A call that is in the journal is answered from it, if what it speaks of still exists.
+4. *Do, record, answer.* A caller that goes away stops nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from greenroom.agent.journal import Journal
+from greenroom.core import agentapi as api
+from greenroom.core.errors import DataLoss, GreenroomError, LeaseLost, ResourceExhausted, Unavailable
+from greenroom.core.records import Record
+
+Work = Callable[[], Coroutine[Any, Any, Record]]
+
+
+@dataclass(slots=True)
+class _Running:
+    """A call under way for an actor."""
+
+    call: api.ActorCall
+    task: asyncio.Task[Record]
+    stopped: bool = False  # once: a second cancellation would cut its cleaning up short
+
+    def stop(self) -> None:
+        if not self.stopped and not isinstance(self.call, api.Discard):
+            self.stopped = True
+            self.task.cancel()
+
+
+class Fence:
+    """``floor``: the generation of the actor's resident, 0 for none. ``still_holds``: whether what the recorded answer of
+    a call speaks of is still so."""
+
+    def __init__(
+        self,
+        worker: str,
+        journal: Journal,
+        floor: Callable[[str], int],
+        still_holds: Callable[[api.ActorCall], bool],
+    ) -> None:
+        self._worker = worker
+        self._journal = journal
+        self._floor = floor
+        self._still_holds = still_holds
+        self._running: dict[str, _Running] = {}
+        self._closing = False
+
+    def generation(self, actor_uid: str) -> int:
+        """The highest seen."""
+        return max(self._journal.generation(actor_uid), self._floor(actor_uid))
+
+    async def run(self, call: api.ActorCall, work: Work) -> Record:
+        """Carries out a call by ``work``, or joins it, or answers it.
+
+        Raises:
+            LeaseLost: a later owner was here, or stopped this call.
+            Unavailable: the agent ends (reason ``WORKER_DISCONNECTED``); the call may be sent again.
+            GreenroomError: what ``work`` raises.
+        """
+        name, uid = type(call).__name__, call.actor_uid
+        self._check(call)
+        self._journal.raise_fence(uid, call.generation)
+        if isinstance(call, api.Discard):
+            self._journal.end_operation(uid, call.operation_id)
+        while (running := self._running.get(uid)) is not None:
+            if type(running.call) is type(call) and running.call.operation_id == call.operation_id:
+                if not running.stopped:
+                    return await self._outcome(running.task, call)
+            running.stop()
+            await asyncio.wait({running.task})
+            self._check(call)  # somebody else may have come meanwhile
+        recorded = self._journal.answer(call.operation_id, name)
+        if recorded is not None and self._still_holds(call):
+            answer: Record = msgspec.json.decode(recorded, type=api.ANSWERS[name])
+            return answer
+        task = asyncio.create_task(self._do(call, name, work), name=f"{name}-{uid}")
+        self._running[uid] = _Running(call, task)
+        task.add_done_callback(lambda done: self._ended(uid, done))
+        return await self._outcome(task, call)
+
+    async def close(self) -> None:
+        """Stops what is under way; whoever waits for it is told that the worker is gone."""
+        self._closing = True
+        running = [r.task for r in self._running.values()]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    def _check(self, call: api.ActorCall) -> None:
+        if self._closing:
+            raise self._gone()
+        seen = self.generation(call.actor_uid)
+        if call.generation < seen:
+            raise LeaseLost(
+                f"worker {self._worker} has seen generation {seen} of actor {call.actor_uid}; "
+                f"{type(call).__name__} with generation {call.generation} comes from an owner that lost its lease",
+                metadata={"generation": str(seen)},
+            )
+        if isinstance(call, api.Start | api.Restore) and self._journal.ended(call.actor_uid) == call.operation_id:
+            raise LeaseLost(
+                f"operation {call.operation_id} of actor {call.actor_uid} was ended on worker {self._worker} already; "
+                f"this {type(call).__name__} comes too late"
+            )
+
+    async def _outcome(self, task: asyncio.Task[Record], call: api.ActorCall) -> Record:
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if not task.cancelled() or (caller is not None and caller.cancelling()):
+                raise  # it is the caller that was cancelled
+        if self._closing:
+            raise self._gone()
+        raise LeaseLost(f"{type(call).__name__} of actor {call.actor_uid} was stopped by a later call about that actor")
+
+    def _gone(self) -> Unavailable:
+        return Unavailable(f"worker {self._worker} ends", reason="WORKER_DISCONNECTED")
+
+    def _ended(self, uid: str, task: asyncio.Task[Record]) -> None:
+        if (running := self._running.get(uid)) and running.task is task:
+            del self._running[uid]
+        if not task.cancelled():
+            task.exception()  # seen, also when the caller has gone
+
+    async def _do(self, call: api.ActorCall, name: str, work: Work) -> Record:
+        try:
+            answer = await work()
+            self._journal.record(call.operation_id, name, msgspec.json.encode(answer))
+        except OSError as error:
+            raise _from_os(error) from error
+        return answer
+
+
+def _from_os(error: OSError) -> GreenroomError:
+    if error.errno == 28:  # ENOSPC
+        return ResourceExhausted(
+            f"the worker's disk is full ({error.filename or error}); delete actors or images, or add space",
+            reason="DISK_FULL",
+        )
+    return DataLoss(f"the worker's disk failed: {error}", reason="WORKER_IO")

@@ -1,0 +1,64 @@
+"""Snapshots that a worker has written and not yet published, or not yet been told to forget: at most one an actor.
+
+    staging/<actor uid>/<snapshot id>/       the files
+    staging/<actor uid>/<snapshot id>.json   the manifest as far as it is known; written when the files are complete
+
+A staged snapshot is what a *frozen* sandbox is worth: it is dropped before the sandbox is thawed, frozen for a pause, or
+ended, so one that is there is never older than the sandbox.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+import msgspec
+
+from greenroom.core.records import Snapshot
+
+
+class Staging:
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        root.mkdir(parents=True, exist_ok=True)
+
+    def path(self, actor_uid: str, snapshot_id: str) -> Path:
+        return self._root / actor_uid / snapshot_id
+
+    def begin(self, actor_uid: str, snapshot_id: str) -> Path:
+        """An empty directory for the files; what was staged of the actor before is gone."""
+        self.drop(actor_uid)
+        path = self.path(actor_uid, snapshot_id)
+        path.mkdir(mode=0o700, parents=True)
+        return path
+
+    def complete(self, snapshot: Snapshot) -> None:
+        """All files are there."""
+        manifest = self._manifest(snapshot.actor_uid, snapshot.id)
+        new = manifest.with_suffix(".new")
+        new.write_bytes(msgspec.json.encode(snapshot))
+        new.replace(manifest)
+
+    def find(self, actor_uid: str, snapshot_id: str) -> Snapshot | None:
+        """The manifest of a complete one."""
+        try:
+            return msgspec.json.decode(self._manifest(actor_uid, snapshot_id).read_bytes(), type=Snapshot)
+        except FileNotFoundError:
+            return None
+
+    def holds(self, actor_uid: str) -> bool:
+        """Whether there is anything to `drop`."""
+        return (self._root / actor_uid).exists()
+
+    def drop(self, actor_uid: str) -> None:
+        shutil.rmtree(self._root / actor_uid, ignore_errors=True)
+
+    def keep_only(self, actor_uids: Collection[str]) -> None:
+        """Drops what belongs to nobody of these, whatever it is."""
+        for path in self._root.iterdir():
+            if path.name not in actor_uids:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+
+    def _manifest(self, actor_uid: str, snapshot_id: str) -> Path:
+        return self._root / actor_uid / f"{snapshot_id}.json"
