@@ -32,7 +32,7 @@ from greenroom.testing.live import GREENROOM, LiveServer
 from greenroom.testing.python_image import build_python_image
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / ".tools" / "demo"
+PLACE = ROOT / ".tools" / "demo"
 TEMPLATE = """\
 apiVersion: greenroom.dev/v1alpha1
 kind: Template
@@ -67,23 +67,23 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def server(backend: str) -> Iterator[LiveServer]:
-    """A server on the demo's data directory; ended, and its directory removed, however the demo ends."""
-    live = LiveServer(DATA / "data", backend=backend)
-    if DATA.exists():
+def server(place: Path, backend: str) -> Iterator[LiveServer]:
+    """A server on the demo's data directory; ended, and ``place`` removed, however the demo ends."""
+    live = LiveServer(place / "data", backend=backend)
+    if place.exists():
         say("an earlier demo was cut short; cleaning up what it left")
         with contextlib.suppress(GreenroomError):
             live.start()  # takes over what is still running ...
-        end(live)  # ... and ends it in order
+        end(place, live)  # ... and ends it in order
     try:
         live.start()
         yield live
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the cleaning up is not to be interrupted
-        end(live)
+        end(place, live)
 
 
-def end(live: LiveServer) -> None:
+def end(place: Path, live: LiveServer) -> None:
     """Ends the server and removes its directory, unless it leaves something behind: then the demo has failed."""
     if status := live.stop():
         say(f"the server ended with status {status}; its log ends:\n{live.log_tail()}")
@@ -92,7 +92,7 @@ def end(live: LiveServer) -> None:
         say(f"left behind: {item}")
     if left:
         sys.exit(1)
-    shutil.rmtree(DATA)
+    shutil.rmtree(place)
 
 
 def play(live: LiveServer, actors: int, requests: int) -> list[Result]:
@@ -143,7 +143,9 @@ def main() -> int:
     parser.add_argument("--backend", help="gvisor (default as root), or process (no root needed, files only)")
     parser.add_argument("--actors", type=int, default=8)
     parser.add_argument("--requests", type=int, default=3)
+    parser.add_argument("--place", type=Path, default=PLACE, help="directory for everything; removed at the end")
     options = parser.parse_args()
+    place: Path = options.place
     if options.backend is None:
         options.backend = "gvisor" if os.geteuid() == 0 else "process"
         if options.backend == "process":
@@ -151,12 +153,12 @@ def main() -> int:
     memory = options.backend != "process"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = time.monotonic()
-    with server(options.backend) as live:
+    with server(place, options.backend) as live:
         say(f"server is up with 2 {options.backend} workers of 4 slots (log: {live.log_path})")
-        image = build_python_image(DATA / "image", app=Path(counter_app.__file__))
+        image = build_python_image(place / "image", app=Path(counter_app.__file__))
         say("built an image from this machine's Python; applying the template (image, first boot, golden snapshot)")
-        (DATA / "template.yaml").write_text(TEMPLATE.format(image=image))
-        apply = [*GREENROOM, f"--server={live.address}", "apply", "-f", str(DATA / "template.yaml")]
+        (place / "template.yaml").write_text(TEMPLATE.format(image=image))
+        apply = [*GREENROOM, f"--server={live.address}", "apply", "-f", str(place / "template.yaml")]
         subprocess.run(apply, check=True)
         results = play(live, options.actors, options.requests)
         show(results, memory)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
 import shutil
 import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -324,6 +323,17 @@ def test_a_manifest_that_is_gone_loses_nothing(real: tuple[Kit, Shell], slots: N
     assert kit.get("a", "/info")["ram"] == 2
 
 
+@contextmanager
+def streaming(kit: Kit, name: str, lines: int) -> Iterator[http.client.HTTPResponse]:
+    """An open request: its first line has come, the others come a tenth of a second apart."""
+    connection = http.client.HTTPConnection(*kit.live.gateway, timeout=30)
+    connection.request("GET", f"/stream?n={lines}&interval=0.1", headers={"Greenroom-Actor": f"default/{name}"})
+    answer = connection.getresponse()
+    assert answer.readline() == b"line 0\n"
+    yield answer
+    connection.close()
+
+
 @pytest.mark.gvisor
 @pytest.mark.root
 def test_no_capacity(real: tuple[Kit, Shell], slots: None) -> None:
@@ -331,16 +341,13 @@ def test_no_capacity(real: tuple[Kit, Shell], slots: None) -> None:
     kit.create("a", "b", "c")
     for name in ("a", "b"):
         kit.get(name)
-    with ThreadPoolExecutor(2) as pool:
-        busy = [pool.submit(kit.live.request, f"default/{name}", "/sleep?s=3") for name in ("a", "b")]
-        until(kit.actors, lambda actors: sum(a.state == "Running" for a in actors) == 2)
-        time.sleep(0.3)  # the requests are in the actors by now; if they were not, the next answer would be 200
+    with streaming(kit, "a", lines=30) as a, streaming(kit, "b", lines=30) as b:
         refused = kit.live.request("default/c")
         assert (refused.status, refused.headers["Greenroom-Error"]) == (503, "NO_CAPACITY")
         assert int(refused.headers["Retry-After"]) >= 1
         why = "no free slot in pool 'default': every running actor has open requests"
         shell("resume", "c").failed(6, why, "suspend an actor, or raise the pool's replicas or slots")
-        assert [r.result().status for r in busy] == [200, 200], "nobody was cut off to make room"
+        assert [len(answer.read().splitlines()) for answer in (a, b)] == [29, 29], "nobody was cut off to make room"
     assert kit.get("c")["ram"] == 1
 
 
@@ -352,15 +359,18 @@ def small_disk(data_dir: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(data_dir)], check=True)
 
 
-def fill(disk: Path, leave: int) -> Callable[[], None]:
-    """Takes all room but ``leave`` bytes; returns what gives it back."""
+@contextmanager
+def filled(disk: Path, leave: int) -> Iterator[None]:
+    """Meanwhile there is no more room than ``leave`` bytes."""
     filler = disk / "filler"
     room = shutil.disk_usage(disk).free - leave
-    with filler.open("wb") as file:
-        chunk = bytes(1 << 20)
-        while room > 0:
-            room -= file.write(chunk[:room])
-    return filler.unlink
+    try:
+        with filler.open("wb", buffering=0) as file, suppress(OSError):  # the server writes meanwhile too
+            while room > 0:
+                room -= file.write(bytes(min(room, 1 << 20)))
+        yield
+    finally:
+        filler.unlink()
 
 
 @pytest.mark.gvisor
@@ -377,33 +387,27 @@ def test_a_full_disk_loses_nothing(small_disk: Path, counter_image: str) -> None
         kit.get("a")
         last_good = kit.actor("a").snapshot
 
-        # Room for records, not for a snapshot: it fails in the middle, on the worker.
-        free = fill(small_disk, leave=LITTLE_ROOM)
-        shell("suspend", "a").failed(6, "actor/a: the worker's disk is full", "delete actors, or free some space")
-        assert (kit.actor("a").state, kit.actor("a").snapshot) == ("Running", last_good)
-        assert kit.get("a")["ram"] == 3
-        free()
+        with filled(small_disk, leave=LITTLE_ROOM):  # it fails in the middle, on the worker
+            shell("suspend", "a").failed(6, "actor/a: the worker's disk is full", "delete actors, or free some space")
+            assert (kit.actor("a").state, kit.actor("a").snapshot) == ("Running", last_good)
+            assert kit.get("a")["ram"] == 3
 
-        # No room at all: nothing is begun.
-        free = fill(small_disk, leave=0)
-        for command in (("suspend", "a"), ("resume", "b"), ("create", "actor", "d", "--template=counter")):
-            shell(*command).failed(6, f"the disk that holds {small_disk}/greenroom.db is full", "delete actors")
-        assert kit.live.request("default/b").headers["Greenroom-Error"] == "DISK_FULL"
-        assert kit.get("a")["ram"] == 4
-        assert kit.actor("b").state == "Suspended"
-        shell("delete", "actor", "c").ok()
-        free()
+        with filled(small_disk, leave=0):  # nothing is begun
+            for command in (("suspend", "a"), ("resume", "b"), ("create", "actor", "d", "--template=counter")):
+                shell(*command).failed(6, f"the disk that holds {small_disk}/greenroom.db is full", "delete actors")
+            assert kit.live.request("default/b").headers["Greenroom-Error"] == "DISK_FULL"
+            assert kit.get("a")["ram"] == 4
+            assert kit.actor("b").state == "Suspended"
+            shell("delete", "actor", "c").ok()
 
         shell("suspend", "a").ok()
         assert (kit.get("a")["ram"], kit.get("b")["ram"]) == (5, 2)
         shell("create", "actor", "d", "--template=counter").ok()
 
-        # And the server ends: what can't be suspended is not ended with it.
-        free = fill(small_disk, leave=0)
-        assert kit.live.stop() == 4
-        assert "could not be suspended: default/a, default/b" in kit.live.log_tail()
+        with filled(small_disk, leave=LITTLE_ROOM):  # what can't be suspended does not end with the server
+            assert kit.live.stop() == 4
+            assert "could not be suspended: default/a, default/b" in kit.live.log_tail()
         kit.live.start()
-        free()
         until(kit.workers, lambda workers: [w.state for w in workers] == ["Active"])
         assert (kit.get("a")["ram"], kit.get("b")["ram"]) == (6, 3), "the very processes"
 

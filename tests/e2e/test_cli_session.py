@@ -23,6 +23,9 @@ from greenroom.testing.live import LiveServer
 
 pytestmark = [pytest.mark.gvisor, pytest.mark.root, pytest.mark.xdist_group("sandboxes")]
 
+#: The image has Python and no other program.
+ECHO = ["python3", "-c", "import sys; sys.stdout.write(sys.stdin.read())"]
+SHOW_COUNT = ["python3", "-c", "print(open('/data/count.txt').read(), end='')"]
 KUBECTL_PLUGIN = [str(Path(sys.executable).with_name("kubectl-greenroom"))]
 
 
@@ -56,7 +59,7 @@ def test_from_apply_to_delete(kit: Kit, shell: Shell) -> None:
     assert kit.get("a")["ram"] == 1
     assert re.fullmatch(r"actor/a suspended \(\d+ ms\)\n", shell("suspend", "a").ok())
     assert shell("wait", "actor", "a", "--for=state=Suspended").ok() == "actor/a suspended\n"
-    assert shell("exec", "a", "--", "cat", "/data/count.txt").ok() == "1", "it wakes"
+    assert shell("exec", "a", "--", *SHOW_COUNT).ok() == "1", "it wakes"
     assert re.fullmatch(r"actor/a paused \(\d+ ms\)\n", shell("pause", "a").ok())
     assert kit.get("a")["ram"] == 2
     shown = shell("describe", "actor", "a").ok()
@@ -145,7 +148,7 @@ def test_as_a_plugin_of_kubectl(kit: Kit, shell: Shell) -> None:
 def test_sdk(kit: Kit, shell: Shell) -> None:
     with Actor.get_or_create("sdk", "counter", server=kit.live.address) as actor:
         assert actor.commands.run(["python3", "-c", "print(6 * 7)"]).stdout == "42\n"
-        assert actor.commands.run(["cat"], stdin="hi").stdout == "hi"
+        assert actor.commands.run(ECHO, stdin="hi").stdout == "hi"
         assert actor.commands.run(["python3", "-c", "raise SystemExit(3)"]).exit_code == 3
         with pytest.raises(FailedPrecondition, match="no program 'nosuch'"):
             actor.commands.run(["nosuch"])
@@ -161,10 +164,10 @@ def test_sdk(kit: Kit, shell: Shell) -> None:
 
 async def test_async_sdk(kit: Kit) -> None:
     async with await AsyncActor.create("counter", server=kit.live.address) as actor:
-        assert (await actor.commands.run(["cat"], stdin="hi")).stdout == "hi"
+        assert (await actor.commands.run(ECHO, stdin="hi")).stdout == "hi"
         assert ask(kit, await actor.url())["ram"] == 1
     assert (await actor.info()).state == "Suspended"
-    assert (await actor.commands.run(["cat", "/data/count.txt"])).stdout == "1"
+    assert (await actor.commands.run(SHOW_COUNT)).stdout == "1"
     await actor.kill()
     await actor.close()
     assert kit.actors() == []

@@ -15,7 +15,7 @@ import pytest
 
 from greenroom.core.errors import GreenroomError, NotFound
 from greenroom.core.records import ActorState, Key, Operation, OperationState, Template, TemplateState
-from greenroom.engine.engine import failure_of
+from greenroom.engine.operations import failure_of
 from greenroom.testing.contracts.store_world import list_all
 from greenroom.testing.steps import Fault
 from greenroom.testing.world import NAMESPACE, SimWorld
@@ -169,7 +169,9 @@ async def test_every_step_of_an_operation(make_world: Callable[..., Any], operat
             if operation.startswith("suspend") and outcome.refused is None:
                 subject.saved = subject.answered
             if await exists(world, subject.key):
-                assert not (operation.startswith("delete") and outcome.refused is None), "a delete that said it was done"
+                assert not (operation.startswith("delete") and outcome.refused is None), (
+                    "a delete that said it was done"
+                )
                 await subject.check(may_crash=agent_died)
             elif operation == "create":
                 assert outcome.refused is not None, "a creation that said it was done"

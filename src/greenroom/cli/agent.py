@@ -12,6 +12,8 @@ from typing import Any
 import click
 
 _PR_SET_PDEATHSIG = 1
+#: Ends an agent together with everything that runs on it; SIGTERM leaves actors running, for the next agent.
+WIPE_SIGNAL = signal.SIGUSR1
 
 
 @click.command(hidden=True)
@@ -29,8 +31,10 @@ _PR_SET_PDEATHSIG = 1
 def agent(parent: int, log_level: str, **options: object) -> None:
     """Runs one worker."""
     from greenroom.cli.logs import configure
+    from greenroom.cli.process import prepare
 
     configure(log_level)
+    prepare()
     if parent:
         _end_with(parent)
     import uvloop
@@ -73,23 +77,29 @@ async def _serve(
         worker=worker, pool=pool, capacity=slots, state_dir=state_dir, warm=DEFAULT_WARM if warm is None else warm
     )
     worker_agent = Agent(config, registry.load(backend), DiskImageStore(images), ObjectSnapshotStore(snapshots))
+    # Before anything is made: a signal that comes while it opens is obeyed when it is open, and has cleaned up after
+    # an earlier agent.
+    told: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+    for number, wipe in ((signal.SIGTERM, False), (signal.SIGINT, False), (WIPE_SIGNAL, True)):
+        asyncio.get_running_loop().add_signal_handler(number, _tell, told, wipe)
     try:
         await worker_agent.open()
     except GreenroomError as error:
         log.error("the worker can't start", error=error.message, reason=error.reason)
         return error.exit_code
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
     link = asyncio.create_task(AgentLink(worker_agent, control).run())
-    stopped = asyncio.create_task(ended.wait())
-    ends: set[asyncio.Future[Any]] = {worker_agent.shutdown, stopped, link}
+    ends: set[asyncio.Future[Any]] = {worker_agent.shutdown, told, link}
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    wipe = worker_agent.shutdown.result() if worker_agent.shutdown.done() else False
+    broken = link.done()
+    if broken:
+        log.error("the link to the control plane failed", exc_info=link.exception())
     await asyncio.sleep(0)  # the answer to Shutdown goes out before the link does
     link.cancel()
-    stopped.cancel()
-    await asyncio.gather(link, stopped, return_exceptions=True)
-    await worker_agent.close(wipe=wipe)
-    return 0
+    await asyncio.gather(link, return_exceptions=True)
+    await worker_agent.close(wipe=any(end.result() for end in (worker_agent.shutdown, told) if end.done()))
+    return 1 if broken else 0
+
+
+def _tell(told: asyncio.Future[bool], wipe: bool) -> None:
+    if not told.done():
+        told.set_result(wipe)

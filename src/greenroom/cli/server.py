@@ -10,7 +10,10 @@ Everything it keeps is below one data directory:
 
 from __future__ import annotations
 
+import asyncio
+import os
 import uuid
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,14 +22,15 @@ import structlog
 
 from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2_grpc
 from greenroom.api.link import AgentHub
-from greenroom.api.server import ApiServer
+from greenroom.api.server import MAX_SOCKET_PATH_BYTES, ApiServer
 from greenroom.api.service import ServerInfo
 from greenroom.cli.supervisor import AgentPaths, Supervisor, awake_actors
-from greenroom.core.errors import NotFound
+from greenroom.core.errors import FailedPrecondition, InvalidArgument, NotFound
 from greenroom.core.records import Actor, Pool, PoolSpec
 from greenroom.engine.config import EngineConfig
 from greenroom.engine.engine import Engine
 from greenroom.gateway.gateway import Gateway
+from greenroom.gateway.limits import Limits
 from greenroom.sandbox import registry
 from greenroom.snapshots.store import ObjectSnapshotStore
 from greenroom.store.sqlite import SqliteStore
@@ -52,47 +56,64 @@ class ServerOptions:
     warm: int | None = None
     operation_deadline_s: float = 300.0
     capacity_wait_s: float = 60.0
+    max_files: int = 1024
 
 
 class Server:
     def __init__(self, options: ServerOptions) -> None:
         self._options = options
         self.run_dir = options.data_dir / "run"
+        self.store: SqliteStore | None = None
+        self.engine: Engine | None = None
+        self.gateway: Gateway | None = None
+        self.api: ApiServer | None = None
+        self.supervisor: Supervisor | None = None
+        self._link: grpc.aio.Server | None = None
 
     async def start(self) -> None:
         """Raises `GreenroomError` when something is in use or missing; then nothing is left running."""
         options = self._options
-        options.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         registry.load(options.pool.backend)  # an unknown backend is said before anything is started
+        agents_socket = self.run_dir / "agents.sock"
+        if len(os.fsencode(agents_socket)) > MAX_SOCKET_PATH_BYTES:
+            raise InvalidArgument(
+                f"data directory {options.data_dir} has too long a path: the sockets below it could not be named "
+                f"({MAX_SOCKET_PATH_BYTES} bytes at most)",
+                reason="PATH_TOO_LONG",
+            )
+        try:
+            self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise FailedPrecondition(
+                f"data directory {options.data_dir} can't be used: {error.strerror}; choose another with --data or "
+                "GREENROOM_HOME",
+                reason="DATA_DIR_UNUSABLE",
+            ) from error
         self.store = await SqliteStore.open(options.data_dir)
         try:
-            await self._start_parts()
+            await self._start_parts(self.store, f"unix:{agents_socket}")
         except BaseException:
             await self.close(suspend=False)
             raise
 
-    async def _start_parts(self) -> None:
+    async def _start_parts(self, store: SqliteStore, control: str) -> None:
         options = self._options
-        self.run_dir.mkdir(mode=0o700, exist_ok=True)
-        self.gateway: Gateway | None = None
-        self.api: ApiServer | None = None
-        self.supervisor: Supervisor | None = None
-        self.hub = AgentHub()
+        hub = AgentHub()
         config = EngineConfig(
             owner=f"server-{uuid.uuid4().hex[:12]}",
             operation_deadline_s=options.operation_deadline_s,
             capacity_wait_s=options.capacity_wait_s,
         )
         snapshots = str(options.data_dir / "snapshots")
-        self.engine = Engine(self.store, self.hub, ObjectSnapshotStore(snapshots), config)
-        self._link = grpc.aio.server(options=[("grpc.http2.min_ping_interval_without_data_ms", _MIN_PING_MS)])
-        link_pb2_grpc.add_AgentLinkServicer_to_server(self.hub, self._link)
-        control = f"unix:{self.run_dir / 'agents.sock'}"
-        self._link.add_insecure_port(control)
-        self.gateway = Gateway(self.engine, domain=options.domain)
+        self.engine = Engine(store, hub, ObjectSnapshotStore(snapshots), config)
+        limits = Limits(clients=min(Limits().clients, options.max_files // 2))  # each needs another one to its actor
+        self.gateway = Gateway(self.engine, domain=options.domain, limits=limits)
         await self.gateway.start(*options.listen)
         self.api = ApiServer(self.engine, info=self._info())
         await self.api.start([f"unix:{self.run_dir / 'api.sock'}", *options.api])
+        self._link = grpc.aio.server(options=[("grpc.http2.min_ping_interval_without_data_ms", _MIN_PING_MS)])
+        link_pb2_grpc.add_AgentLinkServicer_to_server(hub, self._link)
+        self._link.add_insecure_port(control)
         await self._link.start()
         await self.engine.start()
         await self._apply_pool()
@@ -106,6 +127,7 @@ class Server:
         await self.supervisor.start()
 
     async def _apply_pool(self) -> None:
+        assert self.store is not None and self.engine is not None
         try:
             await self.store.get(Pool, "default")
             if not self._options.resize:
@@ -128,30 +150,51 @@ class Server:
         assert self.gateway is not None
         return self.gateway.addresses[0]
 
-    async def close(self, *, suspend: bool = True) -> list[str]:
-        """Ends everything in order: no new requests, actors suspended, agents ended, store closed.
+    async def close(self, *, suspend: bool = True, hurry: asyncio.Event | None = None) -> list[str]:
+        """Ends everything in order: no new requests, actors suspended, agents ended, store closed. A step that fails is
+        logged, and the others follow.
+
+        Args:
+            suspend: suspends what is running; without, it goes on running for the next server to take over.
+            hurry: when set, what is not suspended yet is left running.
 
         Returns:
-            Actors that could not be suspended (a full disk). The sandboxes on their workers are left running, for the
-            next server to take over: to end them would lose what they have in memory.
+            Actors that could not be suspended (a full disk, or ``hurry``). The sandboxes on their workers are left
+            running: to end them would lose what they have in memory.
         """
         awake: list[Actor] = []
         if self.gateway:
-            await self.gateway.close(grace_s=1.0)
-        if suspend and self.supervisor:
-            awake = await self._suspend_all()
-        if self.supervisor:
-            await self.supervisor.close(spare={actor.worker for actor in awake})
+            await _step(self.gateway.close(grace_s=1.0))
+        if self.supervisor and self.engine and self.store:
+            if suspend:
+                await _step(self._suspend_all(self.engine, hurry or asyncio.Event()))
+            awake = await awake_actors(self.store)
+            await _step(self.supervisor.close(spare={actor.worker for actor in awake}))
         if self.api:
-            await self.api.close(grace_s=1.0)
-        await self.engine.close()
-        await self._link.stop(grace=1.0)
-        await self.store.close()
+            await _step(self.api.close(grace_s=1.0))
+        if self.engine:
+            await _step(self.engine.close())
+        if self._link:
+            await _step(self._link.stop(grace=1.0))
+        if self.store:
+            await _step(self.store.close())
         return [str(actor.key) for actor in awake]
 
-    async def _suspend_all(self) -> list[Actor]:
-        """Suspends every actor and returns those that are awake all the same."""
-        for operation in await self.engine.suspend_all():
+    async def _suspend_all(self, engine: Engine, hurry: asyncio.Event) -> None:
+        suspending = asyncio.create_task(engine.suspend_all())
+        hurried = asyncio.create_task(hurry.wait())
+        await asyncio.wait({suspending, hurried}, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        if not suspending.done():
+            suspending.cancel()
+            return
+        for operation in await suspending:
             if operation.error is not None:
                 log.error("could not suspend", actor=str(operation.key), error=operation.error.message)
-        return await awake_actors(self.store)
+
+
+async def _step(work: Awaitable[object]) -> None:
+    try:
+        await work
+    except Exception:
+        log.exception("ending goes on after a failure")

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 from msgspec.structs import replace
 
+from greenroom.cli.agent import WIPE_SIGNAL
 from greenroom.core import states
 from greenroom.core.agentapi import Shutdown
-from greenroom.core.errors import GreenroomError, NotFound
+from greenroom.core.errors import Conflict, GreenroomError, NotFound
 from greenroom.core.records import Actor, Pool, PoolSpec, Worker, WorkerState
 from greenroom.engine.engine import Engine
-from greenroom.store.port import Store
+from greenroom.store.port import Event, Store
 
 log = structlog.get_logger(__name__)
 
@@ -32,6 +34,8 @@ HEALTHY_S = 10.0
 CONNECT_TIMEOUT_S = 30.0
 #: Between attempts to suspend what runs on a worker that is too much (the disk is full, for example).
 RETIRE_PAUSE_S = 10.0
+#: Tries of a conditional write against what else is written about the same worker.
+WRITE_ATTEMPTS = 10
 #: How long an agent may take to end after it was asked to: its sandboxes and its network are removed meanwhile.
 STOP_TIMEOUT_S = 20.0
 
@@ -55,6 +59,7 @@ class Supervisor:
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._retiring: dict[str, asyncio.Task[None]] = {}
         self._processes: dict[str, asyncio.subprocess.Process] = {}
+        self._specs: dict[str, PoolSpec] = {}
         self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -62,12 +67,21 @@ class Supervisor:
         await self._reconcile()
         await self._retire_leftovers()
 
-        async def watch() -> None:
-            async for event in events:
-                if isinstance(event.record, Pool):
-                    await self._reconcile()
+        self._watcher = asyncio.create_task(self._watch(events), name="pool-watcher")
 
-        self._watcher = asyncio.create_task(watch(), name="pool-watcher")
+    async def _watch(self, events: AsyncIterator[Event]) -> None:
+        """Follows the pools; after a failure (the store, or too many events at once) it looks anew at all of them."""
+        while True:
+            try:
+                async for event in events:
+                    if isinstance(event.record, Pool):
+                        await self._reconcile()
+            except GreenroomError as error:
+                log.warning("looks at all pools again", error=error.message)
+            await asyncio.sleep(LAST_PAUSE_S)
+            events = self._engine.store.watch()
+            with contextlib.suppress(GreenroomError):
+                await self._reconcile()
 
     async def _reconcile(self) -> None:
         """Starts what is missing and ends what is too much, by name: worker N of a pool is ``<pool>-<N>``."""
@@ -75,7 +89,12 @@ class Supervisor:
         for pool in await self._engine.store.list(Pool):
             wanted |= {f"{pool.name}-{n}": pool for n in range(pool.spec.replicas)}
         for name, pool in wanted.items():
-            if name not in self._keepers and name not in self._retiring:
+            if name in self._retiring:
+                continue
+            if name in self._keepers and self._specs[name].slots != pool.spec.slots:
+                # Actors go on running meanwhile: the agent that comes with the new number takes them over.
+                await self._end(name, self._keepers.pop(name), wipe=False)
+            if name not in self._keepers:
                 self._keepers[name] = self._keeper(name, pool)
         for name in [n for n in self._keepers if n not in wanted]:
             self._retiring[name] = self._keepers.pop(name)
@@ -87,7 +106,7 @@ class Supervisor:
         for worker in await self._engine.store.list(Worker):
             if worker.name in self._keepers:
                 if worker.state is WorkerState.DRAINING:  # it was too much for a while, and that was cut short
-                    await self._engine.store.put(replace(worker, state=WorkerState.DISCONNECTED, message=""))
+                    await self._mark(worker.name, WorkerState.DISCONNECTED, "")
                 continue
             spec = PoolSpec(backend=worker.backend, slots=worker.capacity)
             pool = Pool(name=worker.pool, uid="", spec=spec, created_at=worker.registered_at)
@@ -95,6 +114,7 @@ class Supervisor:
             self._engine.spawn(self._retire(worker.name), f"retire-{worker.name}")
 
     def _keeper(self, name: str, pool: Pool) -> asyncio.Task[None]:
+        self._specs[name] = pool.spec
         return asyncio.create_task(self._keep(name, pool), name=f"keep-{name}")
 
     async def _keep(self, name: str, pool: Pool) -> None:
@@ -102,7 +122,12 @@ class Supervisor:
         pause = FIRST_PAUSE_S
         while True:
             started = time.monotonic()
-            process = await self._spawn(name, pool)
+            try:
+                process = await self._spawn(name, pool)
+            except OSError as error:  # no more processes or files for now
+                log.error("agent can't be started", worker=name, error=str(error))
+                await asyncio.sleep(LAST_PAUSE_S)
+                continue
             self._processes[name] = process
             status = await process.wait()
             pause = FIRST_PAUSE_S if time.monotonic() - started > HEALTHY_S else min(pause * 2, LAST_PAUSE_S)
@@ -139,8 +164,7 @@ class Supervisor:
         """A worker that is too much: its actors are suspended first, then it ends and is forgotten."""
         store, recovery = self._engine.store, self._engine.recovery
         try:
-            worker = await store.get(Worker, name)
-            await store.put(replace(worker, state=WorkerState.DRAINING, message="the pool was made smaller"))
+            await self._mark(name, WorkerState.DRAINING, "the pool was made smaller")
             await recovery.wait_for_worker(name, time.monotonic() + CONNECT_TIMEOUT_S)
             await self._engine.suspend_all([name])
             while awake := await awake_actors(store, name):
@@ -152,12 +176,28 @@ class Supervisor:
         if (keeper := self._retiring.get(name)) is None:
             return  # the server ends, and all its agents with it
         await self._end(name, keeper, wipe=True)
-        try:
-            await store.remove(await store.get(Worker, name))
-        except GreenroomError as error:
-            log.warning("worker not forgotten", worker=name, error=error.message)
+        with contextlib.suppress(NotFound):
+            await self._write(name, store.remove)
         self._retiring.pop(name, None)
         await self._reconcile()  # it may be wanted again by now
+
+    async def _mark(self, name: str, state: WorkerState, message: str) -> None:
+        store = self._engine.store
+        await self._write(name, lambda worker: store.put(replace(worker, state=state, message=message)))
+
+    async def _write(self, name: str, write: Callable[[Worker], Awaitable[object]]) -> None:
+        """Writes a worker's row, again when somebody else wrote it meanwhile: it says by itself when it comes and goes.
+
+        Raises:
+            NotFound: it is not there.
+        """
+        for _ in range(WRITE_ATTEMPTS):
+            try:
+                await write(await self._engine.store.get(Worker, name))
+                return
+            except Conflict:
+                continue
+        raise Conflict(f"worker {name} keeps changing")
 
     async def _end(self, name: str, keeper: asyncio.Task[None], *, wipe: bool) -> None:
         keeper.cancel()
@@ -169,8 +209,9 @@ class Supervisor:
             async with asyncio.timeout(STOP_TIMEOUT_S):
                 try:
                     await self._engine.hub.call(name, Shutdown(wipe=wipe))
-                except GreenroomError:
-                    process.send_signal(signal.SIGTERM)
+                except GreenroomError:  # it is not connected (yet)
+                    with contextlib.suppress(ProcessLookupError):
+                        process.send_signal(WIPE_SIGNAL if wipe else signal.SIGTERM)
                 await process.wait()
         except TimeoutError:
             log.error("agent does not end, is killed", worker=name)

@@ -45,10 +45,12 @@ def up(
     """Starts a server with its workers; ends on Ctrl-C, after suspending every running actor."""
     from greenroom.cli.logs import configure
     from greenroom.cli.paths import data_dir
+    from greenroom.cli.process import prepare
     from greenroom.cli.server import ServerOptions
     from greenroom.core.records import PoolSpec
 
     configure(log_level)
+    files = prepare()
     default = PoolSpec()
     options = ServerOptions(
         data_dir=(data or data_dir()).absolute(),
@@ -65,6 +67,7 @@ def up(
         warm=warm,
         operation_deadline_s=operation_deadline,
         capacity_wait_s=capacity_wait,
+        max_files=files,
     )
     import uvloop
 
@@ -76,6 +79,17 @@ def _address(text: str) -> tuple[str, int]:
     if not colon or not port.isdigit() or int(port) > 65535:
         raise click.UsageError(f"--listen {text!r} is not host:port, for example 127.0.0.1:8080")
     return host or "127.0.0.1", int(port)
+
+
+class Stop:
+    """What Ctrl-C, SIGTERM and the end of the terminal mean: the first time end in order, the second time hurry."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.again = asyncio.Event()
+
+    def ask(self) -> None:
+        (self.again if self.asked.is_set() else self.asked).set()
 
 
 async def _run(options: object) -> None:
@@ -91,9 +105,9 @@ async def _run(options: object) -> None:
             "missing; `greenroom up --backend process` needs no root (and is no security boundary)",
             reason="BACKEND_UNAVAILABLE",
         )
-    ended = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    stop = Stop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, stop.ask)
     server = Server(options)
     await server.start()
     awake: list[str] = []
@@ -103,10 +117,10 @@ async def _run(options: object) -> None:
             f"greenroom is up; actors answer at http://NAME.NAMESPACE.{options.domain}:{port} ({host})", err=True
         )
         click.echo("next: greenroom apply -f template.yaml; Ctrl-C suspends every actor and ends", err=True)
-        await ended.wait()
-        click.echo("suspending the running actors and ending ...", err=True)
+        await stop.asked.wait()
+        click.echo("suspending the running actors and ending ... (again: leave them running and end now)", err=True)
     finally:
-        awake = await server.close()
+        awake = await server.close(hurry=stop.again)
     if awake:
         raise FailedPrecondition(
             f"could not be suspended: {', '.join(awake)}; the lines above say why. Nothing of them is lost: their "

@@ -78,22 +78,21 @@ class Publish(ActorCall, frozen=True, kw_only=True):
 
 
 class Discard(ActorCall, frozen=True, kw_only=True):
-    """Destroys the sandbox and the worker's local snapshot files of that operation; unknown is success.
-    ``forget``: the actor is being deleted, its logs go too. -> `Done`"""
+    """Destroys the sandbox and the worker's local snapshot files; unknown is success. The operation has ended on this
+    worker: a `Start` or `Restore` of it that comes later is refused (`LeaseLost`). ``forget``: the actor is being
+    deleted, its logs go too. -> `Done`"""
 
-    snapshot_id: str = ""
     forget: bool = False
 
 
 class Freeze(ActorCall, frozen=True, kw_only=True):
-    """Stops the sandbox's CPU, memory stays. Idempotent. -> `Done`"""
+    """Stops the sandbox's CPU, memory stays; what a suspend that is off wrote to the worker's disk is removed.
+    Idempotent. -> `Done`"""
 
 
 class Thaw(ActorCall, frozen=True, kw_only=True):
-    """Lets a frozen sandbox go on; with ``snapshot_id``, what a suspend that is off wrote and uploaded is removed.
-    Idempotent. -> `Started` with the endpoint."""
-
-    snapshot_id: str = ""
+    """Lets a frozen sandbox go on; what a suspend that is off wrote to the worker's disk is removed first. Idempotent. ->
+    `Started` with the endpoint."""
 
 
 class ListResident(Call, frozen=True, kw_only=True):

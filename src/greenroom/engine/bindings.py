@@ -86,7 +86,7 @@ class Wake:
 class BindingTable:
     def __init__(self) -> None:
         self._by_key: dict[Key, Binding] = {}
-        self._draining: set[Key] = set()
+        self._draining: dict[Key, asyncio.Event] = {}
 
     def get(self, key: Key) -> Binding | None:
         """The binding to route by, unless there is none or it is being drained (then wake: it waits its turn)."""
@@ -98,9 +98,12 @@ class BindingTable:
         return self._by_key.get(key)
 
     def bind(self, binding: Binding) -> None:
-        """Replaces (and revokes) an older binding of the key; never goes back to an older generation."""
+        """Replaces (and revokes) an older binding of the key; never goes back to an older generation. The same
+        incarnation again changes nothing."""
         old = self._by_key.get(binding.key)
         if old is not None:
+            if (old.uid, old.generation) == (binding.uid, binding.generation):
+                return
             assert (old.uid != binding.uid) or (old.generation < binding.generation)
             self.revoke(binding.key)
         self._by_key[binding.key] = binding
@@ -108,15 +111,21 @@ class BindingTable:
     def drain(self, key: Key) -> Binding | None:
         """No new request is routed to it from now on; ends with `revoke` or `undrain`."""
         if key in self._by_key:
-            self._draining.add(key)
+            self._draining.setdefault(key, asyncio.Event())
         return self._by_key.get(key)
 
     def undrain(self, key: Key) -> None:
-        self._draining.discard(key)
+        if (over := self._draining.pop(key, None)) is not None:
+            over.set()
+
+    async def drained(self, key: Key) -> None:
+        """Returns when the key is not being drained: at once, or after `revoke` or `undrain`."""
+        while (over := self._draining.get(key)) is not None:
+            await over.wait()
 
     def revoke(self, key: Key) -> None:
         """Takes the binding away and has everything that is open through it closed. Unknown is fine."""
-        self._draining.discard(key)
+        self.undrain(key)
         binding = self._by_key.pop(key, None)
         if binding is None:
             return

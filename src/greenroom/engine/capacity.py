@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from greenroom.core.errors import ResourceExhausted
 from greenroom.engine.bindings import Binding
@@ -14,9 +14,9 @@ from greenroom.engine.config import EngineConfig
 class CapacityQueue:
     """The wake-ups that wait for a slot in one pool.
 
-    `slot_freed` lets the first one try again; it goes back to the front if somebody else was quicker (`wait` with its
-    ticket). While anybody waits, idle actors are suspended, at most ``config.evictions`` at a time and never more than
-    there are waiting.
+    `slot_freed` lets the first one try again; it goes back to the front if somebody else was quicker (`wait` with
+    ``again``), and otherwise lets the next one try. While anybody waits, idle actors are suspended, at most
+    ``config.evictions`` at a time and never more than there are waiting.
     """
 
     def __init__(
@@ -24,8 +24,10 @@ class CapacityQueue:
         pool: str,
         config: EngineConfig,
         candidates: Callable[[], list[Binding]],
-        evict: Callable[[Binding], Awaitable[None]],
+        evict: Callable[[Binding], asyncio.Task[None]],
     ) -> None:
+        """``candidates``: actors that may be suspended now, the best first. ``evict`` begins to suspend one, which is no
+        candidate from then on; the task ends without an error when the slot is free."""
         self._pool = pool
         self._config = config
         self._candidates = candidates
@@ -42,7 +44,7 @@ class CapacityQueue:
         Raises:
             ResourceExhausted: the queue is full, or nothing became free in time.
         """
-        if len(self._waiting) >= self._config.max_waiting:
+        if len(self._waiting) >= self._config.max_waiting and not again:
             raise self._exhausted(f"{len(self._waiting)} wake-ups are waiting already")
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if again:
@@ -53,13 +55,15 @@ class CapacityQueue:
         try:
             async with asyncio.timeout_at(until):
                 await turn
-        except TimeoutError:
-            raise self._exhausted("every running actor has open requests") from None
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():
+                self.slot_freed()  # its turn came in the very moment it gave up: the next one's, then
+            if isinstance(error, TimeoutError):
+                raise self._exhausted("every running actor has open requests") from None
+            raise
         finally:
             if turn in self._waiting:
                 self._waiting.remove(turn)
-            elif turn.cancelled() or not turn.done():
-                self.slot_freed()  # it was this caller's turn, but it has gone: the next one's then
 
     def slot_freed(self) -> None:
         while self._waiting:
@@ -74,12 +78,13 @@ class CapacityQueue:
         if missing <= 0:
             return
         for binding in self._candidates()[:missing]:
-            task = asyncio.ensure_future(self._evict(binding))
+            task = self._evict(binding)
             self._evicting.add(task)
             task.add_done_callback(self._evicted)
 
     def _evicted(self, task: asyncio.Task[None]) -> None:
         self._evicting.discard(task)
+        # After a failure not at once again: whoever comes, and every actor that idles, tries anew.
         if not task.cancelled() and task.exception() is None:
             self.pump()
 

@@ -4,7 +4,9 @@ start by whoever takes the operation over: the worker answers a call that it has
 Worst instants, for every driver:
 - this process dies before or after any step: the row says which operation holds the actor; `Recovery` runs the driver
   again;
-- a reply is lost: the call is sent again with the same operation id and is answered from the worker's journal;
+- a worker's reply is lost: the call is sent again with the same operation id and is answered from the worker's journal;
+- the store's reply is lost: the same command is sent again (`Operations.commit`). What became of a commit is never
+  guessed: while nobody knows, nothing is undone, and when the store stays away the driver gives up and leaves the row;
 - the lease was taken over: the next write or call is refused with `LeaseLost`, and the driver stops without a trace.
 """
 
@@ -23,6 +25,7 @@ from greenroom.core import agentapi as api
 from greenroom.core.errors import (
     DataLoss,
     DeadlineExceeded,
+    FailedPrecondition,
     GreenroomError,
     Internal,
     LeaseLost,
@@ -64,7 +67,7 @@ log = structlog.get_logger(__name__)
 
 A = TypeVar("A", bound=Record)
 
-#: A worker that takes longer to end a sandbox is asked again when it next says hello.
+#: A worker that takes longer to end a sandbox is asked again by `Recovery`.
 DISCARD_TIMEOUT_S = 30.0
 #: Between two writes of an operation's progress.
 PROGRESS_INTERVAL_S = 0.25
@@ -96,7 +99,7 @@ class Phases:
 class Drivers:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._store = engine.store
+        self._ops = engine.ops
 
     # --- resume -------------------------------------------------------------------------------------------
 
@@ -112,31 +115,17 @@ class Drivers:
                 break
             except LeaseLost:
                 raise
-            except DataLoss as error:
-                if error.reason != "SNAPSHOT_CORRUPT" or source is None:
-                    return await self._back_out(actor, op, error, phases)
-                try:
-                    actor, op, source = await self._fall_back(actor, op, source, error)
-                except LeaseLost:
-                    raise
-                except GreenroomError as failure:
-                    return await self._back_out(actor, op, failure, phases)
-            except (Unavailable, Internal, ResourceExhausted) as error:
-                refused.append(op.worker)
-                if op.from_state is ActorState.PAUSED:
-                    return await self._back_out(actor, op, error, phases, ActorState.CRASHED)
-                if len(refused) >= self._engine.config.attempts:
-                    return await self._back_out(actor, op, error, phases)
-                try:
-                    actor, op, source, template = await self._rebind(actor, op, tuple(refused))
-                except LeaseLost:
-                    raise
-                except GreenroomError:
-                    return await self._back_out(actor, op, error, phases)
             except GreenroomError as error:
-                return await self._back_out(actor, op, error, phases)
+                if op.from_state is ActorState.PAUSED:
+                    return await self._put_back(actor, op, error, phases)
+                try:
+                    actor, op, source, template = await self._other_way(actor, op, template, source, refused, error)
+                except LeaseLost:
+                    raise
+                except GreenroomError as final:
+                    return await self._back_out(actor, op, final, phases)
         phases.took(started.phases, "dispatch")
-        finished = await self._store.apply(
+        finished = await self._ops.commit(
             FinishResume(
                 key=actor.key,
                 now=time.time(),
@@ -146,10 +135,10 @@ class Drivers:
                 phases=phases.all(),
             )
         )
-        actor, op = _both(finished)
         phases.end("commit")
-        self.bind(actor, template)
-        return replace(op, phases=phases.all())
+        self._bind_again(finished, template)
+        assert finished.operation is not None
+        return replace(finished.operation, phases=phases.all())
 
     async def _start(
         self, actor: Actor, op: Operation, template: Template | None, source: Snapshot | None
@@ -157,7 +146,11 @@ class Drivers:
         ids = _ids(actor, op)
         if op.from_state is ActorState.PAUSED:
             return await self._call(op, api.Thaw(**ids), api.Started)
-        assert template is not None
+        if template is None:
+            raise FailedPrecondition(
+                f"actor {actor.key} was made from template {actor.template!r}, which is gone; apply it again",
+                reason="TEMPLATE_NOT_FOUND",
+            )
         identity = api.Identity(namespace=actor.namespace, name=actor.name, uid=actor.uid, generation=op.generation)
         about: dict[str, Any] = {
             **ids,
@@ -165,15 +158,51 @@ class Drivers:
             "spec": template.spec,
             "image_digest": template.image_digest,
         }
-        if source is None:
-            return await self._call(op, api.Start(**about), api.Started)
-        return await self._call(op, api.Restore(**about, snapshot=source), api.Started)
+        if source is not None:
+            return await self._call(op, api.Restore(**about, snapshot=source), api.Started)
+        if op.snapshot:  # to boot it instead would silently reset it
+            raise FailedPrecondition(
+                f"actor {actor.key}: the record of its snapshot {op.snapshot} is missing; delete the actor",
+                reason="SNAPSHOT_NOT_FOUND",
+            )
+        return await self._call(op, api.Start(**about), api.Started)
+
+    async def _other_way(
+        self,
+        actor: Actor,
+        op: Operation,
+        template: Template | None,
+        source: Snapshot | None,
+        refused: list[str],
+        error: GreenroomError,
+    ) -> tuple[Actor, Operation, Snapshot | None, Template | None]:
+        """What to try after ``error``: an older snapshot, or another worker. Raises what to back out with."""
+        if isinstance(error, DataLoss) and error.reason == "SNAPSHOT_CORRUPT" and source is not None:
+            actor, op, source = await self._fall_back(actor, op, source, error)
+            return actor, op, source, template
+        if not isinstance(error, Unavailable | Internal | ResourceExhausted):
+            raise error
+        refused.append(op.worker)
+        if len(refused) >= self._engine.config.attempts:
+            raise error
+        await self._discard(actor, op)  # whatever the last one made
+        rebind = Rebind(
+            key=actor.key, now=time.time(), operation_id=op.id, generation=op.generation, avoid=tuple(refused)
+        )
+        try:
+            change = await self._ops.commit(rebind)
+        except LeaseLost:
+            raise
+        except GreenroomError:
+            raise error from None  # there is no other worker; the first failure says more
+        actor, bound = _both(change)
+        return actor, replace(bound, deadline_at=op.deadline_at), change.source, change.template
 
     async def _fall_back(
         self, actor: Actor, op: Operation, bad: Snapshot, error: DataLoss
     ) -> tuple[Actor, Operation, Snapshot]:
         log.error("snapshot is corrupt", actor=str(actor.key), snapshot=bad.id, error=error.message)
-        change = await self._store.apply(
+        change = await self._ops.commit(
             FallBack(
                 key=actor.key,
                 now=time.time(),
@@ -183,19 +212,16 @@ class Drivers:
                 detail=error.message,
             )
         )
-        actor, op = _both(change)
-        return actor, op, await self._store.get(Snapshot, op.snapshot)
+        actor, bound = _both(change)
+        return actor, replace(bound, deadline_at=op.deadline_at), await self._ops.read(Snapshot, bound.snapshot)
 
-    async def _rebind(
-        self, actor: Actor, op: Operation, refused: tuple[str, ...]
-    ) -> tuple[Actor, Operation, Snapshot | None, Template | None]:
-        """The next worker, after whatever the last one made is ended."""
-        await self._discard(actor, op)
-        change = await self._store.apply(
-            Rebind(key=actor.key, now=time.time(), operation_id=op.id, generation=op.generation, avoid=refused)
-        )
-        actor, op = _both(change)
-        return actor, op, change.source, change.template
+    def _bind_again(self, change: Change, template: Template | None) -> None:
+        """After an operation that ended with the actor running. When its reply was lost and came by a repetition, the
+        actor may be something else again by now, or gone."""
+        actor, op = change.actor, change.operation
+        assert op is not None
+        if actor and actor.state is ActorState.RUNNING and actor.generation == op.generation:
+            self.bind(actor, template)
 
     def bind(self, actor: Actor, template: Template | None) -> None:
         """Makes a RUNNING actor reachable."""
@@ -223,38 +249,42 @@ class Drivers:
         """
         actor, op = _both(change)
         ids = _ids(actor, op)
+        self._engine.bindings.revoke(actor.key)
         try:
             async with _deadline(op):
                 made = await self._call(
                     op, api.Checkpoint(**ids, snapshot=await self._announced(actor, op)), api.Checkpointed
                 )
                 phases.took(made.phases, "dispatch")
-                await self._advance(actor, op, "publish")
+                await self._progress(op, "publish", ())
                 published = await self._call(op, api.Publish(**ids, snapshot_id=op.snapshot), api.Published)
                 phases.took(published.phases, "dispatch")
-            finished = await self._store.apply(
-                FinishSuspend(
-                    key=actor.key,
-                    now=time.time(),
-                    operation_id=op.id,
-                    generation=op.generation,
-                    snapshot=published.snapshot,
-                    phases=phases.all(),
-                )
-            )
         except LeaseLost:
             raise
         except GreenroomError as error:
-            return await self._stay_awake(actor, op, error, phases)
+            return await self._put_back(actor, op, error, phases)
+        return await self._finish_suspend(actor, op, published.snapshot, phases)
+
+    async def _finish_suspend(self, actor: Actor, op: Operation, snapshot: Snapshot, phases: Phases) -> Operation:
+        finished = await self._ops.commit(
+            FinishSuspend(
+                key=actor.key,
+                now=time.time(),
+                operation_id=op.id,
+                generation=op.generation,
+                snapshot=snapshot,
+                phases=phases.all(),
+            )
+        )
         phases.end("commit")
         self._engine.slot_freed()
-        self._engine.spawn(self._discard(actor, op, snapshot_id=op.snapshot), f"discard-{actor.uid}")
-        _, op = _both(finished)
-        return replace(op, phases=phases.all())
+        self._engine.spawn(self._discard(actor, op), f"discard-{actor.uid}")
+        assert finished.operation is not None
+        return replace(finished.operation, phases=phases.all())
 
     async def _announced(self, actor: Actor, op: Operation) -> Snapshot:
         """The manifest as far as the control plane knows it; the worker fills in what it made."""
-        template = await self._store.get(Template, f"{actor.namespace}/{actor.template}")
+        template = await self._ops.read(Template, f"{actor.namespace}/{actor.template}")
         return Snapshot(
             id=op.snapshot,
             namespace=actor.namespace,
@@ -271,24 +301,39 @@ class Drivers:
             golden=actor.golden,
         )
 
-    async def _stay_awake(self, actor: Actor, op: Operation, error: GreenroomError, phases: Phases) -> Operation:
-        """A suspend that failed: the actor goes on as if nothing had been asked."""
-        if op.from_state is ActorState.PAUSED:
-            return await self._back_out(actor, op, error, phases)
-        thaw = api.Thaw(**_ids(actor, op), snapshot_id=op.snapshot)
+    async def _put_back(self, actor: Actor, op: Operation, error: GreenroomError, phases: Phases) -> Operation:
+        """An operation on a living sandbox failed: it is put back as it was, running or frozen, as if nothing had been
+        asked. A sandbox that can't be is lost; then what was published of it counts: it was frozen since."""
+        ids = _ids(actor, op)
+        endpoint: Endpoint | None = None
         try:
-            thawed = await self._call(op, thaw, api.Started)
+            if error.reason == "WORKER_DISCONNECTED":
+                raise error  # it has been waited for already
+            if op.from_state is ActorState.PAUSED:
+                await self._call(op, api.Freeze(**ids), api.Done)
+            else:
+                endpoint = (await self._call(op, api.Thaw(**ids), api.Started)).endpoint
         except LeaseLost:
             raise
         except GreenroomError as lost:
-            log.error("actor lost in a suspend", actor=str(actor.key), error=error.message, then=lost.message)
+            log.error("actor lost", actor=str(actor.key), kind=op.kind, error=error.message, then=lost.message)
+            if op.kind is OperationKind.SUSPEND and (saved := await self._published(op)) is not None:
+                return await self._finish_suspend(actor, op, saved, phases)
             return await self._back_out(actor, op, error, phases, ActorState.CRASHED)
-        return await self._back_out(actor, op, error, phases, endpoint=thawed.endpoint)
+        return await self._back_out(actor, op, error, phases, endpoint=endpoint)
+
+    async def _published(self, op: Operation) -> Snapshot | None:
+        """The snapshot of a suspend, if it is complete in the snapshot store."""
+        try:
+            return await self._engine.snapshots.manifest(op.snapshot)
+        except (NotFound, DataLoss):
+            return None
 
     # --- pause and delete ---------------------------------------------------------------------------------
 
     async def pause(self, change: Change, phases: Phases) -> Operation:
         actor, op = _both(change)
+        self._engine.bindings.revoke(actor.key)
         call = api.Freeze(**_ids(actor, op))
         try:
             async with _deadline(op):
@@ -296,9 +341,9 @@ class Drivers:
         except LeaseLost:
             raise
         except GreenroomError as error:
-            return await self._stay_awake(actor, op, error, phases)
+            return await self._put_back(actor, op, error, phases)
         phases.took(frozen.phases, "dispatch")
-        finished = await self._store.apply(
+        finished = await self._ops.commit(
             FinishPause(
                 key=actor.key,
                 now=time.time(),
@@ -307,17 +352,19 @@ class Drivers:
                 phases=phases.all(),
             )
         )
-        return _both(finished)[1]
+        assert finished.operation is not None
+        return finished.operation
 
     async def delete(self, change: Change, phases: Phases) -> Operation:
         """Ends the sandbox, then forgets the actor; its snapshots are condemned in the same commit, the janitor
         removes their files. A worker that is away does not hold it up: what it still runs, it is told to discard
         when it comes back."""
         actor, op = _both(change)
+        self._engine.bindings.revoke(actor.key)
         if actor.worker:
             await self._discard(actor, op, forget=True)
         phases.end("discard")
-        finished = await self._store.apply(
+        finished = await self._ops.commit(
             FinishDelete(
                 key=actor.key,
                 now=time.time(),
@@ -343,6 +390,12 @@ class Drivers:
             except Unavailable as error:
                 if error.reason != "WORKER_DISCONNECTED" or time.monotonic() >= until:
                     raise
+            except GreenroomError:
+                raise
+            except Exception as bug:  # an operation must end, also with an answer that nobody thought of
+                log.exception("a call failed in a way nobody thought of", call=type(call).__name__)
+                raise Internal(f"{type(call).__name__} on worker {op.worker}: {type(bug).__name__}: {bug}") from bug
+            await asyncio.sleep(self._engine.config.retry_s)
             await self._engine.recovery.wait_for_worker(op.worker, until)
 
     def _on_progress(self, op: Operation) -> Callable[[api.Progress], None]:
@@ -357,35 +410,28 @@ class Drivers:
         return report
 
     async def _progress(self, op: Operation, phase: str, layers: tuple[LayerProgress, ...]) -> None:
-        try:
-            await self._store.apply(
-                Advance(
-                    key=op.key,
-                    now=time.time(),
-                    operation_id=op.id,
-                    generation=op.generation,
-                    phase=phase,
-                    layers=layers,
-                )
-            )
-        except LeaseLost:
-            pass  # the operation has ended meanwhile, or another process has it
-
-    async def _advance(self, actor: Actor, op: Operation, phase: str) -> None:
-        await self._store.apply(
-            Advance(key=actor.key, now=time.time(), operation_id=op.id, generation=op.generation, phase=phase)
+        """For those who watch; nothing depends on it. Raises `LeaseLost` alone."""
+        step = Advance(
+            key=op.key, now=time.time(), operation_id=op.id, generation=op.generation, phase=phase, layers=layers
         )
+        try:
+            await self._engine.store.apply(step)
+        except LeaseLost:
+            raise
+        except GreenroomError as error:
+            log.info("progress not recorded", operation=op.id, phase=phase, error=error.message)
 
-    async def _discard(self, actor: Actor, op: Operation, *, snapshot_id: str = "", forget: bool = False) -> None:
-        """Ends what the actor has on the operation's worker. A worker that is away is told when it says hello."""
-        call = api.Discard(**_ids(actor, op), snapshot_id=snapshot_id, forget=forget)
+    async def _discard(self, actor: Actor, op: Operation, *, forget: bool = False) -> None:
+        """Ends what the actor has on the operation's worker. What can't be ended now, `Recovery` finds later: it is a
+        sandbox that no record speaks of."""
+        call = api.Discard(**_ids(actor, op), forget=forget)
         try:
             async with asyncio.timeout(DISCARD_TIMEOUT_S):
                 await self._engine.hub.call(op.worker or actor.worker, call)
         except LeaseLost:
             pass  # it runs there again already, under a newer generation, which ended the old sandbox itself
-        except (Unavailable, TimeoutError) as error:
-            log.info("discard is left to the worker's return", actor=str(actor.key), error=str(error))
+        except (GreenroomError, TimeoutError) as error:
+            log.info("discard is left to recovery", actor=str(actor.key), error=str(error))
 
     async def _back_out(
         self,
@@ -403,8 +449,8 @@ class Drivers:
         said = {"operation": op.id, "kind": op.kind, "actor": str(actor.key), "reason": error.reason}
         log.warning("operation failed", **said, error=error.message)
         if to in (ActorState.SUSPENDED, ActorState.CRASHED):
-            await self._discard(actor, op, snapshot_id=op.snapshot if op.kind is OperationKind.SUSPEND else "")
-        change = await self._store.apply(
+            await self._discard(actor, op)
+        change = await self._ops.commit(
             BackOut(
                 key=actor.key,
                 now=time.time(),
@@ -416,23 +462,27 @@ class Drivers:
                 phases=phases.all(),
             )
         )
-        actor, op = _both(change)
-        if actor.state is ActorState.RUNNING:
-            self.bind(actor, await self._template(actor))
+        if to is ActorState.RUNNING:
+            self._bind_again(change, await self._template(actor))
         else:
             self._engine.slot_freed()
-        return op
+        if op.kind is OperationKind.SUSPEND:  # only now: it could have been what is left of the actor
+            self._engine.spawn(self._engine.snapshots.delete(op.snapshot), f"unpublish-{op.snapshot}")
+        assert change.operation is not None
+        return change.operation
 
     async def _template(self, actor: Actor) -> Template | None:
         try:
-            return await self._store.get(Template, f"{actor.namespace}/{actor.template}")
+            return await self._ops.read(Template, f"{actor.namespace}/{actor.template}")
         except NotFound:
             return None
 
 
 def _ids(actor: Actor, op: Operation) -> dict[str, Any]:
-    """What every call about an actor carries."""
-    return {"operation_id": op.id, "actor_uid": actor.uid, "generation": op.generation}
+    """What every call about an actor carries. Each attempt on another worker is an operation of its own to workers: what
+    was ended there with the attempt before stays ended."""
+    attempt = op.id if op.attempts == 1 else f"{op.id}-{op.attempts}"
+    return {"operation_id": attempt, "actor_uid": actor.uid, "generation": op.generation}
 
 
 def _both(change: Change) -> tuple[Actor, Operation]:

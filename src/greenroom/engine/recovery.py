@@ -1,16 +1,17 @@
 """What keeps the records true when parts die: operations of dead processes, workers that go and come, leases,
 left-overs.
 
-Truth about what runs is what a worker says when it connects (its residents); truth about what *should* run are the
+Truth about what runs is what a worker says when it is asked (its residents); truth about what *should* run are the
 records. Every difference is settled by a fenced call or a conditional write, so an old or repeated message changes
-nothing.
+nothing; and what a lost message would have told is found by asking again, every ``reconcile_s``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Collection
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 from msgspec.structs import replace
@@ -22,11 +23,14 @@ from greenroom.core.errors import (
     GreenroomError,
     LeaseLost,
     NotFound,
+    ResourceExhausted,
+    Unavailable,
 )
 from greenroom.core.lifecycle import Change, Crash, Outcome, RenewLease, TakeOver
 from greenroom.core.records import (
     Actor,
     ActorState,
+    Key,
     Operation,
     OperationKind,
     OperationState,
@@ -36,16 +40,25 @@ from greenroom.core.records import (
     Worker,
     WorkerState,
 )
-from greenroom.core.states import BOUND
+from greenroom.core.states import BUSY
 from greenroom.engine.drivers import Phases
+from greenroom.engine.operations import closing
+from greenroom.store.port import R
 
 if TYPE_CHECKING:
     from greenroom.engine.engine import Engine
 
 log = structlog.get_logger(__name__)
 
-#: Tries of a conditional write to a worker's record against the wake-ups that change its slots meanwhile.
+T = TypeVar("T")
+
+#: Tries of a conditional write to a worker's record against others who write it.
 WRITE_ATTEMPTS = 100
+#: A worker that takes longer to say what runs on it is asked again later.
+LIST_TIMEOUT_S = 30.0
+#: Failed suspends whose snapshot is looked for again when their worker is back: what was published after they had
+#: failed was published within moments.
+UNPUBLISH_WITHIN_S = 24 * 3600.0
 
 
 class Recovery:
@@ -54,33 +67,41 @@ class Recovery:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._store = engine.store
+        self._ops = engine.ops
         #: Set, and replaced by a new one, whenever a worker has come.
         self.arrival = asyncio.Event()
+        #: Workers that are away and may still come back in time: since when (monotonic seconds).
+        self._away: dict[str, float] = {}
+        self._comparing: dict[str, asyncio.Task[list[str]]] = {}
 
-    # --- at start -----------------------------------------------------------------------------------------
+    # --- operations that nobody drives --------------------------------------------------------------------
 
     async def adopt_operations(self) -> None:
         """Nobody else holds this store, so every lease and operation in it is a dead process's: takes them over."""
-        for worker in await self._store.list(Worker):
-            await self._change_worker(worker.name, state=WorkerState.DISCONNECTED)
-            self._engine.spawn(self._expect(worker.name), f"expect-{worker.name}")
+        for worker in await self._all(Worker):
+            if worker.name not in self._engine.hub.connected():
+                await self._mark_away(worker.name)
+                self._missing(worker.name)
         await self._take_up_operations(force=True)
 
     async def _take_up_operations(self, *, force: bool) -> None:
-        for operation in await self._store.list(Operation, where={"state": OperationState.RUNNING}):
-            if operation.id not in self._engine.running:
-                try:
-                    await self._take_up(operation, force=force)
-                except GreenroomError as error:
-                    log.info("operation not taken up", operation=operation.id, error=error.message)
+        for operation in await self._all(Operation, state=OperationState.RUNNING):
+            if not self._ops.claim(operation.id):
+                continue
+            try:
+                await self.take_up(operation, force=force)
+            except GreenroomError as error:
+                log.info("operation not taken up", operation=operation.id, error=error.message)
+            finally:
+                self._ops.release(operation.id)
 
-    async def _take_up(self, operation: Operation, *, force: bool) -> None:
+    async def take_up(self, operation: Operation, *, force: bool = False) -> None:
+        """Drives an operation on from where it is. The caller has claimed it (`Operations.claim`)."""
         log.info("takes up an operation", operation=operation.id, kind=operation.kind, name=str(operation.key))
         if operation.kind is OperationKind.PREPARE:
-            template = await self._store.get(Template, str(operation.key))
-            self._engine.track(operation, self._engine.preparer.run(template, operation))
+            await self._engine.preparer.take_up(operation)
             return
-        change = await self._store.apply(
+        change = await self._ops.commit(
             TakeOver(
                 key=operation.key,
                 now=time.time(),
@@ -102,7 +123,7 @@ class Recovery:
             OperationKind.PAUSE: drivers.pause,
             OperationKind.DELETE: drivers.delete,
         }[operation.kind]
-        self._engine.track(operation, work(change, Phases()))
+        self._ops.track(operation, work(change, Phases()))
 
     async def _with_source(self, change: Change) -> Change:
         """The template and the snapshot that the operation spoke of when it was begun."""
@@ -110,9 +131,9 @@ class Recovery:
         assert actor is not None and operation is not None
         template = source = None
         try:
-            template = await self._store.get(Template, f"{actor.namespace}/{actor.template}")
+            template = await self._ops.read(Template, f"{actor.namespace}/{actor.template}")
             if operation.kind is OperationKind.RESUME and operation.snapshot:
-                source = await self._store.get(Snapshot, operation.snapshot)
+                source = await self._ops.read(Snapshot, operation.snapshot)
         except NotFound:
             pass  # the driver backs out with a clear error
         return replace(change, template=template, source=source)
@@ -120,21 +141,35 @@ class Recovery:
     # --- workers come and go ------------------------------------------------------------------------------
 
     def worker_connected(self, hello: api.Hello) -> None:
-        self._engine.spawn(self._welcome(hello), f"welcome-{hello.worker}")
+        if not self._ops.closed:
+            self._engine.spawn(self._welcome(hello), f"welcome-{hello.worker}")
 
     def worker_gone(self, worker: str, boot_id: str) -> None:
-        self._engine.spawn(self._miss(worker), f"miss-{worker}")
+        if not self._ops.closed:
+            self._missing(worker)
 
     def sandbox_exited(self, worker: str, event: api.SandboxExited) -> None:
-        self._engine.spawn(self._exited(worker, event), f"exited-{event.actor_uid}")
+        if not self._ops.closed:
+            self._engine.spawn(self._exited(worker, event), f"exited-{event.actor_uid}")
 
     async def _welcome(self, hello: api.Hello) -> None:
-        await self._register(hello)
-        await self._reconcile(hello)
-        self.arrival.set()
-        self.arrival = asyncio.Event()
-        self._engine.slot_freed()
-        await self._engine.preparer.prewarm(hello)
+        """Until it is done, or the connection has been replaced by another one."""
+        while self._engine.hub.connected().get(hello.worker) == hello:
+            try:
+                await self._register(hello)
+                under_way = await self._compare(hello.worker, anew=True)
+            except GreenroomError as error:
+                log.warning("worker not welcomed, tries again", worker=hello.worker, error=error.message)
+                await asyncio.sleep(self._engine.config.retry_s)
+                continue
+            self.arrival.set()
+            self.arrival = asyncio.Event()
+            self._engine.slot_freed()
+            # An operation that had its answer before the worker went away does not notice what went with it.
+            self._engine.spawn(self._compare_after(under_way, hello.worker), f"compare-{hello.worker}")
+            self._engine.spawn(self._unpublish(hello.worker), f"unpublish-{hello.worker}")
+            await self._engine.preparer.prewarm(hello)
+            return
 
     async def _register(self, hello: api.Hello) -> None:
         now = time.time()
@@ -151,15 +186,18 @@ class Recovery:
         try:
             await self._store.put(Worker(name=hello.worker, registered_at=now, **said))
         except AlreadyExists:
-            await self._change_worker(hello.worker, state=WorkerState.ACTIVE, **said)
+            still = lambda: self._engine.hub.connected().get(hello.worker) == hello  # noqa: E731
+            await self._change_worker(hello.worker, still, state=WorkerState.ACTIVE, **said)
 
-    async def _change_worker(self, name: str, **fields: Any) -> None:
+    async def _change_worker(self, name: str, still: Callable[[], bool], **fields: Any) -> None:
+        """Writes fields of a worker's record, as long as they are true (``still``)."""
         for _ in range(WRITE_ATTEMPTS):
             try:
                 worker = await self._store.get(Worker, name)
                 if worker.state is WorkerState.DRAINING and fields.get("state") is WorkerState.ACTIVE:
                     fields["state"] = WorkerState.DRAINING
-                await self._store.put(replace(worker, **fields))
+                if still():
+                    await self._store.put(replace(worker, **fields))
                 return
             except Conflict:
                 continue
@@ -167,18 +205,45 @@ class Recovery:
                 return
         raise Conflict(f"worker {name} keeps changing")
 
-    async def _miss(self, worker: str) -> None:
-        if worker in self._engine.hub.connected():
-            return
-        await self._change_worker(worker, state=WorkerState.DISCONNECTED, last_seen=time.time())
-        await self._expect(worker)
+    def _missing(self, worker: str) -> None:
+        """A worker is away; however often it goes, one task waits for it."""
+        waiting = worker in self._away
+        self._away[worker] = time.monotonic()
+        if not waiting:
+            self._engine.spawn(self._expect(worker), f"expect-{worker}")
 
     async def _expect(self, worker: str) -> None:
         """Waits for a worker that is away; when it does not come, its actors are lost."""
-        if await self.wait_for_worker(worker, time.monotonic() + self._engine.config.worker_return_s):
-            return
-        for actor in await self._bound_to(worker):
-            await self._crash(actor, "WorkerLost", f"worker {worker} went away and did not come back")
+        try:
+            marked = 0.0
+            while worker not in self._engine.hub.connected():
+                since = self._away[worker]
+                if since != marked:
+                    await self._insist(lambda: self._mark_away(worker))
+                    marked = since
+                elif time.monotonic() < since + self._engine.config.worker_return_s:
+                    await self.wait_for_worker(worker, since + self._engine.config.worker_return_s)
+                else:
+                    await self._insist(lambda: self._abandon(worker))
+                    return
+        finally:
+            del self._away[worker]
+
+    async def _mark_away(self, worker: str) -> None:
+        await self._change_worker(
+            worker,
+            lambda: worker not in self._engine.hub.connected(),
+            state=WorkerState.DISCONNECTED,
+            last_seen=time.time(),
+        )
+
+    async def _abandon(self, worker: str) -> None:
+        """A worker that did not come back. What an operation holds there is that operation's to settle, and looked at
+        again by the next `_sweep`."""
+        for actor in await self._all(Actor, worker=worker):
+            if worker in self._engine.hub.connected():
+                return
+            await self._crash(actor, actor.generation, "WorkerLost", f"worker {worker} went away and did not come back")
 
     async def wait_for_worker(self, worker: str, until: float) -> bool:
         """Whether the worker is connected, waiting for it until ``until`` (monotonic seconds)."""
@@ -190,35 +255,92 @@ class Recovery:
                 break
         return worker in self._engine.hub.connected()
 
-    async def _bound_to(self, worker: str) -> list[Actor]:
-        actors: list[Actor] = []
-        after = ""
-        while page := await self._store.list(Actor, where={"worker": worker}, after=after):
-            actors += page
-            after = page[-1].pk
-        return actors
+    async def rejoin(self, key: Key) -> None:
+        """An actor that is RUNNING and that nobody can reach yet: waits for its worker and asks it.
 
-    async def _reconcile(self, hello: api.Hello) -> None:
-        """Compares what runs on a worker with what should."""
-        residents = {r.actor_uid: r for r in hello.residents}
-        for actor in await self._bound_to(hello.worker):
+        Raises:
+            Unavailable: the worker is away (reason ``WORKER_DISCONNECTED``).
+        """
+        actor = await self._ops.read(Actor, str(key))
+        if actor.state is not ActorState.RUNNING:
+            return
+        if not await self.wait_for_worker(actor.worker, time.monotonic() + self._engine.config.worker_return_s):
+            raise Unavailable(
+                f"actor {key} runs on worker {actor.worker}, which is away; it counts as lost if it does not come back",
+                reason="WORKER_DISCONNECTED",
+            )
+        await self._compare(actor.worker)
+
+    # --- what runs and what should ------------------------------------------------------------------------
+
+    async def _compare(self, worker: str, *, anew: bool = False) -> list[str]:
+        """Settles every difference between what runs on a worker and what should. One at a time per worker; who comes
+        meanwhile joins it, or (``anew``) waits for its end and begins another. Returns the operations that held an actor
+        there."""
+        task = self._comparing.get(worker)
+        while task is not None and anew:
+            await asyncio.wait({task})
+            task = self._comparing.get(worker)
+        if task is None:
+            task = self._ops.spawn(self._settle(worker), f"settle-{worker}")
+            self._comparing[worker] = task
+            task.add_done_callback(lambda _: self._comparing.pop(worker))
+        return await self._ops.attend(task)
+
+    async def _compare_after(self, operations: Collection[str], worker: str) -> None:
+        for operation_id in operations:
+            await self._ops.ended(operation_id)
+        if operations and worker in self._engine.hub.connected():
+            await self._compare(worker, anew=True)
+
+    async def _settle(self, worker: str) -> list[str]:
+        # First what should run and then what does: what begins in between is seen on the worker, and is no stray by the
+        # record that is read again; what ends in between has a newer generation than the record that was read.
+        actors = await self._all(Actor, worker=worker)
+        residents = await self._residents(worker)
+        under_way: list[str] = []
+        for actor in actors:
             resident = residents.pop(actor.uid, None)
-            if actor.state not in (ActorState.RUNNING, ActorState.PAUSED):
-                continue  # an operation has it, and asks the worker itself
-            if resident is None or resident.endpoint is None:
-                await self._crash(actor, "SandboxLost", f"its sandbox was gone when worker {hello.worker} came back")
+            if actor.state in BUSY:
+                under_way.append(actor.operation)  # it asks the worker itself
             else:
-                await self._reunite(actor, resident)
+                await self._one(str(actor.key), self._confirm(actor, resident))
         for resident in residents.values():
-            await self._discard_stray(hello.worker, resident)
+            await self._one(f"{resident.namespace}/{resident.name}", self._discard_stray(worker, resident))
+        return [operation for operation in under_way if operation]
+
+    async def _residents(self, worker: str) -> dict[str, api.Resident]:
+        try:
+            async with asyncio.timeout(LIST_TIMEOUT_S):
+                said = await self._engine.hub.call(worker, api.ListResident())
+        except TimeoutError:
+            raise Unavailable(f"worker {worker} did not say within {LIST_TIMEOUT_S:g} s what runs on it") from None
+        assert isinstance(said, api.Residents)
+        return {r.actor_uid: r for r in said.residents}
+
+    async def _one(self, actor: str, work: Awaitable[None]) -> None:
+        """One actor that can't be settled now does not keep the others from it; the next sweep tries it again."""
+        try:
+            await work
+        except GreenroomError as error:
+            log.warning("actor not settled, tries again", actor=actor, error=error.message)
+
+    async def _confirm(self, actor: Actor, resident: api.Resident | None) -> None:
+        if resident is None or resident.endpoint is None:
+            text = f"its sandbox was no longer there when worker {actor.worker} was asked"
+            await self._crash(actor, actor.generation, "SandboxLost", text)
+        else:
+            await self._reunite(actor, resident)
 
     async def _reunite(self, actor: Actor, resident: api.Resident) -> None:
+        """An actor that is there: its sandbox is put into the state that the record says, and it is bound."""
         ids: dict[str, Any] = {
-            "operation_id": f"reunite-{actor.generation}",
+            "operation_id": f"reunite-{actor.uid}-{actor.generation}",
             "actor_uid": actor.uid,
             "generation": actor.generation,
         }
         frozen = resident.state is api.ResidentState.FROZEN
+        bound = self._engine.bindings.peek(actor.key)
         try:
             if actor.state is ActorState.PAUSED:
                 if not frozen:
@@ -226,54 +348,74 @@ class Recovery:
                 return
             if frozen:
                 await self._engine.hub.call(actor.worker, api.Thaw(**ids))
+            elif bound is not None and (bound.uid, bound.generation) == (actor.uid, actor.generation):
+                return
         except LeaseLost:
             return  # an operation has begun meanwhile
-        current = await self._store.get(Actor, str(actor.key))
-        bound = self._engine.bindings.peek(actor.key)
-        if current.generation != actor.generation or (bound and bound.generation == actor.generation):
-            return
-        template = await self._store.get(Template, f"{actor.namespace}/{actor.template}")
-        self._engine.drivers.bind(replace(actor, endpoint=resident.endpoint), template)
-        log.info("actor goes on running", actor=str(actor.key), worker=actor.worker)
+        template = await self._ops.read(Template, f"{actor.namespace}/{actor.template}")
+        current = await self._ops.read(Actor, str(actor.key))
+        same = (current.uid, current.generation, current.state) == (actor.uid, actor.generation, ActorState.RUNNING)
+        # Nothing is awaited between this look and the binding, so an operation that begins revokes it again.
+        if same and not self._ops.busy(actor.uid):
+            self._engine.drivers.bind(replace(current, endpoint=resident.endpoint), template)
+            log.info("actor goes on running", actor=str(actor.key), worker=actor.worker)
 
     async def _discard_stray(self, worker: str, resident: api.Resident) -> None:
         """A sandbox that no record speaks of. The worker refuses, by generation, if that has changed."""
         try:
-            actor = await self._store.get(Actor, f"{resident.namespace}/{resident.name}")
-            if actor.uid == resident.actor_uid and actor.worker == worker and actor.state in BOUND:
+            actor = await self._ops.read(Actor, f"{resident.namespace}/{resident.name}")
+            if actor.uid == resident.actor_uid and actor.worker == worker:
                 return
         except NotFound:
             pass
         log.info("discards a sandbox that no record speaks of", worker=worker, actor=resident.name)
         call = api.Discard(
-            operation_id=f"stray-{resident.generation}",
+            operation_id=f"stray-{resident.actor_uid}-{resident.generation}",
             actor_uid=resident.actor_uid,
             generation=resident.generation,
         )
-        await self._engine.hub.call(worker, call)
+        try:
+            await self._engine.hub.call(worker, call)
+        except LeaseLost:
+            pass  # it has been taken over meanwhile, and is none any more
 
     async def _exited(self, worker: str, event: api.SandboxExited) -> None:
-        for actor in await self._store.list(Actor, where={"uid": event.actor_uid}):
-            if actor.worker == worker:
-                last = f"; its last lines:\n{event.last_lines}" if event.last_lines else ""
-                await self._crash(actor, "Exited", f"its process ended with status {event.code}{last}")
+        """A sandbox has ended by itself. An operation that holds the actor just now may have had its answer before that;
+        so the actor is looked at again when it has ended."""
+        while operation := await self._insist(lambda: self._record_exit(worker, event)):
+            await self._ops.ended(operation)
+            await asyncio.sleep(self._engine.config.retry_s)  # its driver may have given up; until it has a new one
 
-    async def _crash(self, actor: Actor, reason: str, message: str) -> None:
-        change = await self._store.apply(
+    async def _record_exit(self, worker: str, event: api.SandboxExited) -> str:
+        """Returns the operation that has to end first; "" when the exit is recorded, or does not matter any more."""
+        last = f"; its last lines:\n{event.last_lines}" if event.last_lines else ""
+        for actor in await self._all(Actor, uid=event.actor_uid):
+            if actor.worker == worker and actor.state in BUSY:
+                return actor.operation
+            if actor.worker == worker:
+                message = f"its process ended with status {event.code}{last}"
+                await self._crash(actor, event.generation, "Exited", message)
+        return ""
+
+    async def _crash(self, actor: Actor, generation: int, reason: str, message: str) -> None:
+        """Records that the incarnation of that generation, or an older one, is gone; a newer one is left alone."""
+        change = await self._ops.commit(
             Crash(
                 key=actor.key,
                 now=time.time(),
                 uid=actor.uid,
                 worker=actor.worker,
-                generation=actor.generation,
+                generation=generation,
                 reason=reason,
                 message=message,
             )
         )
+        current = change.actor
         if change.outcome is Outcome.CHANGED:
             log.warning("actor crashed", actor=str(actor.key), reason=reason)
-            self._engine.bindings.revoke(actor.key)
             self._engine.slot_freed()
+        if current is not None and current.state is ActorState.CRASHED:
+            self._engine.bindings.revoke(actor.key)
 
     # --- loops --------------------------------------------------------------------------------------------
 
@@ -282,7 +424,7 @@ class Recovery:
         config = self._engine.config
         while True:
             await asyncio.sleep(config.lease_ttl_s / 3)
-            for running in list(self._engine.running.values()):
+            for running in list(self._ops.running.values()):
                 operation = running.operation
                 if operation.kind is OperationKind.PREPARE:
                     continue  # holds no actor; the hidden actor's own operations do
@@ -315,7 +457,59 @@ class Recovery:
             except GreenroomError as error:
                 log.warning("janitor tries again", error=error.message)
 
+    async def reconcile_loop(self) -> None:
+        """Finds what no message told: a sandbox that ended unheard, one that could not be ended, a worker that went."""
+        while True:
+            await asyncio.sleep(self._engine.config.reconcile_s)
+            try:
+                await self._sweep()
+            except GreenroomError as error:
+                log.warning("sweep tries again", error=error.message)
+
+    async def _sweep(self) -> None:
+        connected = self._engine.hub.connected()
+        for worker in await self._all(Worker):
+            try:
+                if worker.name in connected:
+                    await self._compare(worker.name)
+                elif worker.name not in self._away:
+                    await self._abandon(worker.name)
+            except GreenroomError as error:
+                log.warning("worker not compared, tries again", worker=worker.name, error=error.message)
+
     async def _remove_condemned(self) -> None:
-        for snapshot in await self._store.list(Snapshot, where={"state": SnapshotState.CONDEMNED}):
-            await self._engine.snapshots.delete(snapshot.id)
-            await self._store.remove(snapshot)
+        for snapshot in await self._all(Snapshot, state=SnapshotState.CONDEMNED):
+            try:
+                await self._engine.snapshots.delete(snapshot.id)
+                await self._store.remove(snapshot)
+            except GreenroomError as error:
+                log.warning("snapshot not removed, tries again", snapshot=snapshot.id, error=error.message)
+
+    async def _unpublish(self, worker: str) -> None:
+        """A worker may have published the snapshot of a suspend after that had failed for its absence."""
+        since = time.time() - UNPUBLISH_WITHIN_S
+        for operation in await self._all(Operation, kind=OperationKind.SUSPEND, state=OperationState.FAILED):
+            if operation.worker == worker and operation.updated_at >= since:
+                await self._engine.snapshots.delete(operation.snapshot)
+
+    # --- parts --------------------------------------------------------------------------------------------
+
+    async def _all(self, cls: type[R], **where: str) -> list[R]:
+        """All pages of a list."""
+        found: list[R] = []
+        after = ""
+        while page := await self._store.list(cls, where=where, after=after):
+            found += page
+            after = page[-1].pk
+        return found
+
+    async def _insist(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Does what nobody else would do, until the store lets it."""
+        while True:
+            try:
+                return await work()
+            except (Unavailable, ResourceExhausted) as error:
+                if self._ops.closed:
+                    raise closing() from error
+                log.warning("tries again", error=error.message)
+            await asyncio.sleep(self._engine.config.retry_s)

@@ -3,7 +3,9 @@
 The boot is an ordinary actor, hidden (its name begins with an underscore, which no name of a person's can), that is
 resumed without a snapshot, suspended, and deleted; its snapshot stays behind as the template's golden one. So
 everything that makes an actor's operations safe holds for it too, and a preparation that was cut short is simply
-begun again.
+begun again: first it removes what the one before has left.
+
+A template names the operation that prepares it (``Template.operation``); a driver that finds another one there stops.
 """
 
 from __future__ import annotations
@@ -11,19 +13,21 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 from msgspec.structs import replace
 
 from greenroom.core import agentapi as api
 from greenroom.core.errors import (
+    AlreadyExists,
     Conflict,
     DeadlineExceeded,
     FailedPrecondition,
     GreenroomError,
     NotFound,
+    Unavailable,
 )
 from greenroom.core.records import (
     Actor,
@@ -40,11 +44,14 @@ from greenroom.core.records import (
     TemplateState,
 )
 from greenroom.engine.drivers import Phases
+from greenroom.engine.operations import failure_of, new_id
 
 if TYPE_CHECKING:
     from greenroom.engine.engine import Engine
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 #: How long a preparation waits for the first worker of its pool.
 WORKER_WAIT_S = 60.0
@@ -58,24 +65,11 @@ class Preparer:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._store = engine.store
+        self._ops = engine.ops
 
     async def apply(self, key: Key, spec: TemplateSpec, request_id: str) -> tuple[Template, Operation | None]:
         """See `greenroom.engine.port.ControlPlane.apply_template`."""
-        now = time.time()
-        try:
-            template = await self._store.get(Template, str(key))
-        except NotFound:
-            template = await self._store.put(
-                Template(
-                    namespace=key.namespace,
-                    name=key.name,
-                    uid=uuid.uuid4().hex,
-                    spec=spec,
-                    state=TemplateState.PENDING,
-                    created_at=now,
-                    state_since=now,
-                )
-            )
+        template = await self._found_or_new(key, spec)
         if template.spec != spec:
             raise FailedPrecondition(
                 f"template {key} exists with another spec, and templates can't change: actors were made from it; "
@@ -84,41 +78,94 @@ class Preparer:
             )
         if template.state is TemplateState.READY:
             return template, None
-        if template.operation in self._engine.running:
-            return template, await self._store.get(Operation, template.operation)
+        if (op := await self._under_way(template)) is not None:
+            return template, op
         return await self._begin(template, request_id)
 
-    async def _begin(self, template: Template, request_id: str) -> tuple[Template, Operation]:
-        from greenroom.engine.engine import new_id
-
+    async def _found_or_new(self, key: Key, spec: TemplateSpec) -> Template:
         now = time.time()
-        op = await self._store.put(
-            Operation(
-                id=new_id(),
-                kind=OperationKind.PREPARE,
-                namespace=template.namespace,
-                name=template.name,
-                uid=template.uid,
-                created_at=now,
-                updated_at=now,
-                deadline_at=now + self._engine.config.prepare_deadline_s,
-                phase="image",
-                request_id=request_id,
-            )
+        new = Template(
+            namespace=key.namespace,
+            name=key.name,
+            uid=uuid.uuid4().hex,
+            spec=spec,
+            state=TemplateState.PENDING,
+            created_at=now,
+            state_since=now,
         )
-        template = await self._change(
-            template.key, state=TemplateState.PREPARING, reason="", message="", operation=op.id
+        try:
+            return await self._ops.read(Template, str(key))
+        except NotFound:
+            pass
+        try:
+            return await self._ops.steadily(lambda: self._store.put(new))
+        except AlreadyExists:  # somebody else's, or ours: then the reply was lost
+            return await self._ops.read(Template, str(key))
+
+    async def _under_way(self, template: Template) -> Operation | None:
+        """The operation that prepares it, driven again if its driver has given up."""
+        try:
+            op = await self._ops.read(Operation, template.operation) if template.operation else None
+        except NotFound:
+            return None
+        if op is None or op.state is not OperationState.RUNNING:
+            return None
+        if self._ops.claim(op.id):
+            try:
+                await self.take_up(op)
+            finally:
+                self._ops.release(op.id)
+        return op
+
+    async def _begin(self, template: Template, request_id: str) -> tuple[Template, Operation]:
+        now = time.time()
+        op = Operation(
+            id=new_id(),
+            kind=OperationKind.PREPARE,
+            namespace=template.namespace,
+            name=template.name,
+            uid=template.uid,
+            created_at=now,
+            updated_at=now,
+            deadline_at=now + self._engine.config.prepare_deadline_s,
+            phase="image",
+            request_id=request_id,
         )
-        self._engine.track(op, self.run(template, op))
+        self._ops.claim(op.id)
+        try:
+            op = await self._store.put(op)
+            template = await self._change(template, state=TemplateState.PREPARING, operation=op.id)
+            self._ops.track(op, self._run(template, op))
+        finally:
+            self._ops.release(op.id)
         return template, op
 
-    async def run(self, template: Template, op: Operation) -> Operation:
-        """The preparation itself; also what goes on with one that an earlier process left."""
+    async def take_up(self, op: Operation) -> None:
+        """Goes on with a preparation whose driver is gone: from its beginning, or only says how it ended. The caller
+        has claimed it (`Operations.claim`)."""
+        try:
+            template = await self._ops.read(Template, str(op.key))
+        except NotFound:
+            template = None
+        if template is None or template.uid != op.uid:
+            await self._end(op, _deleted(op))
+        elif template.state is TemplateState.READY:
+            await self._quietly(self._drop_golden(template))
+            await self._end(op, None)
+        elif template.operation == op.id or template.state is TemplateState.PENDING:
+            template = await self._change(template, state=TemplateState.PREPARING, operation=op.id)
+            fresh = time.time() + self._engine.config.prepare_deadline_s
+            op = await self._note(op, deadline_at=max(op.deadline_at, fresh))
+            self._ops.track(op, self._run(template, op))
+        else:
+            await self._end(op, _overtaken(op))
+
+    async def _run(self, template: Template, op: Operation) -> Operation:
         phases = Phases()
         error: GreenroomError | None = None
         try:
             async with asyncio.timeout(max(0.0, op.deadline_at - time.time())):
-                op = await self._prepare(template, op, phases)
+                await self._prepare(template, op, phases)
         except TimeoutError:
             error = DeadlineExceeded(
                 f"template {template.key} was not ready within {self._engine.config.prepare_deadline_s:g} s",
@@ -127,50 +174,32 @@ class Preparer:
         except GreenroomError as failed:
             error = failed
         if error is not None:
-            await self._quietly(self._drop_golden(template.key))
-            await self._change(
-                template.key, state=TemplateState.FAILED, reason=error.reason, message=error.message, operation=""
-            )
             log.warning("template failed", template=str(template.key), reason=error.reason, error=error.message)
-        op = await self._store.get(Operation, op.id)
-        now = time.time()
-        return await self._store.put(
-            replace(
-                op,
-                state=OperationState.FAILED if error else OperationState.DONE,
-                error=Failure(code=error.code, reason=error.reason, message=error.message, metadata=error.metadata)
-                if error
-                else None,
-                phases=phases.all(),
-                updated_at=now,
-                finished_at=now,
-            )
-        )
+            await self._quietly(self._drop_golden(template))
+            failure = {"state": TemplateState.FAILED, "reason": error.reason, "message": error.message}
+            await self._quietly(self._change(template, op, **failure, operation=""))
+        return await self._end(op, error, phases)
 
-    async def _prepare(self, template: Template, op: Operation, phases: Phases) -> Operation:
-        key, spec = template.key, template.spec
-        await self._drop_golden(key)
-        worker = await self._worker_of(spec.pool)
-        phases.end("worker")
-        op, digest = await self._pull(op, worker, spec.image)
+    async def _prepare(self, template: Template, op: Operation, phases: Phases) -> None:
+        spec, golden = template.spec, _golden(template.key)
+        await self._drop_golden(template)
+        digest = await self._pull(op, spec, phases)
         phases.end("image")
-        await self._change(key, image_digest=digest)
+        await self._change(template, op, image_digest=digest)
 
-        op = await self._phase(op, "boot")
-        golden = _golden(key)
-        await self._engine.create_actor(golden, key.name, golden=True)
+        await self._note(op, phase="boot")
+        await self._engine.create_actor(golden, template.name, golden=True)
         _succeeded(await self._engine.resume(golden, cause="template", wait_s=spec.readyz.timeout_s + 60))
         phases.end("boot")
 
-        op = await self._phase(op, "snapshot")
+        await self._note(op, phase="snapshot")
         _succeeded(await self._engine.suspend(golden, cause="template"))
-        snapshot = (await self._store.get(Actor, str(golden))).snapshot
+        snapshot = (await self._ops.read(Actor, str(golden))).snapshot
         ready = {"state": TemplateState.READY, "reason": "", "message": "", "operation": ""}
-        await self._change(key, **ready, golden_snapshot=snapshot)
+        template = await self._change(template, op, **ready, golden_snapshot=snapshot)
         phases.end("snapshot")
-        await self._drop_golden(key)
-        await self._warm_all(await self._store.get(Template, str(key)))
-        return op
+        await self._quietly(self._drop_golden(template))
+        self._warm_all(template)
 
     async def _worker_of(self, pool: str) -> str:
         """A connected worker of the pool, waiting for the first one."""
@@ -188,7 +217,19 @@ class Preparer:
                 reason="NO_WORKER",
             ) from None
 
-    async def _pull(self, op: Operation, worker: str, image: str) -> tuple[Operation, str]:
+    async def _pull(self, op: Operation, spec: TemplateSpec, phases: Phases) -> str:
+        """The image's digest, pulled by some worker; by another one when that goes away."""
+        while True:
+            worker = await self._worker_of(spec.pool)
+            phases.end("worker")
+            try:
+                return await self._pull_on(worker, op, spec.image)
+            except Unavailable as error:
+                if error.reason != "WORKER_DISCONNECTED":
+                    raise
+            await asyncio.sleep(self._engine.config.retry_s)
+
+    async def _pull_on(self, worker: str, op: Operation, image: str) -> str:
         layers: tuple[LayerProgress, ...] = ()
         phase = op.phase
 
@@ -201,15 +242,12 @@ class Preparer:
             while not call.done():
                 await asyncio.wait({call}, timeout=PROGRESS_INTERVAL_S)
                 if layers != op.layers or phase != op.phase:
-                    op = await self._store.put(replace(op, phase=phase, layers=layers, updated_at=time.time()))
+                    op = await self._note(op, phase=phase, layers=layers)
         finally:
             call.cancel()
         prepared = await call
         assert isinstance(prepared, api.Prepared)
-        return op, prepared.image_digest
-
-    async def _phase(self, op: Operation, phase: str) -> Operation:
-        return await self._store.put(replace(op, phase=phase, updated_at=time.time()))
+        return prepared.image_digest
 
     # --- workers that come --------------------------------------------------------------------------------
 
@@ -222,7 +260,7 @@ class Preparer:
                     await self._quietly(self._warm(hello.worker, template))
             after = page[-1].pk
 
-    async def _warm_all(self, template: Template) -> None:
+    def _warm_all(self, template: Template) -> None:
         for name, hello in self._engine.hub.connected().items():
             if hello.pool == template.spec.pool:
                 self._engine.spawn(self._quietly(self._warm(name, template)), f"warm-{name}")
@@ -234,63 +272,157 @@ class Preparer:
         try:
             await work
         except GreenroomError as error:
-            log.info("not made ready", error=error.message)
+            log.info("not done", error=error.message)
 
     # --- delete -------------------------------------------------------------------------------------------
 
     async def delete(self, key: Key) -> None:
-        """See `greenroom.engine.port.ControlPlane.delete_template`."""
-        template = await self._store.get(Template, str(key))
-        actors = await self._store.list(Actor, namespace=key.namespace, where={"template": key.name}, limit=10)
+        """See `greenroom.engine.port.ControlPlane.delete_template`. Cut short, it leaves the template FAILED (reason
+        ``Deleting``), to be deleted again."""
+        template = await self._ops.read(Template, str(key))
+        await self._check_unused(template)
+        claimed = await self._stop(template)
+        try:
+            # No actor can be made from a template that is FAILED; one that was made meanwhile is seen by a second look.
+            message = "it is being deleted; delete it again if that does not end"
+            deleting = {"state": TemplateState.FAILED, "reason": "Deleting", "message": message, "operation": ""}
+            await self._change(template, **deleting)
+            try:
+                await self._check_unused(template)
+            except FailedPrecondition:
+                before = {"state": template.state, "reason": template.reason, "message": template.message}
+                await self._change(template, **before)
+                raise
+            if claimed:
+                op = await self._ops.read(Operation, claimed)
+                await self._end(op, _deleted(op))
+            await self._drop_golden(template, keep="")
+            await self._ops.steadily(lambda: self._remove(template))
+        finally:
+            self._ops.release(claimed)
+
+    async def _check_unused(self, template: Template) -> None:
+        where = {"template": template.name}
+        actors = await self._store.list(Actor, namespace=template.namespace, where=where, limit=10)
         if mine := [a for a in actors if not a.golden]:
             raise FailedPrecondition(
-                f"template {key} is in use by actor {mine[0].key}; delete its actors first", reason="TEMPLATE_IN_USE"
+                f"template {template.key} is in use by actor {mine[0].key}; delete its actors first",
+                reason="TEMPLATE_IN_USE",
             )
-        if running := self._engine.running.get(template.operation):
-            running.task.cancel()
-            await asyncio.wait({running.task})
-        await self._drop_golden(key)
-        if template.golden_snapshot:
-            await self._condemn(template.golden_snapshot)
-        await self._store.remove(await self._store.get(Template, str(key)))
 
-    async def _drop_golden(self, key: Key) -> None:
+    async def _stop(self, template: Template) -> str:
+        """Ends the preparation that is under way, and keeps it from being taken up again. Returns its id or ""."""
+        operation_id = template.operation
+        while operation_id and not self._ops.claim(operation_id):
+            if running := self._ops.running.get(operation_id):
+                running.task.cancel()
+                await asyncio.wait({running.task})
+            await asyncio.sleep(0)
+        return operation_id
+
+    async def _remove(self, template: Template) -> None:
         try:
-            operation = await self._engine.delete(_golden(key), cause="template")
+            current = await self._store.get(Template, template.pk)
         except NotFound:
             return
-        _succeeded(operation)
+        if current.uid == template.uid:
+            await self._store.remove(current)
 
-    async def _condemn(self, snapshot_id: str) -> None:
+    async def _drop_golden(self, template: Template, keep: str | None = None) -> None:
+        """Removes the hidden actor, and every golden snapshot but the template's own (or ``keep``)."""
         try:
-            snapshot = await self._store.get(Snapshot, snapshot_id)
+            _succeeded(await self._engine.delete(_golden(template.key), cause="template"))
         except NotFound:
-            return
-        await self._store.put(replace(snapshot, state=SnapshotState.CONDEMNED))
+            pass
+        keep = template.golden_snapshot if keep is None else keep
+        where = {"template": template.name}
+        for snapshot in await self._store.list(Snapshot, namespace=template.namespace, where=where):
+            if snapshot.golden and snapshot.id != keep:
+                await self._condemn(snapshot)
+
+    async def _condemn(self, snapshot: Snapshot) -> None:
+        """The janitor removes it then."""
+
+        async def write() -> None:
+            try:
+                current = await self._store.get(Snapshot, snapshot.id)
+            except NotFound:
+                return
+            if current.state is not SnapshotState.CONDEMNED:
+                await self._store.put(replace(current, state=SnapshotState.CONDEMNED))
+
+        await self._against_others(write, snapshot.id)
 
     # --- records ------------------------------------------------------------------------------------------
 
-    async def _change(self, key: Key, **fields: object) -> Template:
-        """Writes fields of a template, against whatever else is written to it."""
+    async def _change(self, template: Template, op: Operation | None = None, **fields: object) -> Template:
+        """Writes fields of a template, against whatever else is written to it.
+
+        Raises:
+            NotFound: it was deleted, also when there is another one of its name.
+            Conflict: it is not ``op`` that prepares it any more.
+        """
+
+        async def write() -> Template:
+            current = await self._store.get(Template, template.pk)
+            if current.uid != template.uid:
+                raise NotFound(f"template {template.key} was deleted", reason="TEMPLATE_NOT_FOUND")
+            if op is not None and current.operation != op.id:
+                raise _overtaken(op)
+            since = current.state_since if fields.get("state", current.state) is current.state else time.time()
+            return await self._store.put(replace(current, **fields, state_since=since))
+
+        return await self._against_others(write, str(template.key))
+
+    async def _note(self, op: Operation, **fields: object) -> Operation:
+        """Writes fields of a preparation's operation."""
+
+        async def write() -> Operation:
+            current = await self._store.get(Operation, op.id)
+            return await self._store.put(replace(current, **fields, updated_at=time.time()))
+
+        return await self._against_others(write, op.id)
+
+    async def _end(self, op: Operation, error: GreenroomError | None, phases: Phases | None = None) -> Operation:
+        current = await self._ops.read(Operation, op.id)
+        if current.state is not OperationState.RUNNING:
+            return current
+        failure = None
+        if error is not None:
+            failure = Failure(code=error.code, reason=error.reason, message=error.message, metadata=error.metadata)
+        return await self._note(
+            op,
+            state=OperationState.FAILED if error else OperationState.DONE,
+            error=failure,
+            phases=phases.all() if phases else (),
+            finished_at=time.time(),
+        )
+
+    async def _against_others(self, write: Callable[[], Awaitable[T]], what: str) -> T:
+        """Does a read and a conditional write until nobody comes in between."""
         for _ in range(WRITE_ATTEMPTS):
-            template = await self._store.get(Template, str(key))
-            if "state" in fields and fields["state"] is not template.state:
-                fields["state_since"] = time.time()
             try:
-                return await self._store.put(replace(template, **fields))
-            except Conflict:
-                continue
-        raise Conflict(f"template {key} keeps changing")
+                return await self._ops.steadily(write)
+            except Conflict as conflict:
+                if conflict.reason != "VERSION_CONFLICT":
+                    raise
+        raise Conflict(f"{what} keeps changing")
 
 
 def _golden(key: Key) -> Key:
     return Key(key.namespace, f"_golden-{key.name}")
 
 
+def _deleted(op: Operation) -> FailedPrecondition:
+    return FailedPrecondition(f"template {op.key} was deleted while it was prepared", reason="TEMPLATE_DELETED")
+
+
+def _overtaken(op: Operation) -> Conflict:
+    return Conflict(f"another operation prepares template {op.key} now; see the template", reason="OVERTAKEN")
+
+
 def _succeeded(operation: Operation) -> Operation:
     """Raises what the operation failed with."""
-    from greenroom.engine.engine import failure_of
-
     if operation.state is OperationState.FAILED:
         raise failure_of(operation)
     if operation.state is OperationState.RUNNING:

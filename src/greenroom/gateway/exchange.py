@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from greenroom.core.errors import DeadlineExceeded, GreenroomError, Internal, ResourceExhausted
+from greenroom.core.errors import DeadlineExceeded, GreenroomError, Internal, ResourceExhausted, Unavailable
 from greenroom.engine.bindings import Binding, Wake
 from greenroom.gateway import replies
 from greenroom.gateway.body import chunk, last_chunk
@@ -135,6 +135,10 @@ class Exchange:
             self._send(await self._connect())
         except GreenroomError as e:
             self._fail(e)
+        except asyncio.CancelledError:
+            if not self._done:  # the server ends; nobody else tells the client
+                self._fail(Unavailable("the server is ending; try again", reason="SERVER_CLOSING"))
+            raise
         except Exception:
             log.exception("gateway.request_failed", actor=str(self.route.key))
             self._fail(Internal("the gateway failed on this request; its log says why"))

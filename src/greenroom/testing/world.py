@@ -70,7 +70,7 @@ QUICK = EngineConfig(
     reconcile_s=0.05,
 )
 #: How long `SimWorld.settle` waits. Everything takes milliseconds; this bounds a world that never settles.
-SETTLE_S = 2.0
+SETTLE_S = 5.0
 _POLL_S = 0.002
 
 
@@ -88,7 +88,13 @@ class SimWorld:
     """See the module docstring. ``root`` must be short: a socket's path is limited to 107 bytes."""
 
     def __init__(
-        self, root: Path, *, workers: int = 2, slots: int = 8, config: EngineConfig = QUICK, script: SimScript | None = None
+        self,
+        root: Path,
+        *,
+        workers: int = 2,
+        slots: int = 8,
+        config: EngineConfig = QUICK,
+        script: SimScript | None = None,
     ) -> None:
         self.root = root
         self.names = [f"w{n}" for n in range(workers)]
@@ -258,7 +264,7 @@ class SimWorld:
         actors = await list_all(self.store, Actor)
         found += [f"under way: {o}" for o in await list_all(self.store, Operation) if o.state is OperationState.RUNNING]
         found += [f"in between: {a}" for a in actors if a.state in states.BUSY]
-        found += [f"driven: {operation}" for operation in self.engine.running]
+        found += [f"driven: {operation}" for operation in self.engine.ops.running]
         found += self._sandbox_problems(actors) + self._binding_problems(actors) + self._leftovers()
         found += await self._snapshot_problems(actors)
         for worker in await list_all(self.store, Worker):
@@ -285,9 +291,7 @@ class SimWorld:
 
     def _binding_problems(self, actors: list[Actor]) -> list[str]:
         bound = {(b.key, b.uid, b.generation, b.worker, b.endpoint) for b in self.engine.bindings.all()}
-        running = {
-            (a.key, a.uid, a.generation, a.worker, a.endpoint) for a in actors if a.state is ActorState.RUNNING
-        }
+        running = {(a.key, a.uid, a.generation, a.worker, a.endpoint) for a in actors if a.state is ActorState.RUNNING}
         draining = {(b.key, "draining") for b in self.engine.bindings.all() if self.engine.bindings.get(b.key) is None}
         return [f"bound or running, but not both: {x}" for x in bound ^ running] + [f"{x}" for x in draining]
 

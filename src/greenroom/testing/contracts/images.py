@@ -197,7 +197,7 @@ class ImageStoreContract:
 
     async def test_malformed(self, store: ImageStore) -> None:
         with pytest.raises(InvalidArgument):
-            await store.prepare("no-registry")
+            await store.prepare("no/Capitals")
         with pytest.raises(InvalidArgument):
             await store.get("../../etc")
         with pytest.raises(InvalidArgument):

@@ -1,0 +1,204 @@
+"""Waking actors: one wake-up for however many want it, in turn when there is no free slot."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from greenroom.core.errors import GreenroomError, LeaseHeld, ResourceExhausted, Unavailable
+from greenroom.core.lifecycle import BeginResume, BeginSuspend, Change
+from greenroom.core.records import Actor, ActorState, Key, Operation, OperationState, Template
+from greenroom.engine.bindings import Binding, Wake
+from greenroom.engine.capacity import CapacityQueue
+from greenroom.engine.drivers import Phases
+from greenroom.engine.operations import failure_of, new_id
+
+if TYPE_CHECKING:
+    from greenroom.engine.engine import Engine
+
+log = structlog.get_logger(__name__)
+
+#: How often one `Wakes.wake` wakes an actor that is gone again before it could be used. Once is rare.
+WAKE_ATTEMPTS = 10
+
+
+@dataclass(slots=True)
+class _Waking:
+    """A wake-up under way and how many wait for it. While somebody does, the actor is not suspended to make room: it
+    would be gone before its first request."""
+
+    task: asyncio.Task[Operation]
+    waiters: int = 0
+
+
+class Wakes:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._ops = engine.ops
+        self._bindings = engine.bindings
+        self._waking: dict[Key, _Waking] = {}
+        self._queues: dict[str, CapacityQueue] = {}
+        #: Grows with every slot that becomes free: who was refused one just before need not wait for the next.
+        self._freed = 0
+
+    async def wake(self, key: Key) -> Wake:
+        """See `greenroom.engine.port.Waker`."""
+        operation: Operation | None = None
+        for _ in range(WAKE_ATTEMPTS):
+            await self._bindings.drained(key)  # one that is about to be suspended first is, or is not
+            if (binding := self._bindings.get(key)) is not None:
+                return Wake(binding, operation.id, operation.phases) if operation else Wake(binding)
+            operation = await self._share(key)
+            if operation.state is OperationState.FAILED:
+                raise failure_of(operation)
+            if self._bindings.peek(key) is None and not operation.id:
+                await self._engine.recovery.rejoin(key)  # it runs, but its worker has not been heard yet
+        raise Unavailable(
+            f"actor {key} was suspended as soon as it was awake, {WAKE_ATTEMPTS} times; "
+            "raise the idle timeout of its template, or the pool's slots",
+            reason="NOT_STAYING_AWAKE",
+        )
+
+    def being_woken(self, key: Key) -> bool:
+        """Whether somebody waits for it or is about to use it."""
+        return key in self._waking
+
+    async def _share(self, key: Key) -> Operation:
+        """One wake-up for however many want it."""
+        waking = self._waking.get(key)
+        if waking is None:
+            waking = _Waking(self._ops.spawn(self.resume(key, "", "request"), f"wake-{key}"))
+            self._waking[key] = waking
+            waking.task.add_done_callback(lambda _: self._forget(key, waking))
+        waking.waiters += 1
+        try:
+            return await self._ops.attend(waking.task)
+        finally:
+            waking.waiters -= 1
+            self._forget(key, waking)
+
+    def _forget(self, key: Key, waking: _Waking) -> None:
+        """A wake-up that has ended and that nobody has yet to take up."""
+        if waking.task.done() and not waking.waiters and self._waking.get(key) is waking:
+            del self._waking[key]
+            # From now on the actor may be suspended to make room, unless the caller uses it at once.
+            asyncio.get_running_loop().call_soon(self.actor_idle)
+
+    async def resume(self, key: Key, request_id: str, cause: str) -> Operation:
+        """Begins a resume as soon as it can be begun, and waits for its end."""
+        until = asyncio.get_running_loop().time() + self._engine.config.capacity_wait_s
+        phases = Phases()
+        queued = await self._wait_behind(key, until)
+        if queued:
+            phases.end("capacity")
+        while True:
+            freed, full = self._freed, False
+            try:
+                change = await self._begin(key, request_id, cause, phases)
+                break
+            except LeaseHeld as held:
+                in_the_way = held.metadata["operation"]
+            except ResourceExhausted as error:
+                full = error.reason == "NO_CAPACITY"
+                if not full:
+                    raise
+            finally:
+                if queued and not full:
+                    self._next()  # it was this one's turn, and there may be a further slot
+            if not full:
+                await self._ops.ended(in_the_way)
+                phases.end("turn")
+            elif freed == self._freed:
+                queue = self._queue((await self._template_of(key)).spec.pool)
+                if freed == self._freed:  # still, after the look into the store
+                    await queue.wait(again=queued, until=until)
+                    queued = True
+                    phases.end("capacity")
+        if change.operation is None:
+            return self._engine.without_work(change)
+        return await self._ops.outcome(change.operation)
+
+    async def _begin(self, key: Key, request_id: str, cause: str, phases: Phases) -> Change:
+        command = BeginResume(
+            key=key,
+            now=time.time(),
+            operation_id=new_id(),
+            owner=self._engine.config.owner,
+            request_id=request_id,
+            cause=cause,
+            lease_ttl_s=self._engine.config.lease_ttl_s,
+            deadline_s=self._engine.config.operation_deadline_s,
+            hold_crashed=cause == "request",
+        )
+
+        async def drive(change: Change) -> Operation:
+            phases.end("bind")
+            return await self._engine.drivers.resume(change, phases)
+
+        return await self._ops.begin(command, drive)
+
+    # --- in turn ------------------------------------------------------------------------------------------
+
+    async def _wait_behind(self, key: Key, until: float) -> bool:
+        """Lets those who wait for a slot in the same pool go first; True when there were any."""
+        if not any(map(len, self._queues.values())):
+            return False
+        queue = self._queue((await self._template_of(key)).spec.pool)
+        if not len(queue) or (await self._ops.read(Actor, str(key))).state is ActorState.PAUSED:
+            return False  # a paused actor has its slot
+        await queue.wait(again=False, until=until)
+        return True
+
+    async def _template_of(self, key: Key) -> Template:
+        actor = await self._ops.read(Actor, str(key))
+        return await self._ops.read(Template, f"{key.namespace}/{actor.template}")
+
+    def _queue(self, pool: str) -> CapacityQueue:
+        if pool not in self._queues:
+            self._queues[pool] = CapacityQueue(
+                pool, self._engine.config, lambda: self._evictable(pool), lambda binding: self._evict(binding)
+            )
+        return self._queues[pool]
+
+    def _evictable(self, pool: str) -> list[Binding]:
+        workers = [name for name, hello in self._engine.hub.connected().items() if hello.pool == pool]
+        return [b for b in self._bindings.longest_idle(workers) if not self.being_woken(b.key)]
+
+    def _evict(self, binding: Binding) -> asyncio.Task[None]:
+        # Before anything is awaited the binding is marked, so nobody else picks it and no request slips in.
+        self._bindings.drain(binding.key)
+
+        async def suspend() -> None:
+            try:
+                operation = await self._engine.transition(BeginSuspend, binding.key, "", "capacity")
+                if operation.state is OperationState.FAILED:
+                    raise failure_of(operation)
+            except GreenroomError as error:
+                log.warning("could not make room", actor=str(binding.key), error=error.message)
+                raise
+
+        return self._ops.spawn(suspend(), f"evict-{binding.key}")
+
+    def slot_freed(self) -> None:
+        """Some slot of some pool is free, or a worker has come."""
+        self._freed += 1
+        self._next()
+
+    def _next(self) -> None:
+        for queue in self._queues.values():
+            queue.slot_freed()
+
+    def actor_idle(self) -> None:
+        """Some actor may be suspended to make room."""
+        if not self._ops.closed:
+            for queue in self._queues.values():
+                queue.pump()
+
+    def look_again(self) -> None:
+        """For what this process was not told of, such as a slot that somebody else has freed."""
+        self.actor_idle()
+        self._next()
