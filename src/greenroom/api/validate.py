@@ -13,6 +13,7 @@ from typing import NamedTuple
 from greenroom.core.errors import GreenroomError, InvalidArgument
 from greenroom.core.names import check_label
 from greenroom.core.records import PoolSpec, TemplateSpec
+from greenroom.images import reference
 
 MAX_REPLICAS = 64
 MAX_SLOTS = 10_000
@@ -76,6 +77,11 @@ def refuse(kind: str, name: str, violations: list[Violation]) -> None:
 def _template(spec: TemplateSpec) -> Iterator[Violation]:
     if not spec.image or spec.image != spec.image.strip() or "\n" in spec.image:
         yield Violation(("image",), "must be an image reference, for example docker.io/library/python:3.11-slim")
+    else:
+        try:
+            reference.parse(spec.image)
+        except InvalidArgument as error:
+            yield Violation(("image",), error.message)
     for field, arguments in (("command", spec.command), ("args", spec.args)):
         if len(arguments) > MAX_ARGUMENTS:
             yield Violation((field,), f"at most {MAX_ARGUMENTS} arguments")
@@ -117,7 +123,12 @@ def _pool(spec: PoolSpec) -> Iterator[Violation]:
 
 def _between(path: tuple[str | int, ...], value: float, least: float, most: float) -> Iterator[Violation]:
     if not least <= value <= most:  # also catches NaN
-        yield Violation(path, f"must be between {least:g} and {most:g}, not {value:g}")
+        shown = _mebibytes if str(path[-1]).endswith("_bytes") else "{:g}".format
+        yield Violation(path, f"must be between {shown(least)} and {shown(most)}, not {shown(value)}")
+
+
+def _mebibytes(value: float) -> str:
+    return f"{value / (1 << 20):g}Mi"
 
 
 def _argument(path: tuple[str | int, ...], value: str) -> Iterator[Violation]:

@@ -1,7 +1,7 @@
 """A whole Greenroom on one machine, put together: store, engine, agents, API and gateway.
 
 Everything it keeps is below one data directory:
-    control.db      the control plane's records
+    greenroom.db    the control plane's records
     snapshots/      sleeping actors
     images/         layers and unpacked root file systems
     workers/NAME/   what one worker needs while it runs
