@@ -437,7 +437,8 @@ class FakeExec:
     def _kill(self) -> None:
         if self._process.returncode is None:
             self._on_kill(self._argv)
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and asyncio has not been told yet
+                os.killpg(self._process.pid, signal.SIGKILL)
 
 
 # --- a real server in front of it -------------------------------------------------------------------------------

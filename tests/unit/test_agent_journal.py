@@ -1,12 +1,12 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from greenroom.agent import journal as module
 from greenroom.agent.journal import Journal
-from greenroom.core.errors import DataLoss
 
 
 def test_what_was_written_is_there_again(tmp_path: Path) -> None:
@@ -34,11 +34,29 @@ def test_a_torn_last_line_was_never_acted_on(tmp_path: Path) -> None:
     assert Journal(path).generation("a") == 3, "and is gone after that"
 
 
-def test_a_damaged_line_in_the_middle_is_not_passed_over(tmp_path: Path) -> None:
+def test_a_damaged_line_costs_that_line(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     path.write_bytes(b'garbage\n{"type":"fence","actor_uid":"a","generation":1}\n')
-    with pytest.raises(DataLoss, match="line 1"):
-        Journal(path)
+    assert Journal(path).generation("a") == 1
+
+
+def test_on_a_full_disk_it_goes_on_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.raise_fence("a", 1)
+    whole = os.write
+
+    def full(fd: int, data: bytes) -> int:
+        return whole(fd, data[:10])
+
+    monkeypatch.setattr(os, "write", full)
+    journal.raise_fence("a", 2)
+    assert journal.generation("a") == 2
+    assert Journal(path).generation("a") == 1, "no half line is left"
+    monkeypatch.setattr(os, "write", whole)
+    journal.record("op", "Thaw", b"{}")
+    again = Journal(path)
+    assert (again.generation("a"), again.answer("op", "Thaw")) == (2, b"{}")
 
 
 def test_it_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,18 +4,24 @@ It is written before a call is answered, so a control plane that lost the answer
 control plane stays refused. It need not survive the death of the *machine*: then no sandbox has survived either. So a
 line appended to a file, without a sync, is enough; it costs some microseconds on every wake, where a database's
 transaction costs a hundred. The file is written anew, with what still counts, when it is opened and when it has grown.
+
+A full disk must not keep actors from being thawed and deleted, so then the journal goes on in memory: what is not on
+disk counts as long as this process lives, and is written with the next entry that finds room.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import OrderedDict
 from pathlib import Path
 
 import msgspec
+import structlog
 
-from greenroom.core.errors import DataLoss
 from greenroom.core.records import Record
+
+log = structlog.get_logger(__name__)
 
 #: Results kept. An operation is asked for again within minutes, and a worker does at most some hundred a second.
 KEPT_RESULTS = 20_000
@@ -45,9 +51,6 @@ _decode = msgspec.json.Decoder(_Fence | _Result).decode
 
 class Journal:
     def __init__(self, path: Path) -> None:
-        """Raises:
-        DataLoss: a line in the middle can't be read (the last one may be torn: then it was never acted on).
-        """
         self._path = path
         self._fences: OrderedDict[str, _Fence] = OrderedDict()  # the last seen last
         self._results: OrderedDict[tuple[str, str], bytes] = OrderedDict()
@@ -58,8 +61,12 @@ class Journal:
             try:
                 self._remember(_decode(line))
             except msgspec.DecodeError as error:
+                # The last one may be torn: it was never acted on. Another one is damage, and lost; the actors that are
+                # here have their generations in their sandboxes as well, so there is no reason to keep them waiting.
                 if number < len(lines):
-                    raise DataLoss(f"line {number} of the journal {path} can't be read: {error}") from error
+                    log.error("a line of the journal is lost", path=str(path), line=number, error=str(error))
+        self._fd = -1
+        self._behind = False
         self._rewrite()
 
     def _remember(self, entry: _Fence | _Result) -> None:
@@ -75,24 +82,43 @@ class Journal:
 
     def _rewrite(self) -> None:
         new = self._path.with_suffix(".new")
-        with new.open("wb") as file:
-            for fence in self._fences.values():
-                file.write(_encode(fence) + b"\n")
-            for (operation, call), answer in self._results.items():
-                file.write(_encode(_Result(operation_id=operation, call=call, answer=msgspec.Raw(answer))) + b"\n")
-        new.replace(self._path)
-        self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        self._appended = 0
+        try:
+            with new.open("wb") as file:
+                for fence in self._fences.values():
+                    file.write(_encode(fence) + b"\n")
+                for (operation, call), answer in self._results.items():
+                    file.write(_encode(_Result(operation_id=operation, call=call, answer=msgspec.Raw(answer))) + b"\n")
+            new.replace(self._path)
+            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        except OSError as error:
+            self._fall_behind(error)
+            return
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._size, self._written, self._behind = fd, os.fstat(fd).st_size, 0, False
 
     def _append(self, entry: _Fence | _Result) -> None:
-        line = _encode(entry) + b"\n"
-        if os.write(self._fd, line) != len(line):
-            raise OSError(28, "the journal could not be written", str(self._path))
         self._remember(entry)
-        self._appended += len(line)
-        if self._appended > REWRITE_BYTES:
-            os.close(self._fd)
+        if self._behind:
             self._rewrite()
+            return
+        line = _encode(entry) + b"\n"
+        try:
+            if os.write(self._fd, line) != len(line):
+                os.ftruncate(self._fd, self._size)  # nothing is to be glued to half a line
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        except OSError as error:
+            self._fall_behind(error)
+            return
+        self._size += len(line)
+        self._written += len(line)
+        if self._written > REWRITE_BYTES:
+            self._rewrite()
+
+    def _fall_behind(self, error: OSError) -> None:
+        if not self._behind:
+            log.error("the journal can't be written; it goes on in memory", path=str(self._path), error=str(error))
+        self._behind = True
 
     def generation(self, actor_uid: str) -> int:
         """The highest generation seen; 0 for an actor never seen."""
@@ -120,4 +146,6 @@ class Journal:
         self._append(_Result(operation_id=operation_id, call=call, answer=msgspec.Raw(answer)))
 
     def close(self) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

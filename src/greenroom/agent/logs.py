@@ -1,4 +1,8 @@
-"""What actors write to stdout and stderr: from the sandbox's named pipe into bounded files, one per incarnation."""
+"""What actors write to stdout and stderr: from the sandbox's named pipe into bounded files, one per incarnation.
+
+An actor that floods is slowed down, not the worker: its pipe is read at `MAX_BYTES_PER_S`, and when it is full the actor
+waits. All files of a worker together are bounded too; the longest unchanged go first.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,11 @@ from pathlib import Path
 MAX_FILE_BYTES = 1 << 20
 #: Incarnations of one actor whose output is kept on a worker.
 KEPT_FILES = 8
+#: Of all actors that ever were on a worker. Looked after when an actor comes, at most every `TIDY_EVERY` times.
+MAX_TOTAL_BYTES = 512 << 20
+TIDY_EVERY = 100
+#: Ten times what a talkative server logs; a flood at full speed would be hundreds of MB/s of disk.
+MAX_BYTES_PER_S = 2 << 20
 _READ_BYTES = 1 << 16
 
 
@@ -19,45 +28,62 @@ class LogPump:
     """Copies one sandbox's pipe into its file. The pipe is opened for both directions, so that it never ends."""
 
     def __init__(self, fifo: Path, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path = path
         self.grown = asyncio.Event()
+        #: Bytes dropped from the front of the file so far: position in the file + this = position in the output.
+        self.dropped = 0
         self._file = path.open("ab", buffering=0)
-        self._fd = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
-        asyncio.get_running_loop().add_reader(self._fd, self._copy)
+        self._fd = os.open(fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._loop = asyncio.get_running_loop()
+        self._pause: asyncio.TimerHandle | None = None
+        self._loop.add_reader(self._fd, self._copy)
 
     def _copy(self) -> None:
         try:
             data = os.read(self._fd, _READ_BYTES)
         except BlockingIOError:
             return
+        self._keep(data)
+        self.grown.set()
+        self.grown = asyncio.Event()
+        if len(data) == _READ_BYTES:  # there is more: not before this much was due
+            self._loop.remove_reader(self._fd)
+            self._pause = self._loop.call_later(_READ_BYTES / MAX_BYTES_PER_S, self._go_on)
+
+    def _go_on(self) -> None:
+        self._pause = None
+        self._loop.add_reader(self._fd, self._copy)
+
+    def _keep(self, data: bytes) -> None:
         try:
             self._file.write(data)
             if self._file.tell() > MAX_FILE_BYTES:
                 self._shorten()
         except OSError:
             pass  # a full disk costs log lines, never the actor: the pipe must go on being drained
-        self.grown.set()
-        self.grown = asyncio.Event()
 
     def _shorten(self) -> None:
         with self.path.open("rb") as old:
-            old.seek(-MAX_FILE_BYTES // 2, os.SEEK_END)
+            size = old.seek(-MAX_FILE_BYTES // 2, os.SEEK_END) + MAX_FILE_BYTES // 2
             old.readline()
             kept = old.read()
         self._file.truncate(0)
         self._file.write(kept)
+        self.dropped += size - len(kept)
 
     def close(self) -> None:
-        """Takes what is still in the pipe and ends."""
+        """Takes what is still in the pipe (64 KiB at most) and ends."""
         if self._fd < 0:
             return
-        asyncio.get_running_loop().remove_reader(self._fd)
+        if self._pause:
+            self._pause.cancel()
+        else:
+            self._loop.remove_reader(self._fd)
         try:
-            while data := os.read(self._fd, _READ_BYTES):
-                self._file.write(data)
-        except OSError:
-            pass  # empty (EAGAIN), or the disk is full
+            self._keep(os.read(self._fd, _READ_BYTES))
+        except BlockingIOError:
+            pass  # empty
         os.close(self._fd)
         self._file.close()
         self._fd = -1
@@ -70,6 +96,7 @@ class LogFiles:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._pumps: dict[str, LogPump] = {}
+        self._attached = 0
 
     def attach(self, actor_uid: str, generation: int, fifo: Path | None) -> None:
         self.detach(actor_uid)
@@ -78,6 +105,9 @@ class LogFiles:
         self._pumps[actor_uid] = LogPump(fifo, self._root / actor_uid / f"{generation:012d}")
         for old in self._files(actor_uid)[:-KEPT_FILES]:
             old.unlink(missing_ok=True)
+        self._attached += 1
+        if self._attached % TIDY_EVERY == 1:
+            asyncio.get_running_loop().run_in_executor(None, tidy, self._root, MAX_TOTAL_BYTES)
 
     def detach(self, actor_uid: str) -> None:
         if pump := self._pumps.pop(actor_uid, None):
@@ -102,7 +132,9 @@ class LogFiles:
 
     async def read(self, actor_uid: str, tail_lines: int, follow: bool) -> AsyncIterator[tuple[int, bytes]]:
         """(generation, bytes), oldest first; the last ``tail_lines`` lines (-1: all)."""
+        pump = self._pumps.get(actor_uid)
         segments = [(int(f.name), f.read_bytes()) for f in self._files(actor_uid)]
+        seen = (pump.dropped if pump else 0) + (len(segments[-1][1]) if segments else 0)
         skip = sum(data.count(b"\n") for _, data in segments) - tail_lines if tail_lines >= 0 else 0
         for generation, data in segments:
             while skip > 0 and data:
@@ -110,19 +142,28 @@ class LogFiles:
                 skip -= 1
             for start in range(0, len(data), _READ_BYTES):
                 yield generation, data[start : start + _READ_BYTES]
-        pump = self._pumps.get(actor_uid)
-        if not follow or pump is None:
-            return
-        generation = int(pump.path.name)
-        at = len(segments[-1][1]) if segments else 0
-        while True:
+        while follow and pump is not None:
             grown = pump.grown
             with pump.path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                file.seek(min(at, size) if size >= at else 0)
+                file.seek(max(0, seen - pump.dropped))
                 while data := file.read(_READ_BYTES):
-                    yield generation, data
-                at = file.tell()
+                    yield int(pump.path.name), data
+                seen = pump.dropped + file.tell()
             if pump is not self._pumps.get(actor_uid):
                 return
             await grown.wait()
+
+
+def tidy(root: Path, max_bytes: int) -> None:
+    """Removes the longest unchanged files until all together have at most ``max_bytes``."""
+    files = [(f.stat().st_mtime, f.stat().st_size, f) for f in root.glob("*/*")]
+    total = sum(size for _, size, _ in files)
+    for _, size, file in sorted(files):
+        if total <= max_bytes:
+            break
+        file.unlink(missing_ok=True)
+        total -= size
+        try:
+            file.parent.rmdir()
+        except OSError:
+            pass  # has others

@@ -13,7 +13,7 @@ from collections import OrderedDict
 
 import structlog
 
-from greenroom.core.errors import GreenroomError
+from greenroom.core.errors import FailedPrecondition
 from greenroom.sandbox.port import SandboxClass, Warmer
 
 log = structlog.get_logger(__name__)
@@ -44,6 +44,7 @@ class WarmPool:
         self._size = size
         self._classes: OrderedDict[str, SandboxClass] = OrderedDict()  # latest last
         self._busy = 0
+        self._making = ""
         self._quiet_until = 0.0
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -80,8 +81,12 @@ class WarmPool:
             self._changed.clear()
             try:
                 await self._step()
-            except GreenroomError as error:
-                log.warning("could not make a sandbox ready", error=error.message)
+            except FailedPrecondition as error:  # it will be so the next time as well: not before it is wanted again
+                log.info("no sandbox can be made ready", error=error.message)
+                self._classes.pop(self._making, None)
+                self._changed.set()
+            except Exception as error:
+                log.warning("could not make a sandbox ready, tries again", error=str(error))
                 await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
                 self._changed.set()
 
@@ -96,7 +101,8 @@ class WarmPool:
         for digest in drop:
             await self._warmer.chill(digest)
         if make:
-            await self._warmer.warm(self._classes[make[0]])
+            self._making = make[0]
+            await self._warmer.warm(self._classes[self._making])
             self._changed.set()
 
     async def close(self) -> None:

@@ -134,13 +134,13 @@ class AgentHub(link_pb2_grpc.AgentLinkServicer):
     async def Connect(self, request_iterator: object, context: Context) -> None:
         hello = await self._greet(context)
         peer = _Peer(hello)
+        peer.send(Frame(kind=Frame.WELCOME))
         old = self._peers.get(hello.worker)
         self._peers[hello.worker] = peer
         if old is not None:  # the agent restarted before its old connection was seen to be dead
             self._drop(old)
         structlog.contextvars.bind_contextvars(worker=hello.worker)
         log.info("agent connected", boot_id=hello.boot_id, residents=len(hello.residents))
-        await context.write(Frames(frames=[Frame(kind=Frame.WELCOME)]))
         writer = asyncio.create_task(self._write(peer, context), name=f"link-writer-{hello.worker}")
         try:
             if self.listener:

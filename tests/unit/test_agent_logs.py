@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from greenroom.agent import logs as module
+from greenroom.agent.logs import LogFiles, tidy
+
+
+@pytest.fixture
+def fifo(tmp_path: Path) -> Iterator[tuple[Path, int]]:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    yield path, fd
+    os.close(fd)
+
+
+async def collect(files: LogFiles, uid: str, tail: int = -1) -> bytes:
+    return b"".join([data async for _, data in files.read(uid, tail, follow=False)])
+
+
+async def until(condition: object) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # type: ignore[operator]
+            await asyncio.sleep(0.005)
+
+
+async def test_what_an_actor_writes_is_kept_by_incarnation(tmp_path: Path, fifo: tuple[Path, int]) -> None:
+    files = LogFiles(tmp_path / "logs")
+    for generation in (1, 2):
+        files.attach("a", generation, fifo[0])
+        os.write(fifo[1], b"one %d\ntwo %d\n" % (generation, generation))
+        files.detach("a")
+    assert await collect(files, "a") == b"one 1\ntwo 1\none 2\ntwo 2\n"
+    assert await collect(files, "a", tail=3) == b"two 1\none 2\ntwo 2\n"
+    assert files.tail("a", 1) == b"two 2"
+    files.forget("a")
+    assert await collect(files, "a") == b""
+
+
+async def test_a_follower_sees_every_line_once_also_when_the_file_is_shortened(
+    tmp_path: Path, fifo: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_FILE_BYTES", 1000)
+    files = LogFiles(tmp_path / "logs")
+    files.attach("a", 1, fifo[0])
+    seen: list[bytes] = []
+
+    async def follow() -> None:
+        async for _, data in files.read("a", -1, follow=True):
+            seen.append(data)
+
+    follower = asyncio.create_task(follow())
+    for n in range(500):
+        os.write(fifo[1], b"%06d\n" % n)
+        await until(lambda n=n: b"".join(seen).endswith(b"%06d\n" % n))
+    files.close()
+    await follower
+    assert b"".join(seen) == b"".join(b"%06d\n" % n for n in range(500))
+
+
+async def test_a_flood_is_slowed_down(tmp_path: Path, fifo: tuple[Path, int]) -> None:
+    files = LogFiles(tmp_path / "logs")
+    files.attach("a", 1, fifo[0])
+    taken, began = 0, time.monotonic()
+    while time.monotonic() - began < 0.5:
+        try:
+            taken += os.write(fifo[1], bytes(1 << 16))
+        except BlockingIOError:
+            await asyncio.sleep(0.001)
+    files.close()
+    assert taken < 2 * module.MAX_BYTES_PER_S, "half a second's worth and a full pipe; without a bound a hundred times"
+
+
+def test_all_together_are_bounded(tmp_path: Path) -> None:
+    for n in range(10):
+        (tmp_path / f"a{n}").mkdir()
+        (tmp_path / f"a{n}" / "1").write_bytes(bytes(100))
+        os.utime(tmp_path / f"a{n}" / "1", (n, n))
+    tidy(tmp_path, 350)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a7", "a8", "a9"]
