@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from greenroom.core.errors import GreenroomError, NotFound
+from greenroom.core.errors import GreenroomError, NotFound, Unavailable
 from greenroom.core.records import ActorState, Key, Operation, OperationState, Template, TemplateState
 from greenroom.engine.operations import failure_of
 from greenroom.testing.contracts.store_world import list_all
@@ -47,7 +47,7 @@ class Subject:
         self.saved = self.answered
 
     async def check(self, *, may_crash: bool) -> None:
-        """It goes on where it was, or says that it was lost and goes back to what was saved; and all of its life works."""
+        """It goes on where it was, or says that it was lost and goes back to what was saved; and it can be used."""
         actor = await self.world.actor(self.key)
         if actor.state is ActorState.CRASHED:
             assert may_crash, f"nobody killed it: {actor}"
@@ -91,7 +91,7 @@ async def paused(world: SimWorld, name: str) -> Subject:
 
 async def crashed(world: SimWorld, name: str) -> Subject:
     subject = await running(world, name)
-    await world.request(subject.key, "/exit?code=3")
+    world.end_program(subject.key)
     await world.settle()
     assert (await world.actor(subject.key)).state is ActorState.CRASHED
     subject.answered = subject.saved
@@ -129,18 +129,23 @@ async def with_a_fault(world: SimWorld, number: int, fault: Fault, work: Callabl
     doing = asyncio.ensure_future(work())
     dying = asyncio.ensure_future(world.steps.control_dies.wait())
     await asyncio.wait({doing, dying}, return_when=asyncio.FIRST_COMPLETED)
-    if world.steps.control_dies.is_set():
-        await world.crash_control()
-    dying.cancel()
     outcome = Outcome()
-    try:
-        outcome.result = await doing
-        if isinstance(outcome.result, Operation) and outcome.result.state is not OperationState.DONE:
-            outcome.refused = failure_of(outcome.result)
-    except GreenroomError as error:
-        outcome.refused = error
+    if dying.done():
+        doing.cancel()  # who asked is in the same process
+        await asyncio.wait({doing})
+        outcome.refused = Unavailable("the control plane died")
+        await world.crash_control()
+    else:
+        dying.cancel()
+        try:
+            outcome.result = await doing
+            if isinstance(outcome.result, Operation) and outcome.result.state is not OperationState.DONE:
+                outcome.refused = failure_of(outcome.result)
+        except GreenroomError as error:
+            outcome.refused = error
     await world.settle()
     world.steps.disarm()
+    await world.settle()  # the fault may have been done while the world was looked at
     outcome.hit = world.steps.hit
     print(f"step {number}: {outcome.hit or 'none'}: {outcome.refused or 'done'}")
     return outcome
@@ -164,7 +169,7 @@ async def test_every_step_of_an_operation(make_world: Callable[..., Any], operat
         asleep, awake = await sleeping(world, "asleep"), await running(world, "awake")
         for number in range(1, MOST_STEPS):
             subject = await make(world, f"a-{number}")
-            outcome = await with_a_fault(world, number, fault, lambda: act(world, subject.key))
+            outcome = await with_a_fault(world, number, fault, lambda key=subject.key: act(world, key))
             agent_died = bool(outcome.hit) and fault in AGENT_DIES
             if operation.startswith("suspend") and outcome.refused is None:
                 subject.saved = subject.answered
@@ -172,7 +177,7 @@ async def test_every_step_of_an_operation(make_world: Callable[..., Any], operat
                 assert not (operation.startswith("delete") and outcome.refused is None), (
                     "a delete that said it was done"
                 )
-                await subject.check(may_crash=agent_died)
+                await subject.check(may_crash=agent_died or make is crashed)
             elif operation == "create":
                 assert outcome.refused is not None, "a creation that said it was done"
             else:

@@ -1,5 +1,5 @@
-"""The agent's core: carries out calls, each at most once, each fenced (`greenroom.agent.fence`). No word of any backend,
-no word of gRPC.
+"""The agent's core: carries out calls, each at most once, each fenced (`greenroom.agent.fence`). No word of any
+backend, no word of gRPC.
 
 A caller that goes away stops nothing. A resident is destroyed only by a call that passed the fence, or because it
 ended by itself.

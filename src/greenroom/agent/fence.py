@@ -2,10 +2,10 @@
 
 For every call, in this order:
 
-1. *Fence.* A generation below the highest seen for the actor is refused with `LeaseLost`. A higher one is written down.
-   A `Discard` ends its operation here for ever: a wake of the same operation that comes later, however late, is refused.
-2. *One at a time.* The same call of the same operation joins the one under way. Any other stops it first and waits until
-   it has stopped: who sends another call has given the first one up. Only a `Discard` is left to end by itself.
+1. *Fence.* A generation below the highest seen for the actor is refused with `LeaseLost`. A higher one is written
+   down. A `Discard` ends its operation here for ever: a wake of that operation that comes later is refused.
+2. *One at a time.* The same call of the same operation joins the one under way. Any other stops it first and waits
+   until it has stopped: who sends another call has given the first one up. Only a `Discard` is left to end by itself.
 3. *Once.* A call that is in the journal is answered from it, if what it speaks of still exists.
 4. *Do, record, answer.* A caller that goes away stops nothing.
 """
@@ -42,8 +42,8 @@ class _Running:
 
 
 class Fence:
-    """``floor``: the generation of the actor's resident, 0 for none. ``still_holds``: whether what the recorded answer of
-    a call speaks of is still so."""
+    """``floor``: the generation of the actor's resident, 0 for none. ``still_holds``: whether what the recorded answer
+    of a call speaks of is still so."""
 
     def __init__(
         self,
@@ -77,9 +77,9 @@ class Fence:
         if isinstance(call, api.Discard):
             self._journal.end_operation(uid, call.operation_id)
         while (running := self._running.get(uid)) is not None:
-            if type(running.call) is type(call) and running.call.operation_id == call.operation_id:
-                if not running.stopped:
-                    return await self._outcome(running.task, call)
+            same = type(running.call) is type(call) and running.call.operation_id == call.operation_id
+            if same and not running.stopped:
+                return await self._outcome(running.task, call)
             running.stop()
             await asyncio.wait({running.task})
             self._check(call)  # somebody else may have come meanwhile

@@ -1,7 +1,7 @@
 """What actors write to stdout and stderr: from the sandbox's named pipe into bounded files, one per incarnation.
 
-An actor that floods is slowed down, not the worker: its pipe is read at `MAX_BYTES_PER_S`, and when it is full the actor
-waits. All files of a worker together are bounded too; the longest unchanged go first.
+An actor that floods is slowed down, not the worker: its pipe is read at `MAX_BYTES_PER_S`, and when it is full the
+actor waits. All files of a worker together are bounded too; the longest unchanged go first.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     staging/<actor uid>/<snapshot id>/       the files
     staging/<actor uid>/<snapshot id>.json   the manifest as far as it is known; written when the files are complete
 
-A staged snapshot is what a *frozen* sandbox is worth: it is dropped before the sandbox is thawed, frozen for a pause, or
-ended, so one that is there is never older than the sandbox.
+A staged snapshot is what a *frozen* sandbox is worth: it is dropped before the sandbox is thawed, frozen for a pause,
+or ended, so one that is there is never older than the sandbox.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ class CapacityQueue:
         candidates: Callable[[], list[Binding]],
         evict: Callable[[Binding], asyncio.Task[None]],
     ) -> None:
-        """``candidates``: actors that may be suspended now, the best first. ``evict`` begins to suspend one, which is no
-        candidate from then on; the task ends without an error when the slot is free."""
+        """``candidates``: actors that may be suspended now, the best first. ``evict`` begins to suspend one, which is
+        no candidate from then on; the task ends without an error when the slot is free."""
         self._pool = pool
         self._config = config
         self._candidates = candidates

@@ -479,8 +479,8 @@ class Drivers:
 
 
 def _ids(actor: Actor, op: Operation) -> dict[str, Any]:
-    """What every call about an actor carries. Each attempt on another worker is an operation of its own to workers: what
-    was ended there with the attempt before stays ended."""
+    """What every call about an actor carries. Each attempt on another worker is an operation of its own to workers:
+    what was ended there with the attempt before stays ended."""
     attempt = op.id if op.attempts == 1 else f"{op.id}-{op.attempts}"
     return {"operation_id": attempt, "actor_uid": actor.uid, "generation": op.generation}
 

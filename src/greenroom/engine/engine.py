@@ -82,8 +82,8 @@ class Engine:
         self.spawn(self.recovery.reconcile_loop(), "reconcile-loop")
 
     async def close(self) -> None:
-        """Stops at once; what is under way stays behind as rows, for the next start. Who waits for it gets `Unavailable`
-        (reason ``SHUTTING_DOWN``)."""
+        """Stops at once; what is under way stays behind as rows, for the next start. Who waits for it gets
+        `Unavailable` (reason ``SHUTTING_DOWN``)."""
         await self.ops.close()
 
     def spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:

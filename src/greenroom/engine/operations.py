@@ -16,8 +16,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import structlog
 from msgspec.structs import replace
 
-from greenroom.core.errors import GreenroomError, LeaseLost, NotFound, ResourceExhausted, Unavailable
-from greenroom.core.lifecycle import ActorCommand, Begin, Change, OperationCommand, Outcome
+from greenroom.core.errors import (
+    GreenroomError,
+    LeaseLost,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    rebuild,
+)
+from greenroom.core.lifecycle import (
+    ActorCommand,
+    BeginDelete,
+    BeginPause,
+    BeginResume,
+    BeginSuspend,
+    Change,
+    OperationCommand,
+    Outcome,
+)
 from greenroom.core.records import Failure, Operation, OperationState
 from greenroom.store.port import R
 
@@ -27,6 +43,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
+Begin = BeginResume | BeginSuspend | BeginPause | BeginDelete
 Driver = Callable[[Change], Coroutine[Any, Any, Operation]]
 
 
@@ -39,8 +56,6 @@ def new_id() -> str:
 
 def failure_of(operation: Operation) -> GreenroomError:
     """What a FAILED operation failed with, as an error to raise."""
-    from greenroom.core.errors import rebuild
-
     failure = operation.error or Failure(code="INTERNAL", reason="INTERNAL", message="failed without saying why")
     return rebuild(failure.code, failure.reason, failure.message, {**failure.metadata, "operation": operation.id})
 

@@ -275,8 +275,8 @@ class Recovery:
 
     async def _compare(self, worker: str, *, anew: bool = False) -> list[str]:
         """Settles every difference between what runs on a worker and what should. One at a time per worker; who comes
-        meanwhile joins it, or (``anew``) waits for its end and begins another. Returns the operations that held an actor
-        there."""
+        meanwhile joins it, or (``anew``) waits for its end and begins another. Returns the operations that held an
+        actor there."""
         task = self._comparing.get(worker)
         while task is not None and anew:
             await asyncio.wait({task})
@@ -380,8 +380,8 @@ class Recovery:
             pass  # it has been taken over meanwhile, and is none any more
 
     async def _exited(self, worker: str, event: api.SandboxExited) -> None:
-        """A sandbox has ended by itself. An operation that holds the actor just now may have had its answer before that;
-        so the actor is looked at again when it has ended."""
+        """A sandbox has ended by itself. An operation that holds the actor just now may have had its answer before
+        that; so the actor is looked at again when it has ended."""
         while operation := await self._insist(lambda: self._record_exit(worker, event)):
             await self._ops.ended(operation)
             await asyncio.sleep(self._engine.config.retry_s)  # its driver may have given up; until it has a new one

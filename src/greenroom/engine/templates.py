@@ -142,7 +142,7 @@ class Preparer:
 
     async def take_up(self, op: Operation) -> None:
         """Goes on with a preparation whose driver is gone: from its beginning, or only says how it ended. The caller
-        has claimed it (`Operations.claim`)."""
+        has claimed it (`Operations.claim`). Waits for no other operation: the caller may be about to take that up."""
         try:
             template = await self._ops.read(Template, str(op.key))
         except NotFound:
@@ -150,8 +150,7 @@ class Preparer:
         if template is None or template.uid != op.uid:
             await self._end(op, _deleted(op))
         elif template.state is TemplateState.READY:
-            await self._quietly(self._drop_golden(template))
-            await self._end(op, None)
+            self._ops.track(op, self._tidy(template, op))
         elif template.operation == op.id or template.state is TemplateState.PENDING:
             template = await self._change(template, state=TemplateState.PREPARING, operation=op.id)
             fresh = time.time() + self._engine.config.prepare_deadline_s
@@ -179,6 +178,11 @@ class Preparer:
             failure = {"state": TemplateState.FAILED, "reason": error.reason, "message": error.message}
             await self._quietly(self._change(template, op, **failure, operation=""))
         return await self._end(op, error, phases)
+
+    async def _tidy(self, template: Template, op: Operation) -> Operation:
+        """The end of a preparation that has succeeded."""
+        await self._quietly(self._drop_golden(template))
+        return await self._end(op, None)
 
     async def _prepare(self, template: Template, op: Operation, phases: Phases) -> None:
         spec, golden = template.spec, _golden(template.key)
@@ -285,13 +289,11 @@ class Preparer:
         try:
             # No actor can be made from a template that is FAILED; one that was made meanwhile is seen by a second look.
             message = "it is being deleted; delete it again if that does not end"
-            deleting = {"state": TemplateState.FAILED, "reason": "Deleting", "message": message, "operation": ""}
-            await self._change(template, **deleting)
+            await self._change(template, state=TemplateState.FAILED, reason="Deleting", message=message, operation="")
             try:
                 await self._check_unused(template)
             except FailedPrecondition:
-                before = {"state": template.state, "reason": template.reason, "message": template.message}
-                await self._change(template, **before)
+                await self._change(template, state=template.state, reason=template.reason, message=template.message)
                 raise
             if claimed:
                 op = await self._ops.read(Operation, claimed)
@@ -334,7 +336,8 @@ class Preparer:
             _succeeded(await self._engine.delete(_golden(template.key), cause="template"))
         except NotFound:
             pass
-        keep = template.golden_snapshot if keep is None else keep
+        if keep is None:
+            keep = (await self._ops.read(Template, template.pk)).golden_snapshot
         where = {"template": template.name}
         for snapshot in await self._store.list(Snapshot, namespace=template.namespace, where=where):
             if snapshot.golden and snapshot.id != keep:
@@ -367,6 +370,8 @@ class Preparer:
             current = await self._store.get(Template, template.pk)
             if current.uid != template.uid:
                 raise NotFound(f"template {template.key} was deleted", reason="TEMPLATE_NOT_FOUND")
+            if all(getattr(current, name) == value for name, value in fields.items()):
+                return current  # written already, and the reply was lost
             if op is not None and current.operation != op.id:
                 raise _overtaken(op)
             since = current.state_since if fields.get("state", current.state) is current.state else time.time()

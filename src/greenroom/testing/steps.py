@@ -1,8 +1,8 @@
 """Failing step N: counts what an engine does to the world outside it, and lets one step go wrong in a chosen way.
 
 As SQLite's anomaly tests do: run an operation with step 1 failing, then with step 2 failing, and so on, until it runs
-without that step being reached. A step is one ``apply``, ``put``, ``remove`` or ``get`` of the store and one ``call`` of
-the hub; whatever loop or operation it comes from.
+without that step being reached. A step is one ``apply``, ``put``, ``remove`` or ``get`` of the store or one ``call`` of
+the hub, whatever loop or operation it comes from.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class Steps:
         self._fault = Fault.REFUSED
         #: What the step was that the fault was done to; "" while none was.
         self.hit = ""
+        #: Whether the fault is just being done.
+        self.acting = False
         #: Set when the control plane is to die: nothing that it does afterwards reaches anything.
         self.control_dies = asyncio.Event()
         #: Ends agents: that of the worker, or all for "".
@@ -62,7 +64,11 @@ class Steps:
             return await act()
         self.hit = name
         self._number = 0
-        return await self._go_wrong(name, worker, act)
+        self.acting = True
+        try:
+            return await self._go_wrong(name, worker, act)
+        finally:
+            self.acting = False
 
     async def _go_wrong(self, name: str, worker: str, act: Callable[[], Awaitable[T]]) -> T:
         reason = "WORKER_DISCONNECTED" if worker else ""

@@ -46,7 +46,6 @@ from greenroom.core.records import (
 from greenroom.engine.config import EngineConfig
 from greenroom.engine.engine import Engine
 from greenroom.images.store import DiskImageStore
-from greenroom.sandbox import dial
 from greenroom.sandbox.sim import SimBackend, SimScript
 from greenroom.snapshots.store import ObjectSnapshotStore
 from greenroom.store.memory import MemoryStore
@@ -70,7 +69,7 @@ QUICK = EngineConfig(
     reconcile_s=0.05,
 )
 #: How long `SimWorld.settle` waits. Everything takes milliseconds; this bounds a world that never settles.
-SETTLE_S = 5.0
+SETTLE_S = 3.0
 _POLL_S = 0.002
 
 
@@ -221,7 +220,7 @@ class SimWorld:
         binding = (await self.engine.wake(key)).binding
         binding.acquire()
         try:
-            reader, writer = await asyncio.open_unix_connection(dial.address(binding.endpoint))
+            reader, writer = await asyncio.open_unix_connection(binding.endpoint.path)
             binding.on_revoke(writer.transport.abort)
             try:
                 writer.write(f"GET {path} HTTP/1.1\r\nGreenroom-Actor: {key}\r\nConnection: close\r\n\r\n".encode())
@@ -237,6 +236,12 @@ class SimWorld:
         if b" 200 " not in head.partition(b"\r\n")[0]:
             raise Unavailable(f"actor {key} answered {answer!r}")
         return msgspec.json.decode(body, type=Said)
+
+    def end_program(self, key: Key, code: int = 3) -> None:
+        """The actor's program ends by itself; without a request, which would be one more that can fail."""
+        for backend in self.backends.values():
+            if (sandbox := backend._resident.get(str(key))) is not None:
+                backend._leave(sandbox, code)
 
     # --- what must hold -----------------------------------------------------------------------------------
 
@@ -261,6 +266,8 @@ class SimWorld:
         """What keeps this world from being at rest."""
         await audit(self.store)
         found = [f"still starting: {task}" for task in self._tasks]
+        if self.steps.acting or self.steps.control_dies.is_set():
+            found.append(f"still going wrong: {self.steps.hit}")
         actors = await list_all(self.store, Actor)
         found += [f"under way: {o}" for o in await list_all(self.store, Operation) if o.state is OperationState.RUNNING]
         found += [f"in between: {a}" for a in actors if a.state in states.BUSY]
@@ -296,7 +303,7 @@ class SimWorld:
         return [f"bound or running, but not both: {x}" for x in bound ^ running] + [f"{x}" for x in draining]
 
     def _leftovers(self) -> list[str]:
-        return [f"staged: {path}" for name in self.agents for path in (self.root / name / "staging").rglob("*")]
+        return [f"staged: {path}" for name in self.agents for path in (self.root / name / "staging").iterdir()]
 
     async def _snapshot_problems(self, actors: list[Actor]) -> list[str]:
         """Snapshots on disk are those with a record, and each record is wanted by somebody."""
