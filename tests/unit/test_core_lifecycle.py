@@ -244,7 +244,7 @@ def test_rebind_counts_the_slot_it_has_as_free() -> None:
 def test_a_crashed_actor_is_held_or_woken_as_its_template_says() -> None:
     crashed = replace(RESUMING, actor=actor(S.CRASHED, unsaved_since=5.0), operation=None, lease=None)
     assert crashed.template
-    with pytest.raises(FailedPrecondition, match=r"greenroom resume actor a -n ns") as held:
+    with pytest.raises(FailedPrecondition, match=r"greenroom resume a -n ns") as held:
         lc.decide(crashed, begin(lc.BeginResume, hold_crashed=True))
     assert held.value.reason == "ACTOR_CRASHED" and held.value.metadata["unsaved_since"] == "5.0"
     on_purpose = lc.decide(crashed, begin(lc.BeginResume))

@@ -8,11 +8,13 @@ ended by itself.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, assert_never
@@ -246,13 +248,9 @@ class Agent:
             self._check_runs_here(call.snapshot)
         await self._end_resident(call.actor_uid)  # of an earlier operation that was backed out
         cls = await self._class_of(call.image_digest, call.spec, reporter)
-        if self._warm is None:
-            async with self._admission:
-                return await self._wake_in(call, cls, marks)
-        self._warm.want(cls)
-        async with self._admission:
-            with self._warm:
-                return await self._wake_in(call, cls, marks)
+        if self._warm:
+            self._warm.want(cls)
+        return await self._wake_in(call, cls, marks)
 
     async def _wake_in(self, call: api.Start | api.Restore, cls: SandboxClass, marks: _Marks) -> api.Started:
         marks.end("prepare")
@@ -260,14 +258,15 @@ class Agent:
         if isinstance(call, api.Restore):
             source = await self._snapshots.fetch(call.snapshot, self._config.state_dir / "cache")
             marks.end("fetch")
-            # Reading the digests takes as long as the sandbox takes to load; nobody can reach the actor before both are
-            # done, so they run side by side.
-            verify = asyncio.create_task(self._snapshots.verify(call.snapshot, source))
         try:
-            if isinstance(call, api.Restore):
-                running = await self._backend.restore(cls, call.identity, source, call.snapshot.hostname)
-            else:
-                running = await self._backend.start(cls, call.identity)
+            async with self._admitted():
+                if isinstance(call, api.Restore):
+                    # Reading the digests takes as long as the sandbox takes to load; nobody can reach the actor before
+                    # both are done, so they run side by side.
+                    verify = asyncio.create_task(self._snapshots.verify(call.snapshot, source))
+                    running = await self._backend.restore(cls, call.identity, source, call.snapshot.hostname)
+                else:
+                    running = await self._backend.start(cls, call.identity)
         except BaseException:
             if verify is not None:
                 await asyncio.gather(verify)  # a corrupt snapshot explains why it could not be loaded
@@ -293,6 +292,14 @@ class Agent:
             )
         resident.state = ResidentState.RUNNING
         return api.Started(endpoint=running.endpoint, phases=tuple(marks.phases), warm=running.warm)
+
+    @asynccontextmanager
+    async def _admitted(self) -> AsyncIterator[None]:
+        """As many sandboxes at a time are loaded as there are cores, and no warm ones are made meanwhile. Booting is
+        the actor's own time and holds up nobody."""
+        async with self._admission:
+            with self._warm or contextlib.nullcontext():
+                yield
 
     def _check_runs_here(self, snapshot: Snapshot) -> None:
         fits = snapshot.backend == self._backend.name and (

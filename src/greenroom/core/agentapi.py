@@ -91,8 +91,8 @@ class Freeze(ActorCall, frozen=True, kw_only=True):
 
 
 class Thaw(ActorCall, frozen=True, kw_only=True):
-    """Lets a frozen sandbox go on; what a suspend that is off wrote to the worker's disk is removed first. Idempotent. ->
-    `Started` with the endpoint."""
+    """Lets a frozen sandbox go on; what a suspend that is off wrote to the worker's disk is removed first.
+    Idempotent. -> `Started` with the endpoint."""
 
 
 class ListResident(Call, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Collection
+from datetime import UTC, datetime
 from typing import ClassVar, assert_never
 
 from msgspec.structs import replace
@@ -488,12 +489,19 @@ def _source(view: View, actor: Actor) -> Snapshot | None:
 
 def _check_not_held(actor: Actor, template: Template) -> None:
     if template.spec.on_crash is OnCrash.HOLD:
+        what = f"actor {actor.key} crashed ({actor.reason}: {actor.message})"
         raise FailedPrecondition(
-            f"actor {actor.key} crashed ({actor.reason}: {actor.message}) and what it did since {actor.unsaved_since} "
-            f"is lost; `greenroom resume actor {actor.name} -n {actor.namespace}` goes back to its last snapshot",
+            f"{what} and what it did since {_utc(actor.unsaved_since)} is lost; "
+            f"`greenroom resume {actor.name} -n {actor.namespace}` goes back to its last snapshot",
             reason="ACTOR_CRASHED",
             metadata={"unsaved_since": str(actor.unsaved_since)},
         )
+
+
+def _utc(seconds: float | None) -> str:
+    if seconds is None:
+        return "its last wake-up"
+    return datetime.fromtimestamp(seconds, UTC).isoformat(sep=" ", timespec="seconds")
 
 
 def _template_not_ready(template: Template) -> FailedPrecondition:

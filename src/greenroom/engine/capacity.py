@@ -14,9 +14,13 @@ from greenroom.engine.config import EngineConfig
 class CapacityQueue:
     """The wake-ups that wait for a slot in one pool.
 
-    `slot_freed` lets the first one try again; it goes back to the front if somebody else was quicker (`wait` with
-    ``again``), and otherwise lets the next one try. While anybody waits, idle actors are suspended, at most
-    ``config.evictions`` at a time and never more than there are waiting.
+    Each `slot_freed` gives the first one its turn to try; it goes back to the front if somebody else was quicker (`wait`
+    with ``again``). Who has its turn and does not take a slot after all passes it on by another `slot_freed`. So slots and
+    turns are as many, and nobody is overtaken again and again. A turn that is a ``probe`` may be one too much or stand for
+    many (a worker has come): who finds a slot with it lets the next one probe.
+
+    While anybody waits, idle actors are suspended, at most ``config.evictions`` at a time and never more than there are
+    waiting.
     """
 
     def __init__(
@@ -25,6 +29,7 @@ class CapacityQueue:
         config: EngineConfig,
         candidates: Callable[[], list[Binding]],
         evict: Callable[[Binding], asyncio.Task[None]],
+        why: Callable[[], str] = lambda: "every running actor has open requests",
     ) -> None:
         """``candidates``: actors that may be suspended now, the best first. ``evict`` begins to suspend one, which is
         no candidate from then on; the task ends without an error when the slot is free."""
@@ -32,21 +37,23 @@ class CapacityQueue:
         self._config = config
         self._candidates = candidates
         self._evict = evict
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._why = why  # nothing became free
+        self._waiting: deque[asyncio.Future[bool]] = deque()
         self._evicting: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    async def wait(self, *, again: bool, until: float) -> None:
-        """Returns when it is this caller's turn to try. ``again``: it has been its turn before. ``until``: loop time.
+    async def wait(self, *, again: bool, until: float) -> bool:
+        """Returns when it is this caller's turn to try: whether the turn is a probe. ``again``: it has been its turn
+        before. ``until``: loop time.
 
         Raises:
             ResourceExhausted: the queue is full, or nothing became free in time.
         """
         if len(self._waiting) >= self._config.max_waiting and not again:
             raise self._exhausted(f"{len(self._waiting)} wake-ups are waiting already")
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         if again:
             self._waiting.appendleft(turn)
         else:
@@ -54,22 +61,22 @@ class CapacityQueue:
         self.pump()
         try:
             async with asyncio.timeout_at(until):
-                await turn
+                return await turn
         except BaseException as error:
             if turn.done() and not turn.cancelled():
-                self.slot_freed()  # its turn came in the very moment it gave up: the next one's, then
+                self.slot_freed(probe=turn.result())  # it came in the very moment of giving up: the next one's, then
             if isinstance(error, TimeoutError):
-                raise self._exhausted("every running actor has open requests") from None
+                raise self._exhausted(self._why()) from None
             raise
         finally:
             if turn in self._waiting:
                 self._waiting.remove(turn)
 
-    def slot_freed(self) -> None:
+    def slot_freed(self, *, probe: bool = False) -> None:
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
-                turn.set_result(None)
+                turn.set_result(probe)
                 return
 
     def pump(self) -> None:

@@ -69,6 +69,8 @@ A = TypeVar("A", bound=Record)
 
 #: A worker that takes longer to end a sandbox is asked again by `Recovery`.
 DISCARD_TIMEOUT_S = 30.0
+#: Thawing takes milliseconds; a worker that takes longer hangs, and what lives there can't be reached by anybody.
+PUT_BACK_TIMEOUT_S = 30.0
 #: Between two writes of an operation's progress.
 PROGRESS_INTERVAL_S = 0.25
 
@@ -195,6 +197,7 @@ class Drivers:
             raise
         except GreenroomError:
             raise error from None  # there is no other worker; the first failure says more
+        self._engine.slot_freed()  # the one that it had
         actor, bound = _both(change)
         return actor, replace(bound, deadline_at=op.deadline_at), change.source, change.template
 
@@ -309,10 +312,11 @@ class Drivers:
         try:
             if error.reason == "WORKER_DISCONNECTED":
                 raise error  # it has been waited for already
-            if op.from_state is ActorState.PAUSED:
-                await self._call(op, api.Freeze(**ids), api.Done)
-            else:
-                endpoint = (await self._call(op, api.Thaw(**ids), api.Started)).endpoint
+            async with _limit(PUT_BACK_TIMEOUT_S, f"putting actor {actor.key} back"):
+                if op.from_state is ActorState.PAUSED:
+                    await self._call(op, api.Freeze(**ids), api.Done)
+                else:
+                    endpoint = (await self._call(op, api.Thaw(**ids), api.Started)).endpoint
         except LeaseLost:
             raise
         except GreenroomError as lost:
@@ -488,6 +492,15 @@ def _ids(actor: Actor, op: Operation) -> dict[str, Any]:
 def _both(change: Change) -> tuple[Actor, Operation]:
     assert change.actor is not None and change.operation is not None
     return change.actor, change.operation
+
+
+@asynccontextmanager
+async def _limit(seconds: float, what: str) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise Unavailable(f"{what} took longer than {seconds:g} s", reason="WORKER_HANGS") from None
 
 
 @asynccontextmanager

@@ -93,9 +93,9 @@ class Engine:
     async def wake(self, key: Key) -> Wake:
         return await self.wakes.wake(key)
 
-    def slot_freed(self) -> None:
-        """Some slot of some pool is free, or a worker has come."""
-        self.wakes.slot_freed()
+    def slot_freed(self, *, probe: bool = False) -> None:
+        """Some slot of some pool is free; with ``probe`` none or many may be: a worker has come."""
+        self.wakes.slot_freed(probe=probe)
 
     def actor_idle(self) -> None:
         """Some actor may be suspended to make room."""
@@ -367,7 +367,13 @@ class Engine:
             while page := await self.store.list(Actor, where={"state": state}, after=after):
                 keys += [a.key for a in page if workers is None or a.worker in workers]
                 after = page[-1].pk
-        results = await asyncio.gather(*(self.suspend(key, cause="shutdown") for key in keys), return_exceptions=True)
+        turns = asyncio.Semaphore(self.config.evictions * max(1, len(self.hub.connected())))
+
+        async def one(key: Key) -> Operation:
+            async with turns:
+                return await self.suspend(key, cause="shutdown")
+
+        results = await asyncio.gather(*map(one, keys), return_exceptions=True)
         for key, result in zip(keys, results, strict=True):
             if isinstance(result, BaseException):
                 log.warning("could not suspend", actor=str(key), error=str(result))

@@ -164,7 +164,7 @@ class Recovery:
                 continue
             self.arrival.set()
             self.arrival = asyncio.Event()
-            self._engine.slot_freed()
+            self._engine.slot_freed(probe=True)
             # An operation that had its answer before the worker went away does not notice what went with it.
             self._engine.spawn(self._compare_after(under_way, hello.worker), f"compare-{hello.worker}")
             self._engine.spawn(self._unpublish(hello.worker), f"unpublish-{hello.worker}")
@@ -443,8 +443,8 @@ class Recovery:
                     if not running.task.done():
                         log.warning("lost the lease of an operation", operation=operation.id, error=lost.message)
                         running.task.cancel()
-                except GreenroomError as error:
-                    log.warning("lease not renewed, tries again", operation=operation.id, error=error.message)
+                except Exception as error:
+                    log.warning("lease not renewed, tries again", operation=operation.id, exc_info=_bug(error))
 
     async def janitor_loop(self) -> None:
         """Goes on with operations that nobody runs, and removes what is condemned."""
@@ -454,8 +454,8 @@ class Recovery:
                 await self._take_up_operations(force=False)
                 await self._remove_condemned()
                 await self._store.trim()
-            except GreenroomError as error:
-                log.warning("janitor tries again", error=error.message)
+            except Exception as error:  # whatever it is, the next round must come
+                log.warning("janitor tries again", error=str(error), exc_info=_bug(error))
 
     async def reconcile_loop(self) -> None:
         """Finds what no message told: a sandbox that ended unheard, one that could not be ended, a worker that went."""
@@ -463,8 +463,8 @@ class Recovery:
             await asyncio.sleep(self._engine.config.reconcile_s)
             try:
                 await self._sweep()
-            except GreenroomError as error:
-                log.warning("sweep tries again", error=error.message)
+            except Exception as error:
+                log.warning("sweep tries again", error=str(error), exc_info=_bug(error))
 
     async def _sweep(self) -> None:
         connected = self._engine.hub.connected()
@@ -513,3 +513,8 @@ class Recovery:
                     raise closing() from error
                 log.warning("tries again", error=error.message)
             await asyncio.sleep(self._engine.config.retry_s)
+
+
+def _bug(error: Exception) -> Exception | None:
+    """An error that nobody raised on purpose is logged with its traceback."""
+    return None if isinstance(error, GreenroomError) else error

@@ -70,6 +70,9 @@ class Preparer:
     async def apply(self, key: Key, spec: TemplateSpec, request_id: str) -> tuple[Template, Operation | None]:
         """See `greenroom.engine.port.ControlPlane.apply_template`."""
         template = await self._found_or_new(key, spec)
+        if template.spec != spec and template.state is TemplateState.FAILED:
+            await self.delete(key)  # nobody was ever made from it, else this says who
+            template = await self._found_or_new(key, spec)
         if template.spec != spec:
             raise FailedPrecondition(
                 f"template {key} exists with another spec, and templates can't change: actors were made from it; "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from greenroom.core.errors import GreenroomError, LeaseHeld, ResourceExhausted, Unavailable
-from greenroom.core.lifecycle import BeginResume, BeginSuspend, Change
+from greenroom.core.lifecycle import BeginResume, BeginSuspend, Change, Outcome
 from greenroom.core.records import Actor, ActorState, Key, Operation, OperationState, Template
 from greenroom.engine.bindings import Binding, Wake
 from greenroom.engine.capacity import CapacityQueue
@@ -33,6 +33,17 @@ class _Waking:
 
     task: asyncio.Task[Operation]
     waiters: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """The turn to try for a slot; who has one takes a slot or passes it on."""
+
+    queue: CapacityQueue
+    probe: bool
+
+    def pass_on(self) -> None:
+        self.queue.slot_freed(probe=self.probe)
 
 
 class Wakes:
@@ -92,32 +103,33 @@ class Wakes:
         """Begins a resume as soon as it can be begun, and waits for its end."""
         until = asyncio.get_running_loop().time() + self._engine.config.capacity_wait_s
         phases = Phases()
-        queued = await self._wait_behind(key, until)
-        if queued:
+        turn = await self._wait_behind(key, until)
+        if turn is not None:
             phases.end("capacity")
         while True:
-            freed, full = self._freed, False
+            freed, in_the_way = self._freed, ""
             try:
                 change = await self._begin(key, request_id, cause, phases)
+                if turn is not None and (turn.probe or change.outcome is not Outcome.CHANGED):
+                    turn.pass_on()
                 break
             except LeaseHeld as held:
                 in_the_way = held.metadata["operation"]
-            except ResourceExhausted as error:
-                full = error.reason == "NO_CAPACITY"
-                if not full:
+                if turn is not None:
+                    turn.pass_on()
+            except BaseException as error:
+                if not (isinstance(error, ResourceExhausted) and error.reason == "NO_CAPACITY"):
+                    if turn is not None:
+                        turn.pass_on()
                     raise
-            finally:
-                if queued and not full:
-                    self._next()  # it was this one's turn, and there may be a further slot
-            if not full:
+            if in_the_way:
                 await self._ops.ended(in_the_way)
                 phases.end("turn")
-            elif freed == self._freed:
-                queue = self._queue((await self._template_of(key)).spec.pool)
-                if freed == self._freed:  # still, after the look into the store
-                    await queue.wait(again=queued, until=until)
-                    queued = True
-                    phases.end("capacity")
+                continue
+            queue = turn.queue if turn is not None else self._queue((await self._template_of(key)).spec.pool)
+            if freed == self._freed:  # nothing has become free since it was refused
+                turn = _Turn(queue, await queue.wait(again=turn is not None, until=until))
+                phases.end("capacity")
         if change.operation is None:
             return self._engine.without_work(change)
         return await self._ops.outcome(change.operation)
@@ -143,15 +155,14 @@ class Wakes:
 
     # --- in turn ------------------------------------------------------------------------------------------
 
-    async def _wait_behind(self, key: Key, until: float) -> bool:
-        """Lets those who wait for a slot in the same pool go first; True when there were any."""
+    async def _wait_behind(self, key: Key, until: float) -> _Turn | None:
+        """Lets those who wait for a slot in the same pool go first; None when there are none."""
         if not any(map(len, self._queues.values())):
-            return False
+            return None
         queue = self._queue((await self._template_of(key)).spec.pool)
         if not len(queue) or (await self._ops.read(Actor, str(key))).state is ActorState.PAUSED:
-            return False  # a paused actor has its slot
-        await queue.wait(again=False, until=until)
-        return True
+            return None  # a paused actor has its slot
+        return _Turn(queue, await queue.wait(again=False, until=until))
 
     async def _template_of(self, key: Key) -> Template:
         actor = await self._ops.read(Actor, str(key))
@@ -160,9 +171,18 @@ class Wakes:
     def _queue(self, pool: str) -> CapacityQueue:
         if pool not in self._queues:
             self._queues[pool] = CapacityQueue(
-                pool, self._engine.config, lambda: self._evictable(pool), lambda binding: self._evict(binding)
+                pool,
+                self._engine.config,
+                lambda: self._evictable(pool),
+                lambda binding: self._evict(binding),
+                lambda: self._why_full(pool),
             )
         return self._queues[pool]
+
+    def _why_full(self, pool: str) -> str:
+        if not any(hello.pool == pool for hello in self._engine.hub.connected().values()):
+            return "it has no connected worker (`greenroom get workers` and the server's log tell more)"
+        return "every running actor has open requests"
 
     def _evictable(self, pool: str) -> list[Binding]:
         workers = [name for name, hello in self._engine.hub.connected().items() if hello.pool == pool]
@@ -183,14 +203,11 @@ class Wakes:
 
         return self._ops.spawn(suspend(), f"evict-{binding.key}")
 
-    def slot_freed(self) -> None:
-        """Some slot of some pool is free, or a worker has come."""
+    def slot_freed(self, *, probe: bool = False) -> None:
+        """Some slot of some pool is free; with ``probe`` none or many may be: a worker has come."""
         self._freed += 1
-        self._next()
-
-    def _next(self) -> None:
         for queue in self._queues.values():
-            queue.slot_freed()
+            queue.slot_freed(probe=probe)
 
     def actor_idle(self) -> None:
         """Some actor may be suspended to make room."""
@@ -201,4 +218,5 @@ class Wakes:
     def look_again(self) -> None:
         """For what this process was not told of, such as a slot that somebody else has freed."""
         self.actor_idle()
-        self._next()
+        for queue in self._queues.values():
+            queue.slot_freed(probe=True)
