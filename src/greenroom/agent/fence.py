@@ -110,7 +110,8 @@ class Fence:
                 f"{type(call).__name__} with generation {call.generation} comes from an owner that lost its lease",
                 metadata={"generation": str(seen)},
             )
-        if isinstance(call, api.Start | api.Restore) and self._journal.ended(call.actor_uid) == call.operation_id:
+        ended = call.generation == seen and self._journal.ended(call.actor_uid) == call.operation_id
+        if ended and isinstance(call, api.Start | api.Restore):
             raise LeaseLost(
                 f"operation {call.operation_id} of actor {call.actor_uid} was ended on worker {self._worker} already; "
                 f"this {type(call).__name__} comes too late"

@@ -14,10 +14,10 @@ from greenroom.engine.config import EngineConfig
 class CapacityQueue:
     """The wake-ups that wait for a slot in one pool.
 
-    Each `slot_freed` gives the first one its turn to try; it goes back to the front if somebody else was quicker (`wait`
-    with ``again``). Who has its turn and does not take a slot after all passes it on by another `slot_freed`. So slots and
-    turns are as many, and nobody is overtaken again and again. A turn that is a ``probe`` may be one too much or stand for
-    many (a worker has come): who finds a slot with it lets the next one probe.
+    Each `slot_freed` gives the first one its turn to try; it goes back to the front if somebody else was quicker
+    (`wait` with ``again``). Who has its turn and does not take a slot after all passes it on by another `slot_freed`.
+    So there are as many turns as slots, and nobody is overtaken again and again. A turn that is a ``probe`` may be one
+    too many or stand for many (a worker has come): who finds a slot with it lets the next one probe.
 
     While anybody waits, idle actors are suspended, at most ``config.evictions`` at a time and never more than there are
     waiting.

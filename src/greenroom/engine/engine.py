@@ -39,6 +39,7 @@ from greenroom.core.records import (
     Template,
     TemplateSpec,
 )
+from greenroom.core.states import BOUND
 from greenroom.engine.bindings import BindingTable, Wake
 from greenroom.engine.config import EngineConfig
 from greenroom.engine.drivers import Drivers, Phases
@@ -360,9 +361,10 @@ class Engine:
             self.wakes.look_again()
 
     async def suspend_all(self, workers: Sequence[str] | None = None) -> list[Operation]:
-        """Suspends every running or paused actor (of the given workers); for a clean stop and for draining."""
+        """Suspends every actor that has a slot (on the given workers), after the operation that holds it, if one does;
+        for a clean stop and for draining."""
         keys: list[Key] = []
-        for state in (ActorState.RUNNING, ActorState.PAUSED):
+        for state in sorted(BOUND):
             after = ""
             while page := await self.store.list(Actor, where={"state": state}, after=after):
                 keys += [a.key for a in page if workers is None or a.worker in workers]

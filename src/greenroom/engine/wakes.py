@@ -35,15 +35,25 @@ class _Waking:
     waiters: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """The turn to try for a slot; who has one takes a slot or passes it on."""
+@dataclass(slots=True)
+class _Place:
+    """Where a wake-up stands in the queue for a slot: in none, waiting, or at its turn."""
 
-    queue: CapacityQueue
-    probe: bool
+    queue: CapacityQueue | None = None
+    has_turn: bool = False
+    probe: bool = False
+
+    async def wait(self, queue: CapacityQueue, until: float) -> None:
+        """Returns at its turn: at the end of the queue the first time, then at the front."""
+        again, self.queue, self.has_turn = self.queue is not None, queue, False
+        self.probe = await queue.wait(again=again, until=until)
+        self.has_turn = True
 
     def pass_on(self) -> None:
-        self.queue.slot_freed(probe=self.probe)
+        """It takes no slot now: the turn, if it has one, is the next one's."""
+        if self.has_turn and self.queue is not None:
+            self.queue.slot_freed(probe=self.probe)
+        self.has_turn = False
 
 
 class Wakes:
@@ -103,33 +113,31 @@ class Wakes:
         """Begins a resume as soon as it can be begun, and waits for its end."""
         until = asyncio.get_running_loop().time() + self._engine.config.capacity_wait_s
         phases = Phases()
-        turn = await self._wait_behind(key, until)
-        if turn is not None:
+        place = await self._behind(key, until)
+        if place.queue is not None:
             phases.end("capacity")
         while True:
-            freed, in_the_way = self._freed, ""
+            freed = self._freed
             try:
                 change = await self._begin(key, request_id, cause, phases)
-                if turn is not None and (turn.probe or change.outcome is not Outcome.CHANGED):
-                    turn.pass_on()
                 break
             except LeaseHeld as held:
-                in_the_way = held.metadata["operation"]
-                if turn is not None:
-                    turn.pass_on()
-            except BaseException as error:
-                if not (isinstance(error, ResourceExhausted) and error.reason == "NO_CAPACITY"):
-                    if turn is not None:
-                        turn.pass_on()
-                    raise
-            if in_the_way:
-                await self._ops.ended(in_the_way)
+                place.pass_on()
+                await self._ops.ended(held.metadata["operation"])
                 phases.end("turn")
-                continue
-            queue = turn.queue if turn is not None else self._queue((await self._template_of(key)).spec.pool)
-            if freed == self._freed:  # nothing has become free since it was refused
-                turn = _Turn(queue, await queue.wait(again=turn is not None, until=until))
-                phases.end("capacity")
+            except ResourceExhausted as full:
+                if full.reason != "NO_CAPACITY":
+                    place.pass_on()
+                    raise
+                queue = place.queue or self._queue((await self._template_of(key)).spec.pool)
+                if freed == self._freed:  # nothing has become free since it was refused
+                    await place.wait(queue, until)
+                    phases.end("capacity")
+            except BaseException:
+                place.pass_on()
+                raise
+        if place.probe or change.outcome is not Outcome.CHANGED:
+            place.pass_on()
         if change.operation is None:
             return self._engine.without_work(change)
         return await self._ops.outcome(change.operation)
@@ -155,14 +163,15 @@ class Wakes:
 
     # --- in turn ------------------------------------------------------------------------------------------
 
-    async def _wait_behind(self, key: Key, until: float) -> _Turn | None:
-        """Lets those who wait for a slot in the same pool go first; None when there are none."""
-        if not any(map(len, self._queues.values())):
-            return None
-        queue = self._queue((await self._template_of(key)).spec.pool)
-        if not len(queue) or (await self._ops.read(Actor, str(key))).state is ActorState.PAUSED:
-            return None  # a paused actor has its slot
-        return _Turn(queue, await queue.wait(again=False, until=until))
+    async def _behind(self, key: Key, until: float) -> _Place:
+        """Lets those who wait for a slot in the same pool go first, if there are any."""
+        place = _Place()
+        if any(map(len, self._queues.values())):
+            queue = self._queue((await self._template_of(key)).spec.pool)
+            paused = len(queue) and (await self._ops.read(Actor, str(key))).state is ActorState.PAUSED
+            if len(queue) and not paused:  # a paused actor has its slot
+                await place.wait(queue, until)
+        return place
 
     async def _template_of(self, key: Key) -> Template:
         actor = await self._ops.read(Actor, str(key))
