@@ -17,6 +17,7 @@ import pytest
 from kit import Kit, until
 from shell import Result, Shell, document, template
 
+from greenroom.core.errors import ResourceExhausted
 from greenroom.store.sqlite_file import DATABASE_FILE
 from greenroom.testing.leftovers import leftovers
 from greenroom.testing.live import LiveServer
@@ -393,6 +394,8 @@ def test_a_full_disk_loses_nothing(small_disk: Path, counter_image: str) -> None
             assert kit.get("a")["ram"] == 3
 
         with filled(small_disk, leave=0):  # nothing is begun
+            with pytest.raises(ResourceExhausted):  # the database still has some room in its own files
+                kit.create(*(f"filler-{n}" for n in range(1000)))
             for command in (("suspend", "a"), ("resume", "b"), ("create", "actor", "d", "--template=counter")):
                 shell(*command).failed(6, f"the disk that holds {small_disk}/greenroom.db is full", "delete actors")
             assert kit.live.request("default/b").headers["Greenroom-Error"] == "DISK_FULL"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -50,8 +51,9 @@ def test_killed_it_is_cleaned_up_by_the_next_one(data_dir: Path) -> None:
     demo = start(place)
     read_until(demo, "request 1 of 3")
     for pid in [demo.pid, *descendants(demo.pid)]:
-        if b"runsc" not in Path(f"/proc/{pid}/comm").read_bytes():
-            os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended by itself meanwhile
+            if b"runsc" not in Path(f"/proc/{pid}/comm").read_bytes():
+                os.kill(pid, signal.SIGKILL)
     demo.communicate(timeout=60)
     assert leftovers(place / "data") != [], "the sandboxes of a server that was killed go on"
     again = start(place)

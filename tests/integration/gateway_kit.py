@@ -236,6 +236,6 @@ class Client:
 async def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> Any:
     """Turns the loop until the condition holds, for what nothing announces; returns what it came to."""
     async with asyncio.timeout(timeout_s):
-        while not (value := condition()):  # noqa: ASYNC110
+        while not (value := condition()):
             await asyncio.sleep(0.002)
     return value

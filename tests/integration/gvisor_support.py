@@ -98,7 +98,7 @@ async def get(endpoint: Endpoint, path: str = "/info") -> Any:
 async def until(condition: Callable[[], bool]) -> None:
     """Waits for what nobody announces."""
     async with asyncio.timeout(READY_TIMEOUT_S):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await asyncio.sleep(0.002)
 
 

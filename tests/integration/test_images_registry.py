@@ -192,7 +192,7 @@ async def test_killed_half_way_goes_on(upstream: str, pushed: str, tmp_path: Pat
         await half_way.wait()
         large = max((tmp_path / "store/partial").iterdir(), key=lambda path: path.stat().st_size)
         async with asyncio.timeout(20):
-            while large.stat().st_size < 1 << 20:  # noqa: ASYNC110 - on its way to the disk, by another process
+            while large.stat().st_size < 1 << 20:
                 await asyncio.sleep(0.01)
         pulling.send_signal(signal.SIGKILL)
         await pulling.wait()

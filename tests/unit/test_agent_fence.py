@@ -28,6 +28,7 @@ class Bench:
         self.begun: list[str] = []
         self.stopped: list[str] = []
         self.ends: dict[str, asyncio.Future[Record]] = {}
+        self._sent: list[asyncio.Task[Record]] = []
 
     def work(self, name: str) -> Work:
         async def run() -> Record:
@@ -43,15 +44,21 @@ class Bench:
         return run
 
     def send(self, call: api.ActorCall, name: str) -> asyncio.Task[Record]:
-        return asyncio.ensure_future(self.fence.run(call, self.work(name)))
+        task = asyncio.ensure_future(self.fence.run(call, self.work(name)))
+        self._sent.append(task)
+        return task
+
+    async def close(self) -> None:
+        await self.fence.close()
+        await asyncio.gather(*self._sent, return_exceptions=True)
+        self.journal.close()
 
 
 @pytest.fixture
 async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     bench = Bench(tmp_path)
     yield bench
-    await bench.fence.close()
-    bench.journal.close()
+    await bench.close()
 
 
 async def turns() -> None:

@@ -27,7 +27,7 @@ async def collect(files: LogFiles, uid: str, tail: int = -1) -> bytes:
 
 async def until(condition: object) -> None:
     async with asyncio.timeout(10):
-        while not condition():  # type: ignore[operator]  # noqa: ASYNC110
+        while not condition():  # type: ignore[operator]
             await asyncio.sleep(0.005)
 
 

@@ -8,6 +8,7 @@ step, and what is undone when a step fails.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 import shutil
@@ -33,7 +34,7 @@ from greenroom.sandbox.gvisor.cgroups import Cgroups
 from greenroom.sandbox.gvisor.cli import CliControl
 from greenroom.sandbox.gvisor.control import SNAPSHOT_FILES, Command, Control, SocketControl
 from greenroom.sandbox.gvisor.exec import KILLED, open_session
-from greenroom.sandbox.gvisor.failures import sandbox_errors, why_not_running
+from greenroom.sandbox.gvisor.failures import disk_is_full, sandbox_errors, why_not_running
 from greenroom.sandbox.gvisor.machine import probe_machine
 from greenroom.sandbox.gvisor.naming import set_hostname
 from greenroom.sandbox.gvisor.network import Network
@@ -357,8 +358,11 @@ class GvisorBackend:
                     # To its end, whatever happens: gVisor can't be told to stop, and must not be thawed meanwhile.
                     await finish(self._factory.control.checkpoint(box.target, dest))
                     marks.append(("checkpoint", time.monotonic()))
-                except BaseException:
+                except BaseException as error:
+                    full = isinstance(error, UrpcError) and disk_is_full(dest)  # asked before there is room again
                     await finish(self._undo_checkpoint(box, dest))
+                    if full:
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(dest)) from error
                     raise
             return phase_times(marks, started)
 

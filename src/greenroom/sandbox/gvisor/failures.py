@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from greenroom.core.errors import (
     Unavailable,
 )
 from greenroom.sandbox.gvisor.urpc import UrpcClosed, UrpcError
+
+#: gVisor writes a checkpoint in pieces; less than one of them is no room.
+FULL_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
@@ -39,7 +43,15 @@ def sandbox_errors(sid: str, doing: str, command: str = "") -> Iterator[None]:
                 reason="COMMAND_NOT_FOUND",
                 metadata={"command": command},
             ) from e
-        raise Internal(f"{doing} failed in sandbox {sid}: {e}") from e
+        said = str(e).splitlines()[0]  # gVisor's own failures come with the stacks of its threads
+        raise Internal(f"{doing} failed in sandbox {sid}: {said}") from e
+
+
+def disk_is_full(directory: Path) -> bool:
+    """Whether a write there must have failed. On a full disk gVisor's checkpoint does not always say so: it may also
+    report a failure of its own."""
+    disk = os.statvfs(directory)
+    return disk.f_bavail * disk.f_frsize < FULL_BYTES
 
 
 def why_not_running(error: Exception, source: Path | None, log: str, memory_bytes: int) -> Exception:
