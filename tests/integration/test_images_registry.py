@@ -190,13 +190,16 @@ async def test_killed_half_way_goes_on(upstream: str, pushed: str, tmp_path: Pat
             sys.executable, "-c", _PULL, str(tmp_path / "store"), f"{front.host}/{pushed}"
         )
         await half_way.wait()
-        large = max((tmp_path / "store/partial").iterdir(), key=lambda path: path.stat().st_size)
+
+        def large() -> Path:
+            return max((tmp_path / "store/partial").iterdir(), key=lambda path: path.stat().st_size)
+
         async with asyncio.timeout(20):
-            while large.stat().st_size < 1 << 20:
+            while large().stat().st_size < 1 << 20:
                 await asyncio.sleep(0.01)
         pulling.send_signal(signal.SIGKILL)
         await pulling.wait()
-        kept = large.stat().st_size
+        kept = large().stat().st_size
         front.before_chunk = None
         go_on.set()
         front.ranges.clear()

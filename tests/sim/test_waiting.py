@@ -40,7 +40,9 @@ async def reached(world: SimWorld, key: Key, state: ActorState) -> None:
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(5):
-        while not await condition():
+        while True:
+            if await condition():
+                return
             await asyncio.sleep(0.001)
 
 
@@ -277,8 +279,9 @@ async def test_an_end_between_the_look_and_the_watch_is_not_missed(world: SimWor
     for number in range(30):
         key = await world.create(f"a{number}")
         resuming = asyncio.ensure_future(world.engine.resume(key))
-        while not (begun := await operations(world, key, OperationKind.RESUME)):
-            await asyncio.sleep(0)
+        for _ in range(6):
+            await asyncio.sleep(0)  # begun, and far from done
+        begun = await operations(world, key, OperationKind.RESUME)
         for _ in range(number):
             await asyncio.sleep(0)
         async with asyncio.timeout(5):

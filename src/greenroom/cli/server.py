@@ -22,7 +22,7 @@ import structlog
 
 from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2_grpc
 from greenroom.api.link import AgentHub
-from greenroom.api.server import MAX_SOCKET_PATH_BYTES, ApiServer
+from greenroom.api.server import MAX_SOCKET_PATH_BYTES, ApiServer, stop
 from greenroom.api.service import ServerInfo
 from greenroom.cli.supervisor import AgentPaths, Supervisor, awake_actors
 from greenroom.core.errors import FailedPrecondition, InvalidArgument, NotFound
@@ -175,7 +175,7 @@ class Server:
         if self.engine:
             await _step(self.engine.close())
         if self._link:
-            await _step(self._link.stop(grace=1.0))
+            await _step(stop(self._link, grace_s=1.0))
         if self.store:
             await _step(self.store.close())
         return [str(actor.key) for actor in awake]

@@ -137,8 +137,10 @@ class Engine:
     async def resume(
         self, key: Key, *, request_id: str = "", wait_s: float = DEFAULT_WAIT_S, cause: str = "api"
     ) -> Operation:
-        task = self.spawn(self.wakes.resume(key, request_id, cause), f"resume-{key}")
-        return await self._wait_task(task, key, wait_s)
+        # Who asks for an actor that is not crashed has not agreed to lose what it loses while the resume waits its turn.
+        actor = await self.ops.read(Actor, str(key))
+        work = self.wakes.resume(key, request_id, cause, actor.state is ActorState.CRASHED)
+        return await self._wait_task(self.spawn(work, f"resume-{key}"), key, wait_s)
 
     async def suspend(
         self, key: Key, *, request_id: str = "", wait_s: float = DEFAULT_WAIT_S, cause: str = "api"

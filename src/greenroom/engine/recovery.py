@@ -191,14 +191,17 @@ class Recovery:
 
     async def _change_worker(self, name: str, still: Callable[[], bool], **fields: Any) -> None:
         """Writes fields of a worker's record, as long as they are true (``still``)."""
+
+        async def write() -> None:
+            worker = await self._store.get(Worker, name)
+            draining = worker.state is WorkerState.DRAINING and fields.get("state") is WorkerState.ACTIVE
+            new = replace(worker, **fields | ({"state": worker.state} if draining else {}))
+            if still():
+                await self._store.put(new)
+
         for _ in range(WRITE_ATTEMPTS):
             try:
-                worker = await self._store.get(Worker, name)
-                if worker.state is WorkerState.DRAINING and fields.get("state") is WorkerState.ACTIVE:
-                    fields["state"] = WorkerState.DRAINING
-                if still():
-                    await self._store.put(replace(worker, **fields))
-                return
+                return await self._ops.steadily(write)
             except Conflict:
                 continue
             except NotFound:
@@ -496,12 +499,14 @@ class Recovery:
 
     async def _all(self, cls: type[R], **where: str) -> list[R]:
         """All pages of a list."""
-        found: list[R] = []
-        after = ""
-        while page := await self._store.list(cls, where=where, after=after):
-            found += page
-            after = page[-1].pk
-        return found
+
+        async def pages() -> list[R]:
+            found: list[R] = []
+            while page := await self._store.list(cls, where=where, after=found[-1].pk if found else ""):
+                found += page
+            return found
+
+        return await self._ops.steadily(pages)
 
     async def _insist(self, work: Callable[[], Awaitable[T]]) -> T:
         """Does what nobody else would do, until the store lets it."""

@@ -120,7 +120,7 @@ class Preparer:
                 self._ops.release(op.id)
         return op
 
-    async def _begin(self, template: Template, request_id: str) -> tuple[Template, Operation]:
+    async def _begin(self, template: Template, request_id: str) -> tuple[Template, Operation | None]:
         now = time.time()
         op = Operation(
             id=new_id(),
@@ -137,8 +137,12 @@ class Preparer:
         self._ops.claim(op.id)
         try:
             op = await self._store.put(op)
-            template = await self._change(template, state=TemplateState.PREPARING, operation=op.id)
+            template = await self._change(template, unchanged=True, state=TemplateState.PREPARING, operation=op.id)
             self._ops.track(op, self._run(template, op))
+        except Conflict as overtaken:  # by somebody else who applied it in the same moment
+            await self._end(op, overtaken)
+            template = await self._ops.read(Template, template.pk)
+            return template, await self._under_way(template)
         finally:
             self._ops.release(op.id)
         return template, op
@@ -160,7 +164,7 @@ class Preparer:
             op = await self._note(op, deadline_at=max(op.deadline_at, fresh))
             self._ops.track(op, self._run(template, op))
         else:
-            await self._end(op, _overtaken(op))
+            await self._end(op, _overtaken(template))
 
     async def _run(self, template: Template, op: Operation) -> Operation:
         phases = Phases()
@@ -175,12 +179,18 @@ class Preparer:
             )
         except GreenroomError as failed:
             error = failed
-        if error is not None:
+        if error is not None and error.reason != "OVERTAKEN":
             log.warning("template failed", template=str(template.key), reason=error.reason, error=error.message)
             await self._quietly(self._drop_golden(template))
-            failure = {"state": TemplateState.FAILED, "reason": error.reason, "message": error.message}
-            await self._quietly(self._change(template, op, **failure, operation=""))
+            await self._fail(template, op, error)
         return await self._end(op, error, phases)
+
+    async def _fail(self, template: Template, op: Operation, error: GreenroomError) -> None:
+        failed = TemplateState.FAILED
+        try:
+            await self._change(template, op, state=failed, reason=error.reason, message=error.message, operation="")
+        except (Conflict, NotFound) as gone:
+            log.info("template not marked as failed", template=str(template.key), error=gone.message)
 
     async def _tidy(self, template: Template, op: Operation) -> Operation:
         """The end of a preparation that has succeeded."""
@@ -202,8 +212,10 @@ class Preparer:
         await self._note(op, phase="snapshot")
         _succeeded(await self._engine.suspend(golden, cause="template"))
         snapshot = (await self._ops.read(Actor, str(golden))).snapshot
-        ready = {"state": TemplateState.READY, "reason": "", "message": "", "operation": ""}
-        template = await self._change(template, op, **ready, golden_snapshot=snapshot)
+        ready = TemplateState.READY
+        template = await self._change(
+            template, op, state=ready, reason="", message="", operation="", golden_snapshot=snapshot
+        )
         phases.end("snapshot")
         await self._quietly(self._drop_golden(template))
         self._warm_all(template)
@@ -361,12 +373,15 @@ class Preparer:
 
     # --- records ------------------------------------------------------------------------------------------
 
-    async def _change(self, template: Template, op: Operation | None = None, **fields: object) -> Template:
+    async def _change(
+        self, template: Template, op: Operation | None = None, *, unchanged: bool = False, **fields: object
+    ) -> Template:
         """Writes fields of a template, against whatever else is written to it.
 
         Raises:
             NotFound: it was deleted, also when there is another one of its name.
-            Conflict: it is not ``op`` that prepares it any more.
+            Conflict: it is not ``op`` that prepares it any more, or (``unchanged``) somebody has begun or ended a
+                preparation since ``template`` was read (reason ``OVERTAKEN``).
         """
 
         async def write() -> Template:
@@ -375,8 +390,9 @@ class Preparer:
                 raise NotFound(f"template {template.key} was deleted", reason="TEMPLATE_NOT_FOUND")
             if all(getattr(current, name) == value for name, value in fields.items()):
                 return current  # written already, and the reply was lost
-            if op is not None and current.operation != op.id:
-                raise _overtaken(op)
+            moved = (current.state, current.operation) != (template.state, template.operation)
+            if (op is not None and current.operation != op.id) or (unchanged and moved):
+                raise _overtaken(template)
             since = current.state_since if fields.get("state", current.state) is current.state else time.time()
             return await self._store.put(replace(current, **fields, state_since=since))
 
@@ -425,8 +441,8 @@ def _deleted(op: Operation) -> FailedPrecondition:
     return FailedPrecondition(f"template {op.key} was deleted while it was prepared", reason="TEMPLATE_DELETED")
 
 
-def _overtaken(op: Operation) -> Conflict:
-    return Conflict(f"another operation prepares template {op.key} now; see the template", reason="OVERTAKEN")
+def _overtaken(template: Template) -> Conflict:
+    return Conflict(f"another operation prepares template {template.key}; see the template", reason="OVERTAKEN")
 
 
 def _succeeded(operation: Operation) -> Operation:

@@ -92,7 +92,7 @@ class Wakes:
         """One wake-up for however many want it."""
         waking = self._waking.get(key)
         if waking is None:
-            waking = _Waking(self._ops.spawn(self.resume(key, "", "request"), f"wake-{key}"))
+            waking = _Waking(self._ops.spawn(self.resume(key, "", "request", False), f"wake-{key}"))
             self._waking[key] = waking
             waking.task.add_done_callback(lambda _: self._forget(key, waking))
         waking.waiters += 1
@@ -109,8 +109,9 @@ class Wakes:
             # From now on the actor may be suspended to make room, unless the caller uses it at once.
             asyncio.get_running_loop().call_soon(self.actor_idle)
 
-    async def resume(self, key: Key, request_id: str, cause: str) -> Operation:
-        """Begins a resume as soon as it can be begun, and waits for its end."""
+    async def resume(self, key: Key, request_id: str, cause: str, from_crash: bool) -> Operation:
+        """Begins a resume as soon as it can be begun, and waits for its end. ``from_crash``: somebody wants it to go
+        back to what was saved, and knows that the rest is lost."""
         until = asyncio.get_running_loop().time() + self._engine.config.capacity_wait_s
         phases = Phases()
         place = await self._behind(key, until)
@@ -119,7 +120,7 @@ class Wakes:
         while True:
             freed = self._freed
             try:
-                change = await self._begin(key, request_id, cause, phases)
+                change = await self._begin(key, request_id, cause, from_crash, phases)
                 break
             except LeaseHeld as held:
                 place.pass_on()
@@ -142,7 +143,7 @@ class Wakes:
             return self._engine.without_work(change)
         return await self._ops.outcome(change.operation)
 
-    async def _begin(self, key: Key, request_id: str, cause: str, phases: Phases) -> Change:
+    async def _begin(self, key: Key, request_id: str, cause: str, from_crash: bool, phases: Phases) -> Change:
         command = BeginResume(
             key=key,
             now=time.time(),
@@ -152,7 +153,7 @@ class Wakes:
             cause=cause,
             lease_ttl_s=self._engine.config.lease_ttl_s,
             deadline_s=self._engine.config.operation_deadline_s,
-            hold_crashed=cause == "request",
+            hold_crashed=not from_crash,
         )
 
         async def drive(change: Change) -> Operation:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
@@ -48,10 +49,17 @@ class Steps:
         #: Ends agents: that of the worker, or all for "".
         self.kill_agents: Callable[[str], Awaitable[None]] | None = None
         self._late: set[asyncio.Future[Any]] = set()
+        #: When set, how many turns of the loop each step takes is drawn from it: other orders of things.
+        self.random: random.Random | None = None
 
     def arm(self, number: int, fault: Fault) -> None:
         self._number, self._fault, self._count, self.hit = number, fault, 0, ""
         self.control_dies.clear()
+
+    async def turns(self) -> None:
+        """Before and after each step others have their turn, as they have while a real store or worker answers."""
+        for _ in range(self.random.randint(1, 3) if self.random else 1):
+            await asyncio.sleep(0)
 
     def disarm(self) -> None:
         self._number = 0
@@ -124,9 +132,13 @@ class Gate:
     async def step(self, name: str, worker: str, act: Callable[[], Awaitable[T]]) -> T:
         if self._closed:
             self.zombies.append(name)
+        await self._steps.turns()
         if self._shut or self._steps.control_dies.is_set():
             await asyncio.get_running_loop().create_future()
-        return await self._steps.step(name, worker, act)
+        try:
+            return await self._steps.step(name, worker, act)
+        finally:
+            await self._steps.turns()
 
 
 class SteppedStore:

@@ -126,8 +126,8 @@ class SimWorld:
 
     # --- parts that live and die --------------------------------------------------------------------------
 
-    async def start_control(self) -> None:
-        """A new control plane on the same store; the agents that live connect to it."""
+    async def start_control(self, *, connect: bool = True) -> None:
+        """A new control plane on the same store; the agents that live connect to it (``connect``)."""
         gate = Gate(self.steps)
         self._gates.append(gate)
         self.steps.control_dies.clear()
@@ -135,7 +135,7 @@ class SimWorld:
         config = replace(self.config, owner=f"control-{uuid.uuid4().hex[:8]}")
         self.engine = Engine(store, hub, self.snapshots, config)
         await self.engine.start()
-        for agent in self.agents.values():
+        for agent in self.agents.values() if connect else ():
             self.hub.connect(agent)
 
     async def stop_control(self) -> None:
