@@ -277,6 +277,13 @@ def test_chunks_mean_the_same_however_they_arrive(
     assert body.trailers == ((b"Digest: x\r\n",) if trailer else ())
 
 
+def test_a_small_chunk_that_ends_with_the_read() -> None:
+    """Found by the test above: a large chunk, then a small one whose last byte is the last that has arrived."""
+    body = ChunkedBody()
+    got = body.feed(b"12C\r\n" + b"x" * 300 + b"\r\n1\r\ny") + body.feed(b"\r\n0\r\n\r\n")
+    assert body.done and got == b"x" * 300 + b"y"
+
+
 @given(st.data(), chunks)
 def test_what_we_chunk_others_read(data: st.DataObject, pieces: list[bytes]) -> None:
     """httptools as the other reader."""

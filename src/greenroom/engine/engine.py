@@ -137,10 +137,12 @@ class Engine:
     async def resume(
         self, key: Key, *, request_id: str = "", wait_s: float = DEFAULT_WAIT_S, cause: str = "api"
     ) -> Operation:
-        # Who asks for an actor that is not crashed has not agreed to lose what it loses while the resume waits its turn.
-        actor = await self.ops.read(Actor, str(key))
-        work = self.wakes.resume(key, request_id, cause, actor.state is ActorState.CRASHED)
-        return await self._wait_task(self.spawn(work, f"resume-{key}"), key, wait_s)
+        return await self._wait_task(self.spawn(self._resume(key, request_id, cause), f"resume-{key}"), key, wait_s)
+
+    async def _resume(self, key: Key, request_id: str, cause: str) -> Operation:
+        # Who asks for an actor that has not crashed has not agreed to lose what it may lose before its turn comes.
+        crashed = (await self.ops.read(Actor, str(key))).state is ActorState.CRASHED
+        return await self.wakes.resume(key, request_id, cause, crashed)
 
     async def suspend(
         self, key: Key, *, request_id: str = "", wait_s: float = DEFAULT_WAIT_S, cause: str = "api"

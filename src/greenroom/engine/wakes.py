@@ -31,7 +31,7 @@ class _Waking:
     """A wake-up under way and how many wait for it. While somebody does, the actor is not suspended to make room: it
     would be gone before its first request."""
 
-    task: asyncio.Task[Operation]
+    task: asyncio.Task[Operation | None]
     waiters: int = 0
 
 
@@ -70,29 +70,36 @@ class Wakes:
         """See `greenroom.engine.port.Waker`."""
         operation: Operation | None = None
         for _ in range(WAKE_ATTEMPTS):
-            await self._bindings.drained(key)  # one that is about to be suspended first is, or is not
             if (binding := self._bindings.get(key)) is not None:
                 return Wake(binding, operation.id, operation.phases) if operation else Wake(binding)
             operation = await self._share(key)
-            if operation.state is OperationState.FAILED:
+            if operation is not None and operation.state is OperationState.FAILED:
                 raise failure_of(operation)
-            if self._bindings.peek(key) is None and not operation.id:
-                await self._engine.recovery.rejoin(key)  # it runs, but its worker has not been heard yet
         raise Unavailable(
             f"actor {key} was suspended as soon as it was awake, {WAKE_ATTEMPTS} times; "
             "raise the idle timeout of its template, or the pool's slots",
             reason="NOT_STAYING_AWAKE",
         )
 
+    async def _wake(self, key: Key) -> Operation | None:
+        """What wakes an actor without a binding; None when nothing had to be done, and there is a binding again."""
+        await self._bindings.drained(key)  # one that is about to be suspended first is, or is not
+        if self._bindings.get(key) is not None:
+            return None
+        operation = await self.resume(key, "", "request", False)
+        if self._bindings.peek(key) is None and not operation.id:
+            await self._engine.recovery.rejoin(key)  # it runs, but its worker has not been heard yet
+        return operation
+
     def being_woken(self, key: Key) -> bool:
         """Whether somebody waits for it or is about to use it."""
         return key in self._waking
 
-    async def _share(self, key: Key) -> Operation:
+    async def _share(self, key: Key) -> Operation | None:
         """One wake-up for however many want it."""
         waking = self._waking.get(key)
         if waking is None:
-            waking = _Waking(self._ops.spawn(self.resume(key, "", "request", False), f"wake-{key}"))
+            waking = _Waking(self._ops.spawn(self._wake(key), f"wake-{key}"))
             self._waking[key] = waking
             waking.task.add_done_callback(lambda _: self._forget(key, waking))
         waking.waiters += 1

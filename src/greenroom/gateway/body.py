@@ -123,8 +123,11 @@ class ChunkedBody:
         """Reads the next chunk's size, and before it the end of the last one; ``here`` if they are not whole yet."""
         line = here
         if self._at == _CHUNK_END:
-            if not data.startswith(b"\r\n", here) and data[here:] != b"\r":
+            end_of_chunk = data[here : here + 2]
+            if not b"\r\n".startswith(end_of_chunk):
                 raise BadMessage("a chunk does not end where its size says")
+            if len(end_of_chunk) < 2:
+                return here
             line += 2
         end = data.find(b"\r\n", line, line + MAX_CHUNK_LINE)
         if end < 0:

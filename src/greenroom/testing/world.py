@@ -148,6 +148,8 @@ class SimWorld:
         """As ``kill -9``: from this moment nothing of it reaches store or agents."""
         self._gates[-1].shut()
         self._cut_all()
+        for binding in self.engine.bindings.all():
+            self.engine.bindings.revoke(binding.key)  # the connections of its gateway die with it
         await self.engine.close()
         self._gates[-1].closed()
         if restart:
@@ -223,6 +225,8 @@ class SimWorld:
             reader, writer = await asyncio.open_unix_connection(binding.endpoint.path)
             binding.on_revoke(writer.transport.abort)
             try:
+                if binding.revoked:  # while it connected
+                    raise Unavailable(f"actor {key} was suspended before it was asked")
                 writer.write(f"GET {path} HTTP/1.1\r\nGreenroom-Actor: {key}\r\nConnection: close\r\n\r\n".encode())
                 answer = await reader.read()
             finally:
