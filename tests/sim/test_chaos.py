@@ -18,7 +18,7 @@ from greenroom.core.records import ActorState, Key, OperationState
 from greenroom.testing.steps import Fault
 from greenroom.testing.world import QUICK, SimWorld
 
-SEEDS = range(150)
+SEEDS = range(30)
 ACTORS = 8
 ACTS = 12
 DEATHS = 12

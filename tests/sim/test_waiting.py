@@ -234,6 +234,32 @@ async def test_who_waits_when_the_engine_closes_is_told_so(world: SimWorld) -> N
     assert await world.request(running) and await world.request(other)
 
 
+async def test_who_waits_for_a_worker_or_for_others_when_the_engine_closes_is_told_so(world: SimWorld) -> None:
+    draining, away = await world.create("draining"), await world.create("away")
+    (await world.engine.wake(draining)).binding.acquire()
+    await world.request(away)
+    await world.crash_control(restart=False)
+    await world.start_control(connect=False)
+    waiting = [asyncio.ensure_future(world.engine.wake(away))]
+    world.hub.connect(world.agents[(await world.actor(draining)).worker])
+    binding = (await world.engine.wake(draining)).binding
+    binding.acquire()
+    suspending = asyncio.ensure_future(world.engine.suspend(draining))
+
+    async def hidden() -> bool:
+        return world.engine.bindings.get(draining) is None
+
+    await until(hidden)
+    waiting.append(asyncio.ensure_future(world.engine.wake(draining)))
+    await asyncio.sleep(0)
+    await world.engine.close()
+    async with asyncio.timeout(3):
+        for task in (*waiting, suspending):
+            with pytest.raises(Unavailable):
+                await task
+    await world.crash_control()
+
+
 async def test_a_caller_that_is_cancelled_while_the_engine_closes_is_cancelled(world: SimWorld) -> None:
     key = await world.create("a")
     slow(world, restore=0.5)
@@ -319,8 +345,9 @@ async def test_few_slots_and_many_actors(make_world: Callable[..., Any]) -> None
 
 
 async def test_no_slot_becomes_free_in_time(make_world: Callable[..., Any]) -> None:
-    async with make_world(workers=1, slots=1, config=replace(QUICK, capacity_wait_s=0.1)) as world:
+    async with make_world(workers=1, slots=1) as world:
         await world.apply()
+        world.configure(capacity_wait_s=0.1)
         busy, other = await world.create("busy"), await world.create("other")
         binding = (await world.engine.wake(busy)).binding
         binding.acquire()
@@ -328,6 +355,7 @@ async def test_no_slot_becomes_free_in_time(make_world: Callable[..., Any]) -> N
         with pytest.raises(ResourceExhausted, match="open requests") as full:
             await world.engine.wake(other)
         assert full.value.reason == "NO_CAPACITY" and 0.05 < time.monotonic() - began < 5
+        world.configure(capacity_wait_s=10.0)
         waiting = asyncio.ensure_future(world.engine.wake(other))
         await asyncio.sleep(0.01)
         binding.release()
@@ -352,7 +380,7 @@ async def test_a_turn_that_is_not_used_is_passed_on(make_world: Callable[..., An
         await world.engine.delete(busy)  # frees the slot, and there is no other event than that
         with pytest.raises(NotFound):
             await waiting[0]
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(4):
             assert (await waiting[1]).binding.key == second
         await world.settle()
 
@@ -371,7 +399,7 @@ async def test_a_worker_that_comes_lets_all_in_that_fit(make_world: Callable[...
 
         await until(all_wait)
         await world.start_agent("w0")
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(4):
             await asyncio.gather(*waiting)
         await world.settle()
 

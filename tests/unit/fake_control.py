@@ -430,9 +430,9 @@ class FakeExec:
 
     async def kill(self) -> None:
         self._kill()
-        await self._process.wait()
-        # A pipe that nobody reads to its end would outlive the loop.
+        # First, since `wait` does not return before the pipes are at their end, and nobody may read them any more.
         self._process._transport.close()  # type: ignore[attr-defined]
+        await self._process.wait()
 
     def _kill(self) -> None:
         if self._process.returncode is None:

@@ -202,6 +202,7 @@ async def run(rig: Rig, *argv: str, stdin: bytes = b"", **start: Any) -> tuple[i
     return code, out, err
 
 
+@pytest.mark.grpc_race
 async def test_exec_streams_both_ways_and_tells_the_exit_code(rig: Rig) -> None:
     await rig.create("a")
     assert await run(rig, "sh", "-c", "echo out; echo err >&2; exit 7") == (7, b"out\n", b"err\n")
@@ -212,11 +213,13 @@ async def test_exec_streams_both_ways_and_tells_the_exit_code(rig: Rig) -> None:
     assert (await run(rig, "sleep", "60", timeout=convert.duration(0.1)))[0] == 137
 
 
+@pytest.mark.grpc_race
 async def test_exec_of_a_command_that_does_not_read_ends(rig: Rig) -> None:
     await rig.create("a")
     assert (await run(rig, "true", stdin=b"x" * 5_000_000))[0] == 0
 
 
+@pytest.mark.grpc_race
 async def test_ending_the_exec_call_kills_the_command(rig: Rig) -> None:
     await rig.create("a")
 
@@ -235,6 +238,7 @@ async def test_ending_the_exec_call_kills_the_command(rig: Rig) -> None:
     assert rig.control.killed == [("sh", "-c", "echo ready; exec sleep 60")]
 
 
+@pytest.mark.grpc_race
 async def test_exec_errors(rig: Rig) -> None:
     with pytest.raises(NotFound):
         await run(rig, "true")

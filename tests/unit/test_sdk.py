@@ -85,6 +85,7 @@ def test_commands(server: ThreadedServer) -> None:
         actor.commands.run(["no-such"], stdin=data)  # the answer, though input was waiting
 
 
+@pytest.mark.grpc_race
 def test_output_is_bounded(server: ThreadedServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "MAX_OUTPUT_BYTES", 1 << 20)
     actor = Actor.create("counter")

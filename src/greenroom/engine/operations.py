@@ -72,7 +72,6 @@ class Operations:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._store = engine.store
-        self._config = engine.config
         #: By operation id.
         self.running: dict[str, RunningOperation] = {}
         #: Ids of operations that somebody in this process is about to drive; the janitor leaves them alone.
@@ -137,7 +136,7 @@ class Operations:
 
     async def steadily(self, work: Callable[[], Awaitable[T]], patient: bool = False) -> T:
         """Does what may be done twice, until the store answers. ``patient``: also while too many writes wait."""
-        until = time.monotonic() + self._config.store_away_s
+        until = time.monotonic() + self._engine.config.store_away_s
         while True:
             try:
                 return await work()
@@ -146,7 +145,7 @@ class Operations:
                 crowded = patient and error.reason == "STORE_OVERLOADED"
                 if not (away or crowded) or time.monotonic() >= until:
                     raise
-            await asyncio.sleep(self._config.retry_s)
+            await asyncio.sleep(self._engine.config.retry_s)
 
     # --- begin and drive ----------------------------------------------------------------------------------
 

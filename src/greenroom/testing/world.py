@@ -138,6 +138,11 @@ class SimWorld:
         for agent in self.agents.values() if connect else ():
             self.hub.connect(agent)
 
+    def configure(self, **fields: Any) -> None:
+        """Other clocks and limits from now on; operations that are under way keep theirs."""
+        self.config = replace(self.config, **fields)
+        self.engine.config = replace(self.engine.config, **fields)
+
     async def stop_control(self) -> None:
         """Closes it as a server that ends does. Afterwards nothing of it may do anything."""
         await self.engine.close()
