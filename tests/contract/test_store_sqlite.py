@@ -16,6 +16,7 @@ import apsw
 import pytest
 from msgspec.structs import replace
 
+from greenroom.core.commands import BeginDelete, BeginResume, BeginSuspend, CreateActor
 from greenroom.core.errors import (
     DataLoss,
     FailedPrecondition,
@@ -24,7 +25,6 @@ from greenroom.core.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from greenroom.core.lifecycle import BeginDelete, BeginResume, BeginSuspend, CreateActor
 from greenroom.core.records import Actor, ActorState, Key, Operation, Snapshot, SnapshotState, Template, Worker
 from greenroom.store import sqlite_file, sqlite_writer
 from greenroom.store.port import FILTERS
@@ -52,7 +52,7 @@ _COMMITS = """
 import asyncio, pathlib, sys
 from greenroom.store.sqlite import SqliteStore
 from greenroom.testing.contracts.store import World
-from greenroom.core.lifecycle import CreateActor
+from greenroom.core.commands import (CreateActor)
 from greenroom.core.records import Key
 
 async def main():

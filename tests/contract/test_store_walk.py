@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from greenroom.core import lifecycle as lc
+from greenroom.core import commands as lc
 from greenroom.core.errors import GreenroomError
 from greenroom.core.records import (
     Actor,

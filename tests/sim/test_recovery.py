@@ -12,6 +12,7 @@ import pytest
 
 from greenroom.core import agentapi as api
 from greenroom.core.agentapi import AgentCall, ResidentState, SandboxExited
+from greenroom.core.commands import ActorCommand, Change, FinishResume, FinishSuspend, TakeOver
 from greenroom.core.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -20,7 +21,6 @@ from greenroom.core.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from greenroom.core.lifecycle import ActorCommand, Change, FinishResume, FinishSuspend, TakeOver
 from greenroom.core.records import (
     Actor,
     ActorState,

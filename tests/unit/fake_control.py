@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from greenroom.api.server import ApiServer
 from greenroom.api.service import ServerInfo
-from greenroom.core import lifecycle as lc
+from greenroom.core import commands as lc
 from greenroom.core.agentapi import ActorStats
 from greenroom.core.errors import FailedPrecondition, GreenroomError
 from greenroom.core.records import (

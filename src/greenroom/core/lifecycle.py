@@ -14,14 +14,36 @@ changes only together with that field.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Collection
 from datetime import UTC, datetime
-from typing import ClassVar, assert_never
+from typing import assert_never
 
 from msgspec.structs import replace
 
 from greenroom.core import placement, states
+from greenroom.core.commands import (
+    ActorCommand,
+    Advance,
+    BackOut,
+    BeginDelete,
+    BeginPause,
+    BeginResume,
+    BeginSuspend,
+    Change,
+    Crash,
+    CreateActor,
+    FallBack,
+    FinishDelete,
+    FinishPause,
+    FinishResume,
+    FinishSuspend,
+    OperationCommand,
+    Outcome,
+    Rebind,
+    RenewLease,
+    TakeOver,
+    View,
+)
 from greenroom.core.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -32,260 +54,19 @@ from greenroom.core.errors import (
 from greenroom.core.records import (
     Actor,
     ActorState,
-    Endpoint,
     Failure,
     Key,
-    LayerProgress,
     Lease,
     OnCrash,
     Operation,
     OperationKind,
     OperationState,
     PhaseTime,
-    Record,
     Snapshot,
     SnapshotState,
     Template,
     TemplateState,
-    Worker,
 )
-
-# --- commands ---------------------------------------------------------------------------------------------
-
-
-class Command(Record, frozen=True, kw_only=True):
-    """``needs``: which parts of the `View` the store must load beside actor and operation."""
-
-    needs: ClassVar[frozenset[str]] = frozenset()
-    key: Key
-    now: float
-
-
-class CreateActor(Command, frozen=True, kw_only=True):
-    kind: ClassVar[OperationKind] = OperationKind.CREATE
-    needs = frozenset({"template", "prior"})
-    operation_id: str
-    uid: str
-    template: str
-    request_id: str = ""
-    labels: dict[str, str] = {}
-    golden: bool = False
-
-
-class Begin(Command, frozen=True, kw_only=True):
-    """Starts an operation: takes the lease for ``lease_ttl_s``, bumps the generation, writes the operation row.
-
-    ``uid`` may be "" (whoever has the name now). A repeated ``request_id`` or ``operation_id`` returns the operation of
-    the first time.
-    """
-
-    kind: ClassVar[OperationKind]
-    needs = frozenset({"prior", "lease"})
-    operation_id: str
-    owner: str
-    request_id: str = ""
-    cause: str = "api"
-    uid: str = ""
-    lease_ttl_s: float = 30.0
-    deadline_s: float = 300.0
-
-
-class BeginResume(Begin, frozen=True, kw_only=True):
-    kind = OperationKind.RESUME
-    needs = frozenset({"prior", "lease", "template", "source", "workers"})
-    prefer: tuple[str, ...] = ()
-    avoid: tuple[str, ...] = ()
-    #: Not asked for by a person: an actor that crashed and whose template says ``hold`` stays as it is.
-    hold_crashed: bool = False
-
-
-class BeginSuspend(Begin, frozen=True, kw_only=True):
-    """``snapshot_id``: what the new snapshot will be called."""
-
-    kind = OperationKind.SUSPEND
-    snapshot_id: str
-
-
-class BeginPause(Begin, frozen=True, kw_only=True):
-    kind = OperationKind.PAUSE
-
-
-class BeginDelete(Begin, frozen=True, kw_only=True):
-    kind = OperationKind.DELETE
-
-
-class OperationCommand(Command, frozen=True, kw_only=True):
-    operation_id: str
-    generation: int
-
-
-class FinishResume(OperationCommand, frozen=True, kw_only=True):
-    endpoint: Endpoint
-    phases: tuple[PhaseTime, ...] = ()
-
-
-class FinishSuspend(OperationCommand, frozen=True, kw_only=True):
-    """The new snapshot is verified: it becomes the actor's latest, and the slot is free."""
-
-    needs = frozenset({"previous"})
-    snapshot: Snapshot
-    phases: tuple[PhaseTime, ...] = ()
-
-
-class FinishPause(OperationCommand, frozen=True, kw_only=True):
-    phases: tuple[PhaseTime, ...] = ()
-
-
-class FinishDelete(OperationCommand, frozen=True, kw_only=True):
-    needs = frozenset({"owned"})
-    phases: tuple[PhaseTime, ...] = ()
-
-
-class BackOut(OperationCommand, frozen=True, kw_only=True):
-    """Ends an operation that failed; the actor goes to ``to_state``, which frees its slot unless that is bound.
-
-    ``to_state`` is where the actor came from, or CRASHED when its live incarnation was lost meanwhile; a failed
-    checkpoint may also leave it RUNNING. A failed delete stays DELETING, keeps its slot, and may be begun again.
-    Without an ``endpoint`` the one that it had stays.
-    """
-
-    to_state: ActorState
-    error: Failure
-    endpoint: Endpoint | None = None
-    phases: tuple[PhaseTime, ...] = ()
-
-
-class Rebind(OperationCommand, frozen=True, kw_only=True):
-    """A resume failed on its worker before the sandbox started: tries the next one, in the same operation."""
-
-    needs = frozenset({"template", "source", "workers"})
-    avoid: tuple[str, ...] = ()
-
-
-class FallBack(OperationCommand, frozen=True, kw_only=True):
-    """The snapshot that a resume wanted is corrupt: it is marked so, and the one before takes its place (the golden one
-    when there is none before that is good). Said so in the actor's reason and message. When the worker can't run the
-    older one, the resume is bound to another in the same step."""
-
-    needs = frozenset({"source", "previous", "golden", "template", "workers"})
-    snapshot_id: str
-    detail: str
-
-
-class Advance(OperationCommand, frozen=True, kw_only=True):
-    """Records how far an operation is."""
-
-    phase: str
-    layers: tuple[LayerProgress, ...] = ()
-
-
-class TakeOver(Command, frozen=True, kw_only=True):
-    """Takes an operation over from an owner that is gone; the generation grows, so the old owner is fenced."""
-
-    needs = frozenset({"lease"})
-    operation_id: str
-    owner: str
-    lease_ttl_s: float = 30.0
-    #: Also when the lease has not run out: only for an owner that is known to be dead.
-    force: bool = False
-
-
-class RenewLease(OperationCommand, frozen=True, kw_only=True):
-    """Extends the lease; one that has run out is lost, whether or not somebody took it."""
-
-    needs = frozenset({"lease"})
-    owner: str
-    lease_ttl_s: float = 30.0
-
-
-class Crash(Command, frozen=True, kw_only=True):
-    """The live incarnation is gone. Changes nothing unless the actor is running or paused on that worker with a
-    generation not above ``generation``."""
-
-    uid: str
-    worker: str
-    generation: int
-    reason: str
-    message: str
-
-
-ActorCommand = (
-    CreateActor
-    | BeginResume
-    | BeginSuspend
-    | BeginPause
-    | BeginDelete
-    | FinishResume
-    | FinishSuspend
-    | FinishPause
-    | FinishDelete
-    | BackOut
-    | Rebind
-    | FallBack
-    | Advance
-    | TakeOver
-    | RenewLease
-    | Crash
-)
-
-
-# --- what is read and what is written ---------------------------------------------------------------------
-
-
-class View(Record, frozen=True, kw_only=True):
-    """What the store read in the transaction.
-
-    Attributes:
-        actor: by the key.
-        operation: the one that an `OperationCommand` or `TakeOver` names; for the others that of ``actor.operation``.
-        lease: of the actor's uid.
-        prior: the operation with the id of the command, else the one of this key that was recorded with the command's
-            kind and (non-empty) request id.
-        template: the actor's (for `CreateActor`: the named one).
-        source: the snapshot a resume would start from: the actor's, else the template's golden one.
-        previous: the record of ``actor.previous_snapshot``.
-        golden: the template's golden snapshot.
-        owned: all snapshots of the actor's uid.
-        workers: of the template's pool.
-    """
-
-    actor: Actor | None = None
-    lease: Lease | None = None
-    operation: Operation | None = None
-    prior: Operation | None = None
-    template: Template | None = None
-    source: Snapshot | None = None
-    previous: Snapshot | None = None
-    golden: Snapshot | None = None
-    owned: tuple[Snapshot, ...] = ()
-    workers: tuple[Worker, ...] = ()
-
-
-class Outcome(enum.StrEnum):
-    CHANGED = "changed"
-    JOINED = "joined"  # an operation of that kind is already under way: `operation`
-    REPEATED = "repeated"  # this request, or this step of an operation, was done before: `operation`
-    ALREADY = "already"  # the actor is in the wanted state; nothing to do
-
-
-class Change(Record, frozen=True, kw_only=True):
-    """What to write, and what the caller wants to know. Nothing is written unless ``outcome`` is CHANGED.
-
-    ``slots``: (worker name, +1 or -1). ``drop_lease``: uid. Versions are raised here already.
-    """
-
-    outcome: Outcome = Outcome.CHANGED
-    actor: Actor | None = None
-    delete_actor: bool = False
-    operation: Operation | None = None
-    lease: Lease | None = None
-    drop_lease: str = ""
-    slots: tuple[tuple[str, int], ...] = ()
-    snapshots: tuple[Snapshot, ...] = ()
-    #: For the caller, not written:
-    template: Template | None = None
-    source: Snapshot | None = None
-
 
 # --- decisions --------------------------------------------------------------------------------------------
 

@@ -22,6 +22,17 @@ import structlog
 from msgspec.structs import replace
 
 from greenroom.core import agentapi as api
+from greenroom.core.commands import (
+    Advance,
+    BackOut,
+    Change,
+    FallBack,
+    FinishDelete,
+    FinishPause,
+    FinishResume,
+    FinishSuspend,
+    Rebind,
+)
 from greenroom.core.errors import (
     DataLoss,
     DeadlineExceeded,
@@ -32,17 +43,6 @@ from greenroom.core.errors import (
     NotFound,
     ResourceExhausted,
     Unavailable,
-)
-from greenroom.core.lifecycle import (
-    Advance,
-    BackOut,
-    Change,
-    FallBack,
-    FinishDelete,
-    FinishPause,
-    FinishResume,
-    FinishSuspend,
-    Rebind,
 )
 from greenroom.core.records import (
     Actor,

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from greenroom.core import agentapi as api
 from greenroom.core import names
 from greenroom.core.agentapi import ActorStats
+from greenroom.core.commands import BeginDelete, BeginPause, BeginSuspend, Change, CreateActor, Outcome
 from greenroom.core.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -26,7 +27,6 @@ from greenroom.core.errors import (
     LeaseHeld,
     NotFound,
 )
-from greenroom.core.lifecycle import BeginDelete, BeginPause, BeginSuspend, Change, CreateActor, Outcome
 from greenroom.core.records import (
     Actor,
     ActorState,

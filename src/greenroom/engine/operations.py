@@ -16,15 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import structlog
 from msgspec.structs import replace
 
-from greenroom.core.errors import (
-    GreenroomError,
-    LeaseLost,
-    NotFound,
-    ResourceExhausted,
-    Unavailable,
-    rebuild,
-)
-from greenroom.core.lifecycle import (
+from greenroom.core.commands import (
     ActorCommand,
     BeginDelete,
     BeginPause,
@@ -33,6 +25,14 @@ from greenroom.core.lifecycle import (
     Change,
     OperationCommand,
     Outcome,
+)
+from greenroom.core.errors import (
+    GreenroomError,
+    LeaseLost,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    rebuild,
 )
 from greenroom.core.records import Failure, Operation, OperationState
 from greenroom.store.port import R

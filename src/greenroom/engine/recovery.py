@@ -17,6 +17,7 @@ import structlog
 from msgspec.structs import replace
 
 from greenroom.core import agentapi as api
+from greenroom.core.commands import Change, Crash, Outcome, RenewLease, TakeOver
 from greenroom.core.errors import (
     AlreadyExists,
     Conflict,
@@ -26,7 +27,6 @@ from greenroom.core.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from greenroom.core.lifecycle import Change, Crash, Outcome, RenewLease, TakeOver
 from greenroom.core.records import (
     Actor,
     ActorState,

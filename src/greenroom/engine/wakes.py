@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from greenroom.core.commands import BeginResume, BeginSuspend, Change, Outcome
 from greenroom.core.errors import GreenroomError, LeaseHeld, ResourceExhausted, Unavailable
-from greenroom.core.lifecycle import BeginResume, BeginSuspend, Change, Outcome
 from greenroom.core.records import Actor, ActorState, Key, Operation, OperationState, Template
 from greenroom.engine.bindings import Binding, Wake
 from greenroom.engine.capacity import CapacityQueue

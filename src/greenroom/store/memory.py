@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from greenroom.core.lifecycle import ActorCommand, Change
+from greenroom.core.commands import ActorCommand, Change
 from greenroom.core.records import Actor, Lease, Operation, OperationState, Snapshot, Worker
 from greenroom.store import transaction
 from greenroom.store.port import FILTERS, KEPT_OPERATIONS, MAX_PAGE, Free, R, Stored, W, check_list, not_found

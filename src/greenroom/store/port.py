@@ -20,8 +20,8 @@ import enum
 from collections.abc import AsyncIterator, Mapping
 from typing import Protocol, TypeVar
 
+from greenroom.core.commands import ActorCommand, Change
 from greenroom.core.errors import InvalidArgument, NotFound
-from greenroom.core.lifecycle import ActorCommand, Change
 from greenroom.core.records import Actor, Lease, Operation, Pool, Record, Snapshot, Template, Worker
 
 Stored = Actor | Template | Pool | Worker | Snapshot | Operation | Lease

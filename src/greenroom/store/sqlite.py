@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 import apsw
 
+from greenroom.core.commands import ActorCommand, Change
 from greenroom.core.errors import ResourceExhausted
-from greenroom.core.lifecycle import ActorCommand, Change
 from greenroom.core.records import OperationState
 from greenroom.store import sqlite_file, transaction
 from greenroom.store.hold import Hold

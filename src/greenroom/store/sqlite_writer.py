@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import apsw
 
+from greenroom.core.commands import BeginPause, BeginResume, BeginSuspend, CreateActor
 from greenroom.core.errors import GreenroomError
-from greenroom.core.lifecycle import BeginPause, BeginResume, BeginSuspend, CreateActor
 from greenroom.core.records import Operation, Pool, Snapshot, Template
 from greenroom.store import sqlite_file, transaction
 from greenroom.store.sqlite_rows import SqliteRows

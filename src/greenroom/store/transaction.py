@@ -12,18 +12,9 @@ from typing import Protocol, TypeVar
 
 from msgspec.structs import replace
 
+from greenroom.core.commands import ActorCommand, Begin, Change, CreateActor, OperationCommand, Outcome, TakeOver, View
 from greenroom.core.errors import AlreadyExists, Conflict
-from greenroom.core.lifecycle import (
-    ActorCommand,
-    Begin,
-    Change,
-    CreateActor,
-    OperationCommand,
-    Outcome,
-    TakeOver,
-    View,
-    decide,
-)
+from greenroom.core.lifecycle import decide
 from greenroom.core.records import (
     Actor,
     Key,

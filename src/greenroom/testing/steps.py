@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from greenroom.core.agentapi import AgentCall, Exec, Hello, Logs
+from greenroom.core.commands import ActorCommand, Change
 from greenroom.core.errors import Unavailable
-from greenroom.core.lifecycle import ActorCommand, Change
 from greenroom.core.records import Record
 from greenroom.engine.workers import CallStream, OnProgress, WorkerHub, WorkerListener
 from greenroom.store.port import MAX_PAGE, Event, Free, R, Store, W

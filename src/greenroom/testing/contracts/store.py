@@ -12,18 +12,7 @@ import asyncio
 import pytest
 from msgspec.structs import replace
 
-from greenroom.core.errors import (
-    AlreadyExists,
-    Conflict,
-    FailedPrecondition,
-    InvalidArgument,
-    LeaseHeld,
-    LeaseLost,
-    NotFound,
-    ResourceExhausted,
-    Unavailable,
-)
-from greenroom.core.lifecycle import (
+from greenroom.core.commands import (
     Advance,
     BackOut,
     Begin,
@@ -39,6 +28,17 @@ from greenroom.core.lifecycle import (
     Rebind,
     RenewLease,
     TakeOver,
+)
+from greenroom.core.errors import (
+    AlreadyExists,
+    Conflict,
+    FailedPrecondition,
+    InvalidArgument,
+    LeaseHeld,
+    LeaseLost,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
 )
 from greenroom.core.records import (
     Actor,

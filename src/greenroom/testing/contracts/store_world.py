@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from greenroom.core import states
-from greenroom.core.lifecycle import (
+from greenroom.core.commands import (
     ActorCommand,
     BackOut,
     Begin,
