@@ -103,7 +103,8 @@ class Walk:
         if r.random() < (0.2 if actor.worker else 0.05):
             generation, name = actor.generation - (r.random() < 0.2), r.choice((actor.worker, actor.worker, "w1"))
             uid = actor.uid if r.random() < 0.9 else "another"
-            return lc.Crash(key=key, now=now, uid=uid, worker=name, generation=generation, reason="Gone", message="m")
+            about = {"operation_id": self.world.id("op-"), "generation": generation, "reason": "Gone", "message": "m"}
+            return lc.Crash(key=key, now=now, uid=uid, worker=name, **about)
         request = r.choice(("", "", "", f"r-{r.randrange(20)}"))
         extra = {}
         cls = r.choice(FITS.get(actor.state, BEGIN) if r.random() < 0.8 else BEGIN)

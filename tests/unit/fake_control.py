@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -336,6 +337,7 @@ class FakeControl:
         actor = await self.store.get(Actor, str(key))
         await self.store.apply(
             lc.Crash(
+                operation_id=uuid.uuid4().hex,
                 key=key,
                 now=time.time(),
                 uid=actor.uid,

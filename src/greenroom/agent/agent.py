@@ -34,6 +34,7 @@ from greenroom.core.errors import (
     FailedPrecondition,
     GreenroomError,
     NotFound,
+    Unimplemented,
 )
 from greenroom.core.records import (
     Endpoint,
@@ -197,6 +198,8 @@ class Agent:
                 return await self._fence.run(call, lambda: self._freeze(call))
             case api.Thaw():
                 return await self._fence.run(call, lambda: self._thaw(call))
+            case api.Upload() | api.Release():
+                raise Unimplemented("snapshots are not held on workers yet")
             case api.Prepare():
                 image = await self._image(call.image, reporter)
                 return api.Prepared(image_digest=image.digest, size_bytes=image.size_bytes)

@@ -20,7 +20,7 @@ import structlog
 from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2, link_pb2_grpc
 from greenroom.api.frames import WINDOW, gather_frames
 from greenroom.core import agentapi
-from greenroom.core.agentapi import AgentCall, Exec, Hello, Logs, Progress, SandboxExited
+from greenroom.core.agentapi import AgentCall, Exec, Hello, Logs, Progress, SandboxExited, Welcome
 from greenroom.core.errors import GreenroomError, ResourceExhausted, Unavailable, rebuild
 from greenroom.core.records import Failure, Record
 from greenroom.engine.workers import CallStream, OnProgress, WorkerListener
@@ -107,6 +107,7 @@ class AgentHub(link_pb2_grpc.AgentLinkServicer):
 
     def __init__(self) -> None:
         self.listener: WorkerListener | None = None
+        self.welcome = Welcome()
         self._peers: dict[str, _Peer] = {}
 
     # --- the engine's side --------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from greenroom.core.records import (
     Pool,
     PoolSpec,
     Record,
+    Replica,
     Snapshot,
     SnapshotState,
     Template,
@@ -506,7 +507,7 @@ class System(_Service, pb_grpc.SystemServicer):
             await context.write(pb.WatchEvent(type=pb.WatchEvent.TYPE_SYNCED))
             async for event in events:
                 record = event.record
-                if isinstance(record, Lease) or type(record) not in classes or not _shown(record, request):
+                if isinstance(record, Lease | Replica) or type(record) not in classes or not _shown(record, request):
                     continue
                 deleted = event.type is EventType.DELETED
                 if _is_news(deleted, record, listed):

@@ -72,7 +72,26 @@ class Checkpoint(ActorCall, frozen=True, kw_only=True):
 
 
 class Publish(ActorCall, frozen=True, kw_only=True):
-    """Uploads what `Checkpoint` wrote, with sizes and digests verified. The sandbox stays frozen. -> `Published`"""
+    """Uploads what `Checkpoint` wrote, with sizes and digests verified. The sandbox stays frozen. With ``hold`` it is
+    kept on the worker's own disk instead, synced and with its digests, and outlives the sandbox: the manifest says
+    ``LOCAL``, and `Upload` brings it to the snapshot store later. -> `Published`"""
+
+    snapshot_id: str
+    hold: bool = False
+
+
+class Upload(Call, frozen=True, kw_only=True):
+    """Brings a snapshot that is held here to the snapshot store, verified; it is held on until `Release`. Idempotent.
+    Not fenced: a snapshot never changes, whatever its actor does meanwhile. -> `Published`
+
+    Raises `NotFound` (reason ``NOT_HELD``) when it is not held here.
+    """
+
+    snapshot_id: str
+
+
+class Release(Call, frozen=True, kw_only=True):
+    """Removes a snapshot that is held here; unknown is success. -> `Done`"""
 
     snapshot_id: str
 
@@ -217,13 +236,32 @@ class Hello(Record, frozen=True, kw_only=True):
     memory_snapshots: bool
     freeze: bool
     residents: tuple[Resident, ...] = ()
+    labels: dict[str, str] = {}
+    images: tuple[str, ...] = ()
+
+
+class Heartbeat(Record, frozen=True, kw_only=True):
+    """Sent every ``Welcome.heartbeat_s`` on every link. ``residents``: what lives there now."""
+
+    boot_id: str
+    residents: tuple[Resident, ...] = ()
+    images: tuple[str, ...] = ()
+
+
+class Leaving(Record, frozen=True, kw_only=True):
+    """The agent was asked to end: its actors are to be suspended, then it is to be sent a `Shutdown`."""
+
+    boot_id: str
 
 
 class Progress(Record, frozen=True, kw_only=True):
-    """How far a call is; sent at most ten times a second."""
+    """How far a call is; sent at most ten times a second, and at least once a second while something moves.
+    ``done_bytes`` of ``total_bytes`` (0: not known) of the phase."""
 
     phase: str
     layers: tuple[LayerProgress, ...] = ()
+    done_bytes: int = 0
+    total_bytes: int = 0
 
 
 class SandboxExited(Record, frozen=True, kw_only=True):
@@ -235,12 +273,34 @@ class SandboxExited(Record, frozen=True, kw_only=True):
     last_lines: str = ""
 
 
+# --- what the control plane says unasked ------------------------------------------------------------------
+
+
+class Welcome(Record, frozen=True, kw_only=True):
+    """The answer to `Hello` and to every `Heartbeat`.
+
+    Attributes:
+        replica: who answers.
+        links: addresses of all replicas of the control plane; the agent keeps a link to each.
+        heartbeat_s: how often the agent is to say that it lives.
+        alone_s: an agent that hears no replica for this long freezes what runs on it, for it may count as lost and
+            its actors may wake elsewhere. They go on when a replica says so (`Thaw`). 0: never.
+    """
+
+    replica: str = ""
+    links: tuple[str, ...] = ()
+    heartbeat_s: float = 3.0
+    alone_s: float = 0.0
+
+
 AgentCall = (
     Prepare
     | Start
     | Restore
     | Checkpoint
     | Publish
+    | Upload
+    | Release
     | Discard
     | Freeze
     | Thaw
@@ -260,6 +320,8 @@ ANSWERS: dict[str, type[Record]] = {
     "Restore": Started,
     "Checkpoint": Checkpointed,
     "Publish": Published,
+    "Upload": Published,
+    "Release": Done,
     "Discard": Done,
     "Freeze": Done,
     "Thaw": Started,

@@ -43,7 +43,10 @@ class CreateActor(Command, frozen=True, kw_only=True):
     template: str
     request_id: str = ""
     labels: dict[str, str] = {}
+    worker_selector: dict[str, str] = {}
     golden: bool = False
+    #: See `Operation.request_digest`.
+    request_digest: str = ""
 
 
 class Begin(Command, frozen=True, kw_only=True):
@@ -66,9 +69,12 @@ class Begin(Command, frozen=True, kw_only=True):
 
 class BeginResume(Begin, frozen=True, kw_only=True):
     kind = OperationKind.RESUME
-    needs = frozenset({"prior", "lease", "template", "source", "workers"})
+    """``prefer``, ``avoid``, ``reachable``: see `placement.Demand`."""
+
+    needs = frozenset({"prior", "lease", "template", "source", "restart", "workers"})
     prefer: tuple[str, ...] = ()
     avoid: tuple[str, ...] = ()
+    reachable: tuple[str, ...] | None = None
     #: Not asked for by a person: an actor that crashed and whose template says ``hold`` stays as it is.
     hold_crashed: bool = False
 
@@ -99,9 +105,10 @@ class FinishResume(OperationCommand, frozen=True, kw_only=True):
 
 
 class FinishSuspend(OperationCommand, frozen=True, kw_only=True):
-    """The new snapshot is verified: it becomes the actor's latest, and the slot is free."""
+    """The new snapshot is verified: it becomes the actor's latest, and the slot is free. Of the snapshots before it the
+    newest one that is not only on a worker's disk is kept as the way back."""
 
-    needs = frozenset({"previous"})
+    needs = frozenset({"previous", "source"})
     snapshot: Snapshot
     phases: tuple[PhaseTime, ...] = ()
 
@@ -130,10 +137,12 @@ class BackOut(OperationCommand, frozen=True, kw_only=True):
 
 
 class Rebind(OperationCommand, frozen=True, kw_only=True):
-    """A resume failed on its worker before the sandbox started: tries the next one, in the same operation."""
+    """A resume failed on its worker before the sandbox started (``why``): tries the next one, in the same operation."""
 
     needs = frozenset({"template", "source", "workers"})
     avoid: tuple[str, ...] = ()
+    reachable: tuple[str, ...] | None = None
+    why: str = ""
 
 
 class FallBack(OperationCommand, frozen=True, kw_only=True):
@@ -144,6 +153,7 @@ class FallBack(OperationCommand, frozen=True, kw_only=True):
     needs = frozenset({"source", "previous", "golden", "template", "workers"})
     snapshot_id: str
     detail: str
+    reachable: tuple[str, ...] | None = None
 
 
 class Advance(OperationCommand, frozen=True, kw_only=True):
@@ -151,6 +161,8 @@ class Advance(OperationCommand, frozen=True, kw_only=True):
 
     phase: str
     layers: tuple[LayerProgress, ...] = ()
+    done_bytes: int = 0
+    total_bytes: int = 0
 
 
 class TakeOver(Command, frozen=True, kw_only=True):
@@ -172,14 +184,47 @@ class RenewLease(OperationCommand, frozen=True, kw_only=True):
     lease_ttl_s: float = 30.0
 
 
+class ReleaseLease(OperationCommand, frozen=True, kw_only=True):
+    """The owner can't go on (it does not reach the worker) and gives the operation to whoever takes it over. Does
+    nothing when the lease is not ``owner``'s."""
+
+    needs = frozenset({"lease"})
+    owner: str
+
+
+class RequestCancel(Command, frozen=True, kw_only=True):
+    """Asks the driver of an operation, wherever it runs, to back it out. An operation that has ended is an answer; a
+    delete can't be taken back."""
+
+    operation_id: str
+
+
 class Crash(Command, frozen=True, kw_only=True):
     """The live incarnation is gone. Changes nothing unless the actor is running or paused on that worker with a
-    generation not above ``generation``."""
+    generation not above ``generation``. Recorded as the operation ``operation_id``."""
 
+    operation_id: str
     uid: str
     worker: str
     generation: int
     reason: str
+    message: str
+
+
+class FinishUpload(Command, frozen=True, kw_only=True):
+    """A snapshot that was on one worker's disk only is in the snapshot store now."""
+
+    needs = frozenset({"named"})
+    snapshot_id: str
+
+
+class LoseSnapshot(Command, frozen=True, kw_only=True):
+    """A snapshot that was on one worker's disk only is lost with that worker: marked so, and the actor that would have
+    woken from it is CRASHED and goes back to the one before. Recorded as the operation ``operation_id``."""
+
+    needs = frozenset({"named", "previous"})
+    operation_id: str
+    snapshot_id: str
     message: str
 
 
@@ -199,7 +244,11 @@ ActorCommand = (
     | Advance
     | TakeOver
     | RenewLease
+    | ReleaseLease
+    | RequestCancel
     | Crash
+    | FinishUpload
+    | LoseSnapshot
 )
 
 
@@ -211,14 +260,16 @@ class View(Record, frozen=True, kw_only=True):
 
     Attributes:
         actor: by the key.
-        operation: the one that an `OperationCommand` or `TakeOver` names; for the others that of ``actor.operation``.
+        operation: the one that an `OperationCommand`, `TakeOver` or `RequestCancel` names; for the others that of
+            ``actor.operation``.
         lease: of the actor's uid.
-        prior: the operation with the id of the command, else the one of this key that was recorded with the command's
-            kind and (non-empty) request id.
+        prior: the operation with the id of the command, else the one in the namespace that was recorded with the
+            command's (non-empty) request id.
         template: the actor's (for `CreateActor`: the named one).
         source: the snapshot a resume would start from: the actor's, else the template's golden one.
         previous: the record of ``actor.previous_snapshot``.
-        golden: the template's golden snapshot.
+        golden: the template's golden snapshot (need "restart": only for an actor that has crashed).
+        named: the snapshot that the command names.
         owned: all snapshots of the actor's uid.
         workers: of the template's pool.
     """
@@ -231,6 +282,7 @@ class View(Record, frozen=True, kw_only=True):
     source: Snapshot | None = None
     previous: Snapshot | None = None
     golden: Snapshot | None = None
+    named: Snapshot | None = None
     owned: tuple[Snapshot, ...] = ()
     workers: tuple[Worker, ...] = ()
 
@@ -257,5 +309,6 @@ class Change(Record, frozen=True, kw_only=True):
     slots: tuple[tuple[str, int], ...] = ()
     snapshots: tuple[Snapshot, ...] = ()
     #: For the caller, not written:
+    current: Operation | None = None
     template: Template | None = None
     source: Snapshot | None = None

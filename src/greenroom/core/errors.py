@@ -88,10 +88,25 @@ class ResourceExhausted(GreenroomError):
 
 
 class Unavailable(GreenroomError):
-    """A part that is needed does not answer now (worker not connected, registry down)."""
+    """A part that is needed does not answer now (worker not connected, registry down). ``retry_after_s``: 0 when
+    nobody knows."""
 
     code = "UNAVAILABLE"
     default_reason = "UNAVAILABLE"
+
+    def __init__(
+        self, message: str, *, reason: str = "", metadata: dict[str, str] | None = None, retry_after_s: float = 0.0
+    ) -> None:
+        super().__init__(message, reason=reason, metadata=metadata)
+        self.retry_after_s = retry_after_s
+
+
+class Cancelled(GreenroomError):
+    """An operation that was given up because somebody asked for it."""
+
+    code = "CANCELLED"
+    exit_code = 4
+    default_reason = "OPERATION_CANCELLED"
 
 
 class DeadlineExceeded(GreenroomError):
@@ -128,6 +143,7 @@ BY_CODE: dict[str, type[GreenroomError]] = {
         FailedPrecondition,
         ResourceExhausted,
         Unavailable,
+        Cancelled,
         DeadlineExceeded,
         Unimplemented,
         DataLoss,
@@ -140,7 +156,7 @@ BY_REASON: dict[str, type[GreenroomError]] = {"LEASE_HELD": LeaseHeld, "LEASE_LO
 def rebuild(code: str, reason: str, message: str, metadata: dict[str, str] | None = None) -> GreenroomError:
     """Makes the error again that was sent as (code, reason, message, metadata); unknown codes become Internal."""
     cls = BY_REASON.get(reason) or BY_CODE.get(code, Internal)
-    if issubclass(cls, ResourceExhausted):
-        retry = float((metadata or {}).get("retry_after_s", "1"))
+    if issubclass(cls, ResourceExhausted | Unavailable):
+        retry = float((metadata or {}).get("retry_after_s", "1" if issubclass(cls, ResourceExhausted) else "0"))
         return cls(message, reason=reason, metadata=metadata, retry_after_s=retry)
     return cls(message, reason=reason, metadata=metadata)

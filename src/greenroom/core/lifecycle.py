@@ -14,7 +14,6 @@ changes only together with that field.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from datetime import UTC, datetime
 from typing import assert_never
 
@@ -37,16 +36,21 @@ from greenroom.core.commands import (
     FinishPause,
     FinishResume,
     FinishSuspend,
+    FinishUpload,
+    LoseSnapshot,
     OperationCommand,
     Outcome,
     Rebind,
+    ReleaseLease,
     RenewLease,
+    RequestCancel,
     TakeOver,
     View,
 )
 from greenroom.core.errors import (
     AlreadyExists,
     FailedPrecondition,
+    InvalidArgument,
     LeaseHeld,
     LeaseLost,
     NotFound,
@@ -62,6 +66,7 @@ from greenroom.core.records import (
     OperationKind,
     OperationState,
     PhaseTime,
+    Rejection,
     Snapshot,
     SnapshotState,
     Template,
@@ -97,7 +102,15 @@ def decide(view: View, command: ActorCommand) -> Change:
             return _fall_back(view, command)
         case Advance():
             _, op = _current(view, command)
-            op = replace(op, phase=command.phase, layers=command.layers, updated_at=command.now, version=op.version + 1)
+            op = replace(
+                op,
+                phase=command.phase,
+                layers=command.layers,
+                done_bytes=command.done_bytes,
+                total_bytes=command.total_bytes,
+                updated_at=command.now,
+                version=op.version + 1,
+            )
             return Change(operation=op)
         case TakeOver():
             return _take_over(view, command)
@@ -105,16 +118,27 @@ def decide(view: View, command: ActorCommand) -> Change:
             actor, op = _current(view, command)
             if view.lease is None or view.lease.owner != command.owner or view.lease.expires_at <= command.now:
                 raise _lost(actor, command)
-            return Change(lease=replace(view.lease, expires_at=command.now + command.lease_ttl_s))
+            return Change(lease=replace(view.lease, expires_at=command.now + command.lease_ttl_s), current=op)
+        case ReleaseLease():
+            _current(view, command)
+            if view.lease is None or view.lease.owner != command.owner:
+                return Change(outcome=Outcome.ALREADY)
+            return Change(lease=replace(view.lease, expires_at=command.now))
+        case RequestCancel():
+            return _request_cancel(view, command)
         case Crash():
             return _crash(view, command)
+        case FinishUpload():
+            return _finish_upload(view, command)
+        case LoseSnapshot():
+            return _lose_snapshot(view, command)
         case _:
             assert_never(command)
 
 
 def _create(view: View, c: CreateActor) -> Change:
     if view.prior is not None:
-        return _repeated(view, view.prior, c.key, OperationKind.CREATE)
+        return _repeated(view, view.prior, c.key, OperationKind.CREATE, c.request_digest)
     if view.actor is not None:
         raise AlreadyExists(f"actor {c.key} exists already; choose another name or delete it first")
     if view.template is None:
@@ -134,6 +158,7 @@ def _create(view: View, c: CreateActor) -> Change:
         created_at=c.now,
         state_since=c.now,
         labels=c.labels,
+        worker_selector=c.worker_selector,
         golden=c.golden,
         version=1,
     )
@@ -148,14 +173,24 @@ def _create(view: View, c: CreateActor) -> Change:
         finished_at=c.now,
         deadline_at=c.now,
         state=OperationState.DONE,
+        to_state=ActorState.SUSPENDED,
         request_id=c.request_id,
+        request_digest=c.request_digest,
         version=1,
     )
     return Change(actor=actor, operation=operation, template=view.template)
 
 
-def _repeated(view: View, prior: Operation, key: Key, kind: OperationKind) -> Change:
-    if prior.kind is not kind or prior.key != key:
+def _repeated(view: View, prior: Operation, key: Key, kind: OperationKind, request_digest: str = "") -> Change:
+    if prior.kind is not kind or prior.key != key or prior.request_digest != request_digest:
+        if prior.request_id:
+            raise InvalidArgument(
+                f"request id {prior.request_id!r} was used for {prior.kind} of {prior.key} already, "
+                + ("with other arguments" if (prior.kind, prior.key) == (kind, key) else f"not for {kind} of {key}")
+                + "; use a new random id for each thing that is wanted",
+                reason="REQUEST_ID_REUSED",
+                metadata={"operation": prior.id},
+            )
         raise AlreadyExists(
             f"operation id {prior.id} is taken by {prior.kind} of {prior.key}; use an id for one operation only",
             reason="OPERATION_ID_TAKEN",
@@ -192,13 +227,14 @@ def _begin(view: View, c: BeginResume | BeginSuspend | BeginPause | BeginDelete)
 
     slots: tuple[tuple[str, int], ...] = ()
     worker, snapshot, source = actor.worker, "", None
+    rejected: tuple[Rejection, ...] = ()
     if isinstance(c, BeginResume) and actor.state is not ActorState.PAUSED:
-        source = _source(view, actor)
-        assert view.template is not None
         if c.hold_crashed and actor.state is ActorState.CRASHED:
-            _check_not_held(actor, view.template)
+            actor, view = _by_policy(actor, view)
+        source = _source(view, actor)
         prefer = c.prefer or (actor.last_worker,)
-        worker = placement.choose(view.workers, view.template.spec.pool, source, prefer, c.avoid).name
+        chosen, rejected = placement.choose(view.workers, demand(view, actor, source, c, prefer), c.now)
+        worker = chosen.name
         slots, snapshot = ((worker, 1),), source.id if source else ""
     elif isinstance(c, BeginSuspend):
         snapshot = c.snapshot_id
@@ -220,6 +256,8 @@ def _begin(view: View, c: BeginResume | BeginSuspend | BeginPause | BeginDelete)
         worker=worker,
         snapshot=snapshot,
         from_state=actor.state,
+        owner=c.owner,
+        rejected=rejected,
         version=1,
     )
     lease = Lease(
@@ -268,15 +306,44 @@ def _source(view: View, actor: Actor) -> Snapshot | None:
     raise _template_not_ready(template)
 
 
-def _check_not_held(actor: Actor, template: Template) -> None:
-    if template.spec.on_crash is OnCrash.HOLD:
-        what = f"actor {actor.key} crashed ({actor.reason}: {actor.message})"
-        raise FailedPrecondition(
-            f"{what} and what it did since {_utc(actor.unsaved_since)} is lost; "
-            f"`greenroom resume {actor.name} -n {actor.namespace}` goes back to its last snapshot",
-            reason="ACTOR_CRASHED",
-            metadata={"unsaved_since": str(actor.unsaved_since)},
-        )
+def demand(
+    view: View, actor: Actor, source: Snapshot | None, c: BeginResume | Rebind | FallBack, prefer: tuple[str, ...] = ()
+) -> placement.Demand:
+    """What a worker must offer to an actor that is to be restored from ``source``."""
+    assert view.template is not None
+    return placement.Demand(
+        pool=view.template.spec.pool,
+        snapshot=source,
+        selector=placement.selector(view.template.spec.worker_selector, actor.worker_selector),
+        image_digest=view.template.image_digest,
+        prefer=prefer,
+        avoid=() if isinstance(c, FallBack) else c.avoid,
+        reachable=c.reachable,
+    )
+
+
+def _by_policy(actor: Actor, view: View) -> tuple[Actor, View]:
+    """A crashed actor that nobody resumes on purpose: held, restored, or begun anew."""
+    if view.template is None:
+        return actor, view  # refused later, with a reason of its own
+    match view.template.spec.on_crash:
+        case OnCrash.HOLD:
+            raise _crashed_and_held(actor)
+        case OnCrash.RESTORE_LAST:
+            return actor, view
+        case OnCrash.BOOT:
+            kept = actor.snapshot or actor.previous_snapshot
+            return replace(actor, snapshot="", previous_snapshot=kept), replace(view, source=view.golden)
+
+
+def _crashed_and_held(actor: Actor) -> FailedPrecondition:
+    what = f"actor {actor.key} crashed ({actor.reason}: {actor.message})"
+    return FailedPrecondition(
+        f"{what} and what it did since {_utc(actor.unsaved_since)} is lost; "
+        f"`greenroom resume {actor.name} -n {actor.namespace}` goes back to its last snapshot",
+        reason="ACTOR_CRASHED",
+        metadata={"unsaved_since": str(actor.unsaved_since)},
+    )
 
 
 def _utc(seconds: float | None) -> str:
@@ -386,6 +453,7 @@ def _end(
     op = replace(
         op,
         state=OperationState.FAILED if error else OperationState.DONE,
+        to_state=None if to is ActorState.DELETING else to,
         error=error,
         phases=phases,
         updated_at=now,
@@ -415,8 +483,13 @@ def _finish_suspend(view: View, c: FinishSuspend) -> Change:
     actor, op = _current(view, c, OperationKind.SUSPEND)
     assert c.snapshot.id == op.snapshot, "a suspend publishes the snapshot that it announced"
     snapshots = [replace(c.snapshot, parent=actor.snapshot, golden=actor.golden, version=1)]
-    if view.previous is not None and not view.previous.golden and view.previous.state is not SnapshotState.CONDEMNED:
-        snapshots.append(replace(view.previous, state=SnapshotState.CONDEMNED, version=view.previous.version + 1))
+    durable = c.snapshot.state is not SnapshotState.LOCAL
+    # The way back must survive the loss of a worker: one that is on a worker's disk only is no way back from another.
+    current_is_local = view.source is not None and view.source.state is SnapshotState.LOCAL
+    keep_previous = not durable and current_is_local and bool(actor.previous_snapshot)
+    way_back, over = (actor.previous_snapshot, view.source) if keep_previous else (actor.snapshot, view.previous)
+    if over is not None and not over.golden and over.state is not SnapshotState.CONDEMNED:
+        snapshots.append(replace(over, state=SnapshotState.CONDEMNED, version=over.version + 1))
     return _end(
         actor,
         op,
@@ -425,8 +498,9 @@ def _finish_suspend(view: View, c: FinishSuspend) -> Change:
         phases=c.phases,
         snapshots=tuple(snapshots),
         snapshot=c.snapshot.id,
-        previous_snapshot=actor.snapshot,
+        previous_snapshot=way_back,
         suspended_at=c.now,
+        durable_at=c.snapshot.created_at if durable else actor.durable_at,
         resumed_at=None,
     )
 
@@ -475,10 +549,13 @@ def _rebind(view: View, c: Rebind) -> Change:
     if op.from_state is ActorState.PAUSED:  # its memory is on that worker only
         raise _wrong_step(c, op)
     source = _source(view, actor)
-    worker, slots = _move(view, actor, source, c.avoid)
+    worker, slots, _ = _move(view, actor, source, c)
+    tried = (*op.rejected, Rejection(worker=op.worker, why=c.why or "failed"))[-placement.MAX_REJECTIONS :]
     return Change(
         actor=replace(actor, worker=worker, version=actor.version + 1),
-        operation=replace(op, worker=worker, attempts=op.attempts + 1, updated_at=c.now, version=op.version + 1),
+        operation=replace(
+            op, worker=worker, attempts=op.attempts + 1, rejected=tried, updated_at=c.now, version=op.version + 1
+        ),
         slots=slots,
         template=view.template,
         source=source,
@@ -486,13 +563,14 @@ def _rebind(view: View, c: Rebind) -> Change:
 
 
 def _move(
-    view: View, actor: Actor, source: Snapshot | None, avoid: Collection[str]
-) -> tuple[str, tuple[tuple[str, int], ...]]:
-    """Another worker for a resume, and the slots that change hands; the one it has counts as free."""
-    assert view.template is not None
+    view: View, actor: Actor, source: Snapshot | None, c: Rebind | FallBack
+) -> tuple[str, tuple[tuple[str, int], ...], tuple[Rejection, ...]]:
+    """Another worker for a resume, the slots that change hands, and what spoke against others; the slot that it has
+    counts as free."""
     workers = tuple(replace(w, used=w.used - 1) if w.name == actor.worker else w for w in view.workers)
-    worker = placement.choose(workers, view.template.spec.pool, source, (), avoid).name
-    return worker, () if worker == actor.worker else ((actor.worker, -1), (worker, 1))
+    chosen, rejected = placement.choose(workers, demand(view, actor, source, c), c.now)
+    worker = chosen.name
+    return worker, () if worker == actor.worker else ((actor.worker, -1), (worker, 1)), rejected
 
 
 def _fall_back(view: View, c: FallBack) -> Change:
@@ -513,7 +591,7 @@ def _fall_back(view: View, c: FallBack) -> Change:
     worker = actor.worker
     slots: tuple[tuple[str, int], ...] = ()
     if not any(w.name == worker and placement.can_run(w, source) for w in view.workers):
-        worker, slots = _move(view, actor, source, ())
+        worker, slots, _ = _move(view, actor, source, c)
     corrupt = view.source
     assert corrupt is not None and corrupt.id == c.snapshot_id
     return Change(
@@ -549,7 +627,14 @@ def _take_over(view: View, c: TakeOver) -> Change:
     generation = actor.generation + 1
     return Change(
         actor=replace(actor, generation=generation, version=actor.version + 1),
-        operation=replace(op, generation=generation, updated_at=c.now, version=op.version + 1),
+        operation=replace(
+            op,
+            generation=generation,
+            owner=c.owner,
+            takeovers=op.takeovers + 1,
+            updated_at=c.now,
+            version=op.version + 1,
+        ),
         lease=Lease(
             uid=actor.uid,
             owner=c.owner,
@@ -558,6 +643,19 @@ def _take_over(view: View, c: TakeOver) -> Change:
             expires_at=c.now + c.lease_ttl_s,
         ),
     )
+
+
+def _request_cancel(view: View, c: RequestCancel) -> Change:
+    actor, op = view.actor, view.operation
+    if op is None or op.key != c.key:
+        raise NotFound(f"operation {c.operation_id} does not exist", reason="OPERATION_NOT_FOUND")
+    if op.state is not OperationState.RUNNING or op.cancel_requested:
+        return Change(outcome=Outcome.ALREADY, actor=actor, operation=op)
+    if op.kind is OperationKind.DELETE:
+        raise FailedPrecondition(
+            f"operation {op.id} deletes actor {op.key}, which can't be taken back", reason="NOT_CANCELLABLE"
+        )
+    return Change(operation=replace(op, cancel_requested=True, updated_at=c.now, version=op.version + 1))
 
 
 def _crash(view: View, c: Crash) -> Change:
@@ -583,5 +681,73 @@ def _crash(view: View, c: Crash) -> Change:
             endpoint=None,
             version=actor.version + 1,
         ),
+        operation=_loss(actor, c.operation_id, c.now, "UNAVAILABLE", c.reason, c.message),
         slots=((actor.worker, -1),),
+    )
+
+
+def _loss(actor: Actor, operation_id: str, now: float, code: str, reason: str, message: str) -> Operation:
+    """The row that records that an actor crashed."""
+    return Operation(
+        id=operation_id,
+        kind=OperationKind.CRASH,
+        namespace=actor.namespace,
+        name=actor.name,
+        uid=actor.uid,
+        created_at=now,
+        updated_at=now,
+        finished_at=now,
+        deadline_at=now,
+        state=OperationState.DONE,
+        cause="recovery",
+        generation=actor.generation,
+        worker=actor.worker,
+        snapshot=actor.snapshot,
+        from_state=actor.state,
+        to_state=ActorState.CRASHED,
+        error=Failure(code=code, reason=reason, message=message),
+        version=1,
+    )
+
+
+def _finish_upload(view: View, c: FinishUpload) -> Change:
+    actor, snapshot = view.actor, view.named
+    if snapshot is None or snapshot.state is not SnapshotState.LOCAL:
+        return Change(outcome=Outcome.ALREADY, actor=actor)
+    mine = actor is not None and actor.uid == snapshot.actor_uid and actor.snapshot == snapshot.id
+    if actor is not None and mine:
+        actor = replace(actor, durable_at=snapshot.created_at, version=actor.version + 1)
+    return Change(
+        actor=actor if mine else None,
+        snapshots=(replace(snapshot, state=SnapshotState.PRESENT, version=snapshot.version + 1),),
+    )
+
+
+def _lose_snapshot(view: View, c: LoseSnapshot) -> Change:
+    actor, snapshot = view.actor, view.named
+    if snapshot is None or snapshot.state is not SnapshotState.LOCAL:
+        return Change(outcome=Outcome.ALREADY, actor=actor)
+    lost = replace(snapshot, state=SnapshotState.CORRUPT, version=snapshot.version + 1)
+    if (
+        actor is None
+        or actor.uid != snapshot.actor_uid
+        or actor.snapshot != snapshot.id
+        or actor.state not in (ActorState.SUSPENDED, ActorState.CRASHED)
+    ):
+        return Change(snapshots=(lost,))  # it lives, or wakes from another one, or is being restored, which fails
+    way_back = view.previous.id if view.previous is not None and view.previous.state is SnapshotState.PRESENT else ""
+    return Change(
+        actor=replace(
+            actor,
+            state=ActorState.CRASHED,
+            state_since=c.now,
+            reason="SnapshotLost",
+            message=c.message,
+            snapshot=way_back,
+            previous_snapshot="",
+            unsaved_since=actor.durable_at or actor.created_at,
+            version=actor.version + 1,
+        ),
+        operation=_loss(actor, c.operation_id, c.now, "DATA_LOSS", "SnapshotLost", c.message),
+        snapshots=(lost,),
     )

@@ -1,47 +1,170 @@
-"""Which worker an actor goes to: hard gates first, then preference. Pure."""
+"""Which worker an actor goes to: hard gates first, then preference; and when a worker is not trusted any more. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping
+
+from msgspec.structs import replace
 
 from greenroom.core.errors import FailedPrecondition, ResourceExhausted
-from greenroom.core.records import Snapshot, SnapshotScope, Worker, WorkerState
+from greenroom.core.records import Record, Rejection, Snapshot, SnapshotScope, SnapshotState, Worker, WorkerState
+
+#: Wake-ups that fail in a row before a worker gets no more for a while: one or two can be bad luck.
+FAILURES_TO_QUARANTINE = 3
+#: How long the first quarantine takes; each further failure doubles it up to the last.
+FIRST_QUARANTINE_S = 30.0
+LAST_QUARANTINE_S = 600.0
+#: Rejections that an operation keeps; more say nothing new.
+MAX_REJECTIONS = 16
 
 
-def choose(
-    workers: Iterable[Worker], pool: str, snapshot: Snapshot | None, prefer: Sequence[str], avoid: Collection[str]
-) -> Worker:
-    """Picks a worker with a free slot.
+class Demand(Record, frozen=True, kw_only=True):
+    """What is looked for.
 
-    Gates: of the pool, active, able to run the snapshot (same backend and fingerprint; a data-scope snapshot only needs
-    the same backend). Among these: not in ``avoid``, then earliest in ``prefer``, then most free slots, then name.
+    Attributes:
+        pool: the template's.
+        snapshot: what is to be restored; None boots.
+        selector: labels that the worker must have (template's and actor's together).
+        image_digest: of the image below the actor, "" when not known.
+        prefer: names, the best first.
+        avoid: names that come last.
+        reachable: when given, the only workers that whoever asks can talk to.
+    """
+
+    pool: str
+    snapshot: Snapshot | None = None
+    selector: dict[str, str] = {}
+    image_digest: str = ""
+    prefer: tuple[str, ...] = ()
+    avoid: tuple[str, ...] = ()
+    reachable: tuple[str, ...] | None = None
+
+
+class Ranking(Record, frozen=True, kw_only=True):
+    """``order``: workers that could take it now, the best first; ``rejected``: why not the others of the pool."""
+
+    order: tuple[Worker, ...]
+    rejected: tuple[Rejection, ...]
+
+
+def choose(workers: Iterable[Worker], demand: Demand, now: float) -> tuple[Worker, tuple[Rejection, ...]]:
+    """The best worker with a free slot, and what spoke against others (see `rank`).
 
     Raises:
         FailedPrecondition: no worker of the pool could ever run it (reason ``NO_COMPATIBLE_WORKER``).
-        ResourceExhausted: all that could are full, draining or disconnected (reason ``NO_CAPACITY``).
+        ResourceExhausted: all that could are full, draining, disconnected or in quarantine (reason ``NO_CAPACITY``).
     """
-    of_pool = [w for w in workers if w.pool == pool]
-    able = [w for w in of_pool if snapshot is None or can_run(w, snapshot)]
+    of_pool = [w for w in workers if w.pool == demand.pool]
+    ranking = rank(of_pool, demand, now)
+    if ranking.order:
+        return ranking.order[0], ranking.rejected
+    able = [w for w in of_pool if never(w, demand) is None]
+    reasons = "; ".join(f"{r.worker}: {r.why}" for r in ranking.rejected)
     if of_pool and not able:
-        assert snapshot is not None
+        snapshot = demand.snapshot
+        what = (
+            f"snapshot {snapshot.id}, made by backend {snapshot.backend!r} ({snapshot.fingerprint})"
+            if snapshot is not None
+            else "it"
+        )
         raise FailedPrecondition(
-            f"no worker of pool {pool!r} can run snapshot {snapshot.id}: it was made by backend {snapshot.backend!r} "
-            f"({snapshot.fingerprint}); add a worker like that, or create the actor anew",
+            f"no worker of pool {demand.pool!r} can run {what}: {reasons}; add a worker that fits, or create the actor "
+            "anew",
             reason="NO_COMPATIBLE_WORKER",
         )
-    free = [w for w in able if w.state is WorkerState.ACTIVE and w.used < w.capacity]
-    if not free:
-        raise ResourceExhausted(
-            f"no free slot in pool {pool!r}: {len(able)} workers, "
-            f"{sum(w.used for w in able)} of {sum(w.capacity for w in able)} slots taken; "
-            "suspend an actor, or raise the pool's replicas",
-            reason="NO_CAPACITY",
+    raise ResourceExhausted(
+        f"no free slot in pool {demand.pool!r}: {len(able)} workers, "
+        f"{sum(w.used for w in able)} of {sum(w.capacity for w in able)} slots taken"
+        + (f" ({reasons})" if reasons else "")
+        + "; suspend an actor, or raise the pool's replicas",
+        reason="NO_CAPACITY",
+    )
+
+
+def rank(workers: Iterable[Worker], demand: Demand, now: float) -> Ranking:
+    """Gates: of the pool, has the labels, able to run the snapshot (same backend and fingerprint; a data-scope snapshot
+    only needs the same backend; one that is on one worker's disk only needs that worker), active, reachable, not in
+    quarantine, a free slot.
+
+    Among these: not in ``avoid``, then none that has just failed, then earliest in ``prefer``, then with the image,
+    then most free slots, then name.
+    """
+    fit: list[Worker] = []
+    rejected: list[Rejection] = []
+    for worker in workers:
+        if worker.pool != demand.pool:
+            continue
+        why = never(worker, demand) or not_now(worker, demand, now)
+        if why is None:
+            fit.append(worker)
+        elif len(rejected) < MAX_REJECTIONS:
+            rejected.append(Rejection(worker=worker.name, why=why))
+    place = {name: i for i, name in enumerate(demand.prefer)}
+    fit.sort(
+        key=lambda w: (
+            w.name in demand.avoid,
+            w.failures > 0,
+            place.get(w.name, len(place)),
+            bool(demand.image_digest) and demand.image_digest not in w.images,
+            w.used - w.capacity,
+            w.name,
         )
-    rank = {name: i for i, name in enumerate(prefer)}
-    return min(free, key=lambda w: (w.name in avoid, rank.get(w.name, len(rank)), w.used - w.capacity, w.name))
+    )
+    return Ranking(order=tuple(fit), rejected=tuple(rejected))
+
+
+def never(worker: Worker, demand: Demand) -> str | None:
+    """Why this worker can't run it whatever happens; None when it could."""
+    missing = {k: v for k, v in demand.selector.items() if worker.labels.get(k) != v}
+    if missing:
+        return f"has no label {', '.join(f'{k}={v}' for k, v in sorted(missing.items()))}"
+    if demand.snapshot is not None and not can_run(worker, demand.snapshot):
+        return f"can't run the snapshot: it is {worker.backend} ({worker.fingerprint})"
+    return None
+
+
+def not_now(worker: Worker, demand: Demand, now: float) -> str | None:
+    """Why this worker can't take it now; None when it can."""
+    snapshot = demand.snapshot
+    if snapshot is not None and snapshot.state is SnapshotState.LOCAL and snapshot.worker != worker.name:
+        return f"the snapshot is not uploaded yet, it is on worker {snapshot.worker} only"
+    if worker.state is not WorkerState.ACTIVE:
+        return f"is {worker.state}"
+    if demand.reachable is not None and worker.name not in demand.reachable:
+        return "is not connected to the replica that decided"
+    if worker.quarantined_until > now:
+        return f"in quarantine after {worker.failures} failures"
+    if worker.used >= worker.capacity:
+        return f"is full ({worker.used} of {worker.capacity} slots)"
+    return None
 
 
 def can_run(worker: Worker, snapshot: Snapshot) -> bool:
     if snapshot.backend != worker.backend:
         return False
     return snapshot.scope is SnapshotScope.DATA or snapshot.fingerprint == worker.fingerprint
+
+
+def selector(*parts: Mapping[str, str]) -> dict[str, str]:
+    """All of the parts together; where two name the same label with different values nothing fits."""
+    merged: dict[str, str] = {}
+    for part in parts:
+        for name, value in part.items():
+            merged[name] = value if merged.get(name, value) == value else f"{merged[name]} and {value}"
+    return merged
+
+
+# --- trust ------------------------------------------------------------------------------------------------
+
+
+def after_failure(worker: Worker, now: float) -> Worker:
+    """The worker after one more wake-up that failed there for a reason that is the worker's."""
+    failures = worker.failures + 1
+    until = worker.quarantined_until
+    if failures >= FAILURES_TO_QUARANTINE:
+        until = now + min(FIRST_QUARANTINE_S * 2.0 ** (failures - FAILURES_TO_QUARANTINE), LAST_QUARANTINE_S)
+    return replace(worker, failures=failures, quarantined_until=until)
+
+
+def after_success(worker: Worker) -> Worker:
+    return replace(worker, failures=0, quarantined_until=0.0)

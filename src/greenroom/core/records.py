@@ -63,7 +63,9 @@ class Actor(Record, frozen=True, kw_only=True):
     ``generation`` is the fencing token: it grows with every lease that is taken on the actor and is never
     reused. ``snapshot`` is the latest verified snapshot ("" means the template's golden one), and
     ``previous_snapshot`` the one before, kept as the way back. ``unsaved_since`` is set while the actor is
-    CRASHED: what it did after that time is lost.
+    CRASHED: what it did after that time is lost. ``durable_at``: its state of that time is in the snapshot store, so
+    that the loss of any worker costs at most what came after; None while only the template's snapshot is.
+    ``worker_selector``: labels that a worker must have beside those that the template asks for.
     """
 
     namespace: str
@@ -87,7 +89,9 @@ class Actor(Record, frozen=True, kw_only=True):
     resumed_at: float | None = None
     suspended_at: float | None = None
     unsaved_since: float | None = None
+    durable_at: float | None = None
     labels: dict[str, str] = {}
+    worker_selector: dict[str, str] = {}
     #: The hidden actor that a template boots once to make its golden snapshot.
     golden: bool = False
 
@@ -112,10 +116,22 @@ class TemplateState(enum.StrEnum):
 
 class OnCrash(enum.StrEnum):
     """What a request for a crashed actor does: ``hold`` answers with an error until somebody resumes it on
-    purpose (nothing is ever silently reset); ``restore-last`` wakes it from its last good snapshot."""
+    purpose (nothing is ever silently reset); ``restore-last`` wakes it from its last good snapshot; ``boot`` begins
+    anew, as an actor that was just created (what it had saved stays as its previous snapshot until it is suspended
+    the second time)."""
 
     HOLD = "hold"
     RESTORE_LAST = "restore-last"
+    BOOT = "boot"
+
+
+class Durability(enum.StrEnum):
+    """When a suspend is answered: ``local`` as soon as the snapshot is synced on the worker's own disk, and it is
+    uploaded afterwards (until then the loss of the worker loses it: see ``Actor.durable_at``);
+    ``acked-after-upload`` when the snapshot store has it."""
+
+    LOCAL = "local"
+    ACKED_AFTER_UPLOAD = "acked-after-upload"
 
 
 class Probe(Record, frozen=True, kw_only=True):
@@ -139,7 +155,8 @@ class TemplateSpec(Record, frozen=True, kw_only=True):
 
     ``command`` replaces the image's entrypoint and ``args`` its arguments (as in Kubernetes); empty means the
     image's own. ``env`` is added to the image's. ``idle_timeout_s``: an actor without an open request for this
-    long is suspended; 0 means never.
+    long is suspended; 0 means never. ``evictable``: may be suspended, while it is idle, to make room for another
+    actor. ``worker_selector``: labels that a worker must have.
     """
 
     image: str
@@ -154,6 +171,9 @@ class TemplateSpec(Record, frozen=True, kw_only=True):
     pool: str = "default"
     idle_timeout_s: float = 300.0
     on_crash: OnCrash = OnCrash.HOLD
+    durability: Durability = Durability.ACKED_AFTER_UPLOAD
+    evictable: bool = True
+    worker_selector: dict[str, str] = {}
 
 
 class LayerProgress(Record, frozen=True, kw_only=True):
@@ -223,7 +243,10 @@ class WorkerState(enum.StrEnum):
 class Worker(Record, frozen=True, kw_only=True):
     """One agent process. ``used`` of ``capacity`` slots are taken; a slot is taken and freed only in the same
     transaction that binds and unbinds an actor, so it can't leak. ``fingerprint`` is what a memory snapshot is
-    bound to: a snapshot is only ever restored on a worker of the same fingerprint."""
+    bound to: a snapshot is only ever restored on a worker of the same fingerprint. ``last_seen``: when any replica of
+    the control plane last heard it. ``images``: digests of images that are there already (a hint). ``failures``: how
+    many wake-ups in a row have failed there for a reason that is the worker's; until ``quarantined_until`` it gets
+    none."""
 
     name: str
     pool: str
@@ -237,6 +260,32 @@ class Worker(Record, frozen=True, kw_only=True):
     memory_snapshots: bool = True
     registered_at: float = 0.0
     last_seen: float = 0.0
+    labels: dict[str, str] = {}
+    images: tuple[str, ...] = ()
+    failures: int = 0
+    quarantined_until: float = 0.0
+    version: int = 0
+
+    @property
+    def pk(self) -> str:
+        return self.name
+
+
+# --- the control plane itself -----------------------------------------------------------------------------
+
+
+class Replica(Record, frozen=True, kw_only=True):
+    """One process of the control plane, among those that share a store. ``incarnation`` is new with each process of
+    the name. ``link``: where agents connect to it. It counts as gone ``seen_at`` plus a lease's life later.
+    ``uses``: actors (uid) that were in use through it since it last said so, and when (epoch seconds), so that no
+    other replica takes them for idle."""
+
+    name: str
+    incarnation: str
+    link: str = ""
+    started_at: float = 0.0
+    seen_at: float = 0.0
+    uses: dict[str, float] = {}
     version: int = 0
 
     @property
@@ -248,6 +297,7 @@ class Worker(Record, frozen=True, kw_only=True):
 
 
 class SnapshotState(enum.StrEnum):
+    LOCAL = "Local"  # on the disk of the worker that made it, and nowhere else yet
     PRESENT = "Present"
     CORRUPT = "Corrupt"
     CONDEMNED = "Condemned"
@@ -309,6 +359,7 @@ class OperationKind(enum.StrEnum):
     PAUSE = "Pause"
     DELETE = "Delete"
     PREPARE = "Prepare"  # a template: image, first boot, golden snapshot
+    CRASH = "Crash"  # nobody asked for it: an incarnation was lost, or what it had saved; recorded, ended at once
 
 
 class OperationState(enum.StrEnum):
@@ -326,6 +377,13 @@ class Failure(Record, frozen=True, kw_only=True):
     metadata: dict[str, str] = {}
 
 
+class Rejection(Record, frozen=True, kw_only=True):
+    """A worker that an operation could not have, and why."""
+
+    worker: str
+    why: str
+
+
 class PhaseTime(Record, frozen=True, kw_only=True):
     """One phase of an operation and how long it took; phases follow each other, so they sum to the total."""
 
@@ -337,7 +395,9 @@ class Operation(Record, frozen=True, kw_only=True):
     """One mutation as a row: it goes on when its caller gives up and when the control plane restarts.
 
     ``phase`` is the last step that is known to have been begun. ``cause`` says who asked: ``request``, ``api``,
-    ``idle``, ``capacity``, ``recovery``, ``shutdown``, ``template``.
+    ``idle``, ``capacity``, ``recovery``, ``shutdown``, ``drain``, ``template``. ``owner``: the control-plane process
+    that decides about it, ``attempts`` on how many workers it was tried, ``takeovers`` how often another process has
+    taken it over. ``done_bytes`` of ``total_bytes`` (0: not known) in this phase.
     """
 
     id: str
@@ -358,6 +418,20 @@ class Operation(Record, frozen=True, kw_only=True):
     snapshot: str = ""
     #: The state that the actor was in before, and goes back to when a resume or a pause is backed out.
     from_state: ActorState | None = None
+    #: The state that it left the actor in, when it has ended; None when it left none.
+    to_state: ActorState | None = None
+    owner: str = ""
+    takeovers: int = 0
+    rejected: tuple[Rejection, ...] = ()
+    done_bytes: int = 0
+    total_bytes: int = 0
+    #: Somebody has asked to give it up; its driver backs it out.
+    cancel_requested: bool = False
+    #: What was asked for with ``request_id`` beside the thing itself, as a digest: the same id may only be used to ask
+    #: for the same.
+    request_digest: str = ""
+    #: Until when its driver holds a preparation (other kinds have a `Lease`).
+    held_until: float = 0.0
     error: Failure | None = None
     phases: tuple[PhaseTime, ...] = ()
     layers: tuple[LayerProgress, ...] = ()

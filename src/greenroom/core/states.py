@@ -1,7 +1,8 @@
 """The one table of legal transitions of an actor; nothing else decides what is legal.
 
 SUSPENDED -> RESUMING -> RUNNING -> SUSPENDING -> SUSPENDED, RUNNING -> PAUSING -> PAUSED, and PAUSED is never a dead
-end. CRASHED says that a live incarnation was lost. Each operation can be backed out to where it came from. Delete works
+end. CRASHED says that a live incarnation was lost, or a snapshot that was nowhere but on a lost
+worker. Each operation can be backed out to where it came from. Delete works
 from every state.
 """
 
@@ -13,7 +14,7 @@ from greenroom.core.records import ActorState
 _S = ActorState
 
 LEGAL: dict[ActorState, frozenset[ActorState]] = {
-    _S.SUSPENDED: frozenset({_S.RESUMING, _S.DELETING}),
+    _S.SUSPENDED: frozenset({_S.RESUMING, _S.CRASHED, _S.DELETING}),
     _S.RESUMING: frozenset({_S.RUNNING, _S.SUSPENDED, _S.PAUSED, _S.CRASHED, _S.DELETING}),
     _S.RUNNING: frozenset({_S.SUSPENDING, _S.PAUSING, _S.CRASHED, _S.DELETING}),
     _S.SUSPENDING: frozenset({_S.SUSPENDED, _S.RUNNING, _S.PAUSED, _S.CRASHED, _S.DELETING}),

@@ -11,11 +11,11 @@ Everything here is synchronous and belongs to one event loop, so a check and the
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from greenroom.core.records import Endpoint, Key, PhaseTime
+from greenroom.engine import clock
 
 
 @dataclass(eq=False, slots=True)
@@ -29,7 +29,7 @@ class Binding:
     worker: str
     endpoint: Endpoint
     idle_timeout_s: float
-    last_used: float = field(default_factory=time.monotonic)
+    last_used: float = field(default_factory=clock.monotonic)
     in_flight: int = 0
     revoked: bool = False
     on_idle: Callable[[], None] | None = None
@@ -44,7 +44,7 @@ class Binding:
     def release(self) -> None:
         self.in_flight -= 1
         assert self.in_flight >= 0
-        self.last_used = time.monotonic()
+        self.last_used = clock.monotonic()
         if self.in_flight == 0:
             if self._idle is not None:
                 self._idle.set()

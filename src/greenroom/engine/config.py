@@ -3,6 +3,8 @@ worker may be away."""
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -28,6 +30,7 @@ class EngineConfig:
             to a worker whose connection broke.
         store_away_s: how long a write is tried while the store does not answer; then whoever waits is told, and the
             janitor goes on later.
+        randbits: randomness for ids: as many random bits as asked for.
     """
 
     owner: str
@@ -45,3 +48,4 @@ class EngineConfig:
     reconcile_s: float = 30.0
     retry_s: float = 0.1
     store_away_s: float = 10.0
+    randbits: Callable[[int], int] = secrets.randbits

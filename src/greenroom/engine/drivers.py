@@ -13,7 +13,6 @@ Worst instants, for every driver:
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -58,6 +57,7 @@ from greenroom.core.records import (
     SnapshotScope,
     Template,
 )
+from greenroom.engine import clock
 from greenroom.engine.bindings import Binding
 
 if TYPE_CHECKING:
@@ -79,17 +79,17 @@ class Phases:
     """Times of an operation, one after the other, so that they sum to its total."""
 
     def __init__(self) -> None:
-        self._at = time.monotonic()
+        self._at = clock.monotonic()
         self._phases: list[PhaseTime] = []
 
     def end(self, name: str) -> None:
-        now = time.monotonic()
+        now = clock.monotonic()
         self._phases.append(PhaseTime(name=name, seconds=now - self._at))
         self._at = now
 
     def took(self, phases: tuple[PhaseTime, ...], rest: str) -> None:
         """Takes over what a worker measured; the remainder since the last mark (messages, waiting) is ``rest``."""
-        now = time.monotonic()
+        now = clock.monotonic()
         spent = sum(p.seconds for p in phases)
         self._phases += [PhaseTime(name=rest, seconds=max(0.0, now - self._at - spent)), *phases]
         self._at = now
@@ -112,7 +112,7 @@ class Drivers:
         refused: list[str] = []
         while True:
             try:
-                async with _deadline(op):
+                async with _deadline(op, self._engine.now()):
                     started = await self._start(actor, op, template, source)
                 break
             except LeaseLost:
@@ -130,7 +130,7 @@ class Drivers:
         finished = await self._ops.commit(
             FinishResume(
                 key=actor.key,
-                now=time.time(),
+                now=self._engine.now(),
                 operation_id=op.id,
                 generation=op.generation,
                 endpoint=started.endpoint,
@@ -189,7 +189,7 @@ class Drivers:
             raise error
         await self._discard(actor, op)  # whatever the last one made
         rebind = Rebind(
-            key=actor.key, now=time.time(), operation_id=op.id, generation=op.generation, avoid=tuple(refused)
+            key=actor.key, now=self._engine.now(), operation_id=op.id, generation=op.generation, avoid=tuple(refused)
         )
         try:
             change = await self._ops.commit(rebind)
@@ -208,7 +208,7 @@ class Drivers:
         change = await self._ops.commit(
             FallBack(
                 key=actor.key,
-                now=time.time(),
+                now=self._engine.now(),
                 operation_id=op.id,
                 generation=op.generation,
                 snapshot_id=bad.id,
@@ -254,7 +254,7 @@ class Drivers:
         ids = _ids(actor, op)
         self._engine.bindings.revoke(actor.key)
         try:
-            async with _deadline(op):
+            async with _deadline(op, self._engine.now()):
                 made = await self._call(
                     op, api.Checkpoint(**ids, snapshot=await self._announced(actor, op)), api.Checkpointed
                 )
@@ -272,7 +272,7 @@ class Drivers:
         finished = await self._ops.commit(
             FinishSuspend(
                 key=actor.key,
-                now=time.time(),
+                now=self._engine.now(),
                 operation_id=op.id,
                 generation=op.generation,
                 snapshot=snapshot,
@@ -340,7 +340,7 @@ class Drivers:
         self._engine.bindings.revoke(actor.key)
         call = api.Freeze(**_ids(actor, op))
         try:
-            async with _deadline(op):
+            async with _deadline(op, self._engine.now()):
                 frozen = await self._call(op, call, api.Done)
         except LeaseLost:
             raise
@@ -350,7 +350,7 @@ class Drivers:
         finished = await self._ops.commit(
             FinishPause(
                 key=actor.key,
-                now=time.time(),
+                now=self._engine.now(),
                 operation_id=op.id,
                 generation=op.generation,
                 phases=phases.all(),
@@ -371,7 +371,7 @@ class Drivers:
         finished = await self._ops.commit(
             FinishDelete(
                 key=actor.key,
-                now=time.time(),
+                now=self._engine.now(),
                 operation_id=op.id,
                 generation=op.generation,
                 phases=phases.all(),
@@ -385,14 +385,14 @@ class Drivers:
 
     async def _call(self, op: Operation, call: api.AgentCall, answer: type[A]) -> A:
         """Asks the operation's worker; when the connection breaks, again once it is back (``worker_return_s``)."""
-        until = time.monotonic() + self._engine.config.worker_return_s
+        until = clock.monotonic() + self._engine.config.worker_return_s
         while True:
             try:
                 result = await self._engine.hub.call(op.worker, call, self._on_progress(op))
                 assert isinstance(result, answer)
                 return result
             except Unavailable as error:
-                if error.reason != "WORKER_DISCONNECTED" or time.monotonic() >= until:
+                if error.reason != "WORKER_DISCONNECTED" or clock.monotonic() >= until:
                     raise
             except GreenroomError:
                 raise
@@ -407,8 +407,8 @@ class Drivers:
 
         def report(progress: api.Progress) -> None:
             nonlocal last
-            if time.monotonic() - last >= PROGRESS_INTERVAL_S:
-                last = time.monotonic()
+            if clock.monotonic() - last >= PROGRESS_INTERVAL_S:
+                last = clock.monotonic()
                 self._engine.spawn(self._progress(op, progress.phase, progress.layers), f"progress-{op.id}")
 
         return report
@@ -416,7 +416,7 @@ class Drivers:
     async def _progress(self, op: Operation, phase: str, layers: tuple[LayerProgress, ...]) -> None:
         """For those who watch; nothing depends on it. Raises `LeaseLost` alone."""
         step = Advance(
-            key=op.key, now=time.time(), operation_id=op.id, generation=op.generation, phase=phase, layers=layers
+            key=op.key, now=self._engine.now(), operation_id=op.id, generation=op.generation, phase=phase, layers=layers
         )
         try:
             await self._engine.store.apply(step)
@@ -457,7 +457,7 @@ class Drivers:
         change = await self._ops.commit(
             BackOut(
                 key=actor.key,
-                now=time.time(),
+                now=self._engine.now(),
                 operation_id=op.id,
                 generation=op.generation,
                 to_state=to,
@@ -504,10 +504,10 @@ async def _limit(seconds: float, what: str) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def _deadline(op: Operation) -> AsyncIterator[None]:
+async def _deadline(op: Operation, now: float) -> AsyncIterator[None]:
     """The operation's deadline around a step; its end is a `DeadlineExceeded`, which backs the operation out."""
     try:
-        async with asyncio.timeout(max(0.0, op.deadline_at - time.time())):
+        async with asyncio.timeout(max(0.0, op.deadline_at - now)):
             yield
     except TimeoutError:
         raise DeadlineExceeded(

@@ -8,8 +8,6 @@ and `Recovery` (at start, and the janitor later) drives it on or back.
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -40,10 +38,11 @@ from greenroom.core.records import (
     TemplateSpec,
 )
 from greenroom.core.states import BOUND
+from greenroom.engine import clock
 from greenroom.engine.bindings import BindingTable, Wake
 from greenroom.engine.config import EngineConfig
 from greenroom.engine.drivers import Drivers, Phases
-from greenroom.engine.operations import Operations, new_id
+from greenroom.engine.operations import Operations
 from greenroom.engine.port import DEFAULT_WAIT_S, ExecStream
 from greenroom.engine.recovery import Recovery
 from greenroom.engine.streams import RemoteExec, merged_logs
@@ -87,6 +86,14 @@ class Engine:
         `Unavailable` (reason ``SHUTTING_DOWN``)."""
         await self.ops.close()
 
+    def now(self) -> float:
+        """Seconds since the epoch, as all who share the store see it."""
+        return self.store.clock()
+
+    def new_id(self) -> str:
+        """See `clock.make_id`."""
+        return clock.make_id(self.now(), self.config.randbits(74))
+
     def spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """A background task that `close` ends; a failure is logged, never lost."""
         return self.ops.spawn(work, name)
@@ -119,9 +126,9 @@ class Engine:
         change = await self.ops.commit(
             CreateActor(
                 key=key,
-                now=time.time(),
-                operation_id=new_id(),
-                uid=uuid.uuid4().hex,
+                now=self.now(),
+                operation_id=self.new_id(),
+                uid=self.new_id(),
                 template=template,
                 request_id=request_id,
                 labels=dict(labels or {}),
@@ -197,11 +204,11 @@ class Engine:
         cause: str,
         phases: Phases,
     ) -> Change:
-        fields: dict[str, Any] = {"snapshot_id": new_id()} if kind is BeginSuspend else {}
+        fields: dict[str, Any] = {"snapshot_id": self.new_id()} if kind is BeginSuspend else {}
         command = kind(
             key=key,
-            now=time.time(),
-            operation_id=new_id(),
+            now=self.now(),
+            operation_id=self.new_id(),
             owner=self.config.owner,
             request_id=request_id,
             cause=cause,
@@ -226,7 +233,7 @@ class Engine:
         if change.operation is not None:
             return change.operation
         assert change.actor is not None
-        actor, now = change.actor, time.time()
+        actor, now = change.actor, self.now()
         return Operation(
             id="",
             kind=_KIND_OF[actor.state],
@@ -291,7 +298,7 @@ class Engine:
         try:
             pool = await self.store.get(Pool, name)
         except NotFound:
-            return await self.store.put(Pool(name=name, uid=uuid.uuid4().hex, spec=spec, created_at=time.time()))
+            return await self.store.put(Pool(name=name, uid=self.new_id(), spec=spec, created_at=self.now()))
         if pool.spec == spec:
             return pool
         if pool.spec.backend != spec.backend:
@@ -356,7 +363,7 @@ class Engine:
     async def _idle_loop(self) -> None:
         while True:
             await asyncio.sleep(self.config.idle_scan_s)
-            now = time.monotonic()
+            now = clock.monotonic()
             for binding in self.bindings.longest_idle():
                 due = binding.idle_timeout_s > 0 and now - binding.last_used >= binding.idle_timeout_s
                 if due and not self.wakes.being_woken(binding.key):

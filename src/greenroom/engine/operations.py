@@ -7,8 +7,6 @@ lease was lost, this process ends), and then another driver takes it up. So whoe
 from __future__ import annotations
 
 import asyncio
-import secrets
-import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,6 +33,7 @@ from greenroom.core.errors import (
     rebuild,
 )
 from greenroom.core.records import Failure, Operation, OperationState
+from greenroom.engine import clock
 from greenroom.store.port import R
 
 if TYPE_CHECKING:
@@ -45,13 +44,6 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 Begin = BeginResume | BeginSuspend | BeginPause | BeginDelete
 Driver = Callable[[Change], Coroutine[Any, Any, Operation]]
-
-
-def new_id() -> str:
-    """32 hex digits that sort by time of making (UUID version 7, RFC 9562), so lists of operations are in order."""
-    milliseconds = time.time_ns() // 1_000_000
-    value = (milliseconds << 80) | (0x7 << 76) | (secrets.randbits(12) << 64) | (0b10 << 62) | secrets.randbits(62)
-    return f"{value:032x}"
 
 
 def failure_of(operation: Operation) -> GreenroomError:
@@ -128,7 +120,7 @@ class Operations:
         """`Store.apply`, again while the store does not answer (``store_away_s``). Every command is idempotent by its
         operation id and fenced, so it does not matter whether one whose reply was lost was carried out."""
         patient = isinstance(command, OperationCommand)
-        return await self.steadily(lambda: self._store.apply(replace(command, now=time.time())), patient)
+        return await self.steadily(lambda: self._store.apply(replace(command, now=self._engine.now())), patient)
 
     async def read(self, cls: type[R], pk: str) -> R:
         """`Store.get`, again while the store does not answer."""
@@ -136,14 +128,14 @@ class Operations:
 
     async def steadily(self, work: Callable[[], Awaitable[T]], patient: bool = False) -> T:
         """Does what may be done twice, until the store answers. ``patient``: also while too many writes wait."""
-        until = time.monotonic() + self._engine.config.store_away_s
+        until = clock.monotonic() + self._engine.config.store_away_s
         while True:
             try:
                 return await work()
             except (Unavailable, ResourceExhausted) as error:
                 away = isinstance(error, Unavailable) and error.reason != "STORE_CLOSED"
                 crowded = patient and error.reason == "STORE_OVERLOADED"
-                if not (away or crowded) or time.monotonic() >= until:
+                if not (away or crowded) or clock.monotonic() >= until:
                     raise
             await asyncio.sleep(self._engine.config.retry_s)
 

@@ -9,7 +9,6 @@ nothing; and what a lost message would have told is found by asking again, every
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Collection
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -41,6 +40,7 @@ from greenroom.core.records import (
     WorkerState,
 )
 from greenroom.core.states import BUSY
+from greenroom.engine import clock
 from greenroom.engine.drivers import Phases
 from greenroom.engine.operations import closing
 from greenroom.store.port import R
@@ -104,7 +104,7 @@ class Recovery:
         change = await self._ops.commit(
             TakeOver(
                 key=operation.key,
-                now=time.time(),
+                now=self._engine.now(),
                 operation_id=operation.id,
                 owner=self._engine.config.owner,
                 lease_ttl_s=self._engine.config.lease_ttl_s,
@@ -113,7 +113,7 @@ class Recovery:
         )
         assert change.operation is not None and change.actor is not None
         # A deadline that passed while nobody worked on it would only turn work that is nearly done into a failure.
-        fresh = time.time() + self._engine.config.operation_deadline_s
+        fresh = self._engine.now() + self._engine.config.operation_deadline_s
         operation = replace(change.operation, deadline_at=max(change.operation.deadline_at, fresh))
         change = replace(await self._with_source(change), operation=operation)
         drivers = self._engine.drivers
@@ -144,6 +144,12 @@ class Recovery:
         if not self._ops.closed:
             self._engine.spawn(self._welcome(hello), f"welcome-{hello.worker}")
 
+    def worker_heard(self, worker: str, heartbeat: api.Heartbeat) -> None:
+        pass
+
+    def worker_leaving(self, worker: str, boot_id: str) -> None:
+        pass
+
     def worker_gone(self, worker: str, boot_id: str) -> None:
         if not self._ops.closed:
             self._missing(worker)
@@ -172,7 +178,7 @@ class Recovery:
             return
 
     async def _register(self, hello: api.Hello) -> None:
-        now = time.time()
+        now = self._engine.now()
         said: dict[str, Any] = {
             "pool": hello.pool,
             "backend": hello.backend,
@@ -211,7 +217,7 @@ class Recovery:
     def _missing(self, worker: str) -> None:
         """A worker is away; however often it goes, one task waits for it."""
         waiting = worker in self._away
-        self._away[worker] = time.monotonic()
+        self._away[worker] = clock.monotonic()
         if not waiting:
             self._engine.spawn(self._expect(worker), f"expect-{worker}")
 
@@ -224,7 +230,7 @@ class Recovery:
                 if since != marked:
                     await self._insist(lambda: self._mark_away(worker))
                     marked = since
-                elif time.monotonic() < since + self._engine.config.worker_return_s:
+                elif clock.monotonic() < since + self._engine.config.worker_return_s:
                     await self.wait_for_worker(worker, since + self._engine.config.worker_return_s)
                 else:
                     await self._insist(lambda: self._abandon(worker))
@@ -237,7 +243,7 @@ class Recovery:
             worker,
             lambda: worker not in self._engine.hub.connected(),
             state=WorkerState.DISCONNECTED,
-            last_seen=time.time(),
+            last_seen=self._engine.now(),
         )
 
     async def _abandon(self, worker: str) -> None:
@@ -252,7 +258,7 @@ class Recovery:
         """Whether the worker is connected, waiting for it until ``until`` (monotonic seconds)."""
         while worker not in self._engine.hub.connected():
             try:
-                async with asyncio.timeout(until - time.monotonic()):
+                async with asyncio.timeout(until - clock.monotonic()):
                     await self.arrival.wait()
             except TimeoutError:
                 break
@@ -267,7 +273,7 @@ class Recovery:
         actor = await self._ops.read(Actor, str(key))
         if actor.state is not ActorState.RUNNING:
             return
-        if not await self.wait_for_worker(actor.worker, time.monotonic() + self._engine.config.worker_return_s):
+        if not await self.wait_for_worker(actor.worker, clock.monotonic() + self._engine.config.worker_return_s):
             raise Unavailable(
                 f"actor {key} runs on worker {actor.worker}, which is away; it counts as lost if it does not come back",
                 reason="WORKER_DISCONNECTED",
@@ -404,8 +410,9 @@ class Recovery:
         """Records that the incarnation of that generation, or an older one, is gone; a newer one is left alone."""
         change = await self._ops.commit(
             Crash(
+                operation_id=self._engine.new_id(),
                 key=actor.key,
-                now=time.time(),
+                now=self._engine.now(),
                 uid=actor.uid,
                 worker=actor.worker,
                 generation=generation,
@@ -435,7 +442,7 @@ class Recovery:
                     await self._store.apply(
                         RenewLease(
                             key=operation.key,
-                            now=time.time(),
+                            now=self._engine.now(),
                             operation_id=operation.id,
                             generation=operation.generation,
                             owner=config.owner,
@@ -490,7 +497,7 @@ class Recovery:
 
     async def _unpublish(self, worker: str) -> None:
         """A worker may have published the snapshot of a suspend after that had failed for its absence."""
-        since = time.time() - UNPUBLISH_WITHIN_S
+        since = self._engine.now() - UNPUBLISH_WITHIN_S
         for operation in await self._all(Operation, kind=OperationKind.SUSPEND, state=OperationState.FAILED):
             if operation.worker == worker and operation.updated_at >= since:
                 await self._engine.snapshots.delete(operation.snapshot)

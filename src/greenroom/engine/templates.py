@@ -11,8 +11,6 @@ A template names the operation that prepares it (``Template.operation``); a driv
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -44,7 +42,7 @@ from greenroom.core.records import (
     TemplateState,
 )
 from greenroom.engine.drivers import Phases
-from greenroom.engine.operations import failure_of, new_id
+from greenroom.engine.operations import failure_of
 
 if TYPE_CHECKING:
     from greenroom.engine.engine import Engine
@@ -86,11 +84,11 @@ class Preparer:
         return await self._begin(template, request_id)
 
     async def _found_or_new(self, key: Key, spec: TemplateSpec) -> Template:
-        now = time.time()
+        now = self._engine.now()
         new = Template(
             namespace=key.namespace,
             name=key.name,
-            uid=uuid.uuid4().hex,
+            uid=self._engine.new_id(),
             spec=spec,
             state=TemplateState.PENDING,
             created_at=now,
@@ -121,9 +119,9 @@ class Preparer:
         return op
 
     async def _begin(self, template: Template, request_id: str) -> tuple[Template, Operation | None]:
-        now = time.time()
+        now = self._engine.now()
         op = Operation(
-            id=new_id(),
+            id=self._engine.new_id(),
             kind=OperationKind.PREPARE,
             namespace=template.namespace,
             name=template.name,
@@ -160,7 +158,7 @@ class Preparer:
             self._ops.track(op, self._tidy(template, op))
         elif template.operation == op.id or template.state is TemplateState.PENDING:
             template = await self._change(template, state=TemplateState.PREPARING, operation=op.id)
-            fresh = time.time() + self._engine.config.prepare_deadline_s
+            fresh = self._engine.now() + self._engine.config.prepare_deadline_s
             op = await self._note(op, deadline_at=max(op.deadline_at, fresh))
             self._ops.track(op, self._run(template, op))
         else:
@@ -170,7 +168,7 @@ class Preparer:
         phases = Phases()
         error: GreenroomError | None = None
         try:
-            async with asyncio.timeout(max(0.0, op.deadline_at - time.time())):
+            async with asyncio.timeout(max(0.0, op.deadline_at - self._engine.now())):
                 await self._prepare(template, op, phases)
         except TimeoutError:
             error = DeadlineExceeded(
@@ -393,7 +391,7 @@ class Preparer:
             moved = (current.state, current.operation) != (template.state, template.operation)
             if (op is not None and current.operation != op.id) or (unchanged and moved):
                 raise _overtaken(template)
-            since = current.state_since if fields.get("state", current.state) is current.state else time.time()
+            since = current.state_since if fields.get("state", current.state) is current.state else self._engine.now()
             return await self._store.put(replace(current, **fields, state_since=since))
 
         return await self._against_others(write, str(template.key))
@@ -403,7 +401,7 @@ class Preparer:
 
         async def write() -> Operation:
             current = await self._store.get(Operation, op.id)
-            return await self._store.put(replace(current, **fields, updated_at=time.time()))
+            return await self._store.put(replace(current, **fields, updated_at=self._engine.now()))
 
         return await self._against_others(write, op.id)
 
@@ -419,7 +417,7 @@ class Preparer:
             state=OperationState.FAILED if error else OperationState.DONE,
             error=failure,
             phases=phases.all() if phases else (),
-            finished_at=time.time(),
+            finished_at=self._engine.now(),
         )
 
     async def _against_others(self, write: Callable[[], Awaitable[T]], what: str) -> T:

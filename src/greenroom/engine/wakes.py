@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from greenroom.core.records import Actor, ActorState, Key, Operation, OperationS
 from greenroom.engine.bindings import Binding, Wake
 from greenroom.engine.capacity import CapacityQueue
 from greenroom.engine.drivers import Phases
-from greenroom.engine.operations import failure_of, new_id
+from greenroom.engine.operations import failure_of
 
 if TYPE_CHECKING:
     from greenroom.engine.engine import Engine
@@ -153,8 +152,8 @@ class Wakes:
     async def _begin(self, key: Key, request_id: str, cause: str, from_crash: bool, phases: Phases) -> Change:
         command = BeginResume(
             key=key,
-            now=time.time(),
-            operation_id=new_id(),
+            now=self._engine.now(),
+            operation_id=self._engine.new_id(),
             owner=self._engine.config.owner,
             request_id=request_id,
             cause=cause,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
-from greenroom.core.agentapi import AgentCall, Exec, Hello, Logs, Progress, SandboxExited
+from greenroom.core.agentapi import AgentCall, Exec, Heartbeat, Hello, Logs, Progress, SandboxExited, Welcome
 from greenroom.core.records import Record
 
 OnProgress = Callable[[Progress], None]
@@ -16,6 +16,8 @@ class WorkerListener(Protocol):
     """What the hub tells the engine. All are called on the engine's loop and return at once."""
 
     def worker_connected(self, hello: Hello) -> None: ...
+    def worker_heard(self, worker: str, heartbeat: Heartbeat) -> None: ...
+    def worker_leaving(self, worker: str, boot_id: str) -> None: ...
     def worker_gone(self, worker: str, boot_id: str) -> None: ...
     def sandbox_exited(self, worker: str, event: SandboxExited) -> None: ...
 
@@ -36,7 +38,11 @@ class CallStream(Protocol):
 
 
 class WorkerHub(Protocol):
+    """``welcome``: what agents are told when they connect and whenever they say that they live; may be set at any
+    time."""
+
     listener: WorkerListener | None
+    welcome: Welcome
 
     def connected(self) -> dict[str, Hello]:
         """The agents that are connected now, by worker name."""

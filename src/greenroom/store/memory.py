@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from greenroom.core.commands import ActorCommand, Change
 from greenroom.core.records import Actor, Lease, Operation, OperationState, Snapshot, Worker
 from greenroom.store import transaction
+from greenroom.store.clock import SteadyClock
 from greenroom.store.port import FILTERS, KEPT_OPERATIONS, MAX_PAGE, Free, R, Stored, W, check_list, not_found
 from greenroom.store.watch import Broadcast, Watcher, closed
 
@@ -14,7 +15,8 @@ from greenroom.store.watch import Broadcast, Watcher, closed
 class MemoryStore:
     """Every call is done when it returns, without a switch to another task in between."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        self._clock = clock or SteadyClock()
         self._rows = _Dicts()
         self._broadcast = Broadcast()
         self._closed = False
@@ -64,6 +66,9 @@ class MemoryStore:
     def watch(self, *, capacity: int = 10_000) -> Watcher:
         self._check_open()
         return self._broadcast.watch(capacity)
+
+    def clock(self) -> float:
+        return self._clock()
 
     async def trim(self, keep: int = KEPT_OPERATIONS) -> int:
         self._check_open()
@@ -119,9 +124,9 @@ class _Dicts:
     def _store(self, record: Stored) -> None:
         self._tables[type(record)][record.pk] = record
         if isinstance(record, Operation) and record.request_id:
-            self._requests[transaction.request_key(record.key, record.kind, record.request_id)] = record.id
+            self._requests[transaction.request_key(record.namespace, record.request_id)] = record.id
 
     def delete(self, cls: type[Stored], pk: str) -> None:
         record = self._tables[cls].pop(pk, None)
         if isinstance(record, Operation) and record.request_id:
-            self._requests.pop(transaction.request_key(record.key, record.kind, record.request_id), None)
+            self._requests.pop(transaction.request_key(record.namespace, record.request_id), None)

@@ -22,14 +22,14 @@ from typing import Protocol, TypeVar
 
 from greenroom.core.commands import ActorCommand, Change
 from greenroom.core.errors import InvalidArgument, NotFound
-from greenroom.core.records import Actor, Lease, Operation, Pool, Record, Snapshot, Template, Worker
+from greenroom.core.records import Actor, Lease, Operation, Pool, Record, Replica, Snapshot, Template, Worker
 
-Stored = Actor | Template | Pool | Worker | Snapshot | Operation | Lease
+Stored = Actor | Template | Pool | Worker | Replica | Snapshot | Operation | Lease
 #: What can be read.
-R = TypeVar("R", Actor, Template, Pool, Worker, Snapshot, Operation, Lease)
+R = TypeVar("R", Actor, Template, Pool, Worker, Replica, Snapshot, Operation, Lease)
 #: What `put` and `remove` write; actors and leases change by `apply` alone.
-Free = Template | Pool | Worker | Snapshot | Operation
-W = TypeVar("W", Template, Pool, Worker, Snapshot, Operation)
+Free = Template | Pool | Worker | Replica | Snapshot | Operation
+W = TypeVar("W", Template, Pool, Worker, Replica, Snapshot, Operation)
 
 #: Fields that `list` can filter on, by record class; each is indexed.
 FILTERS: dict[type[Stored], frozenset[str]] = {
@@ -37,6 +37,7 @@ FILTERS: dict[type[Stored], frozenset[str]] = {
     Template: frozenset({"state"}),
     Pool: frozenset(),
     Worker: frozenset({"pool", "state"}),
+    Replica: frozenset(),
     Snapshot: frozenset({"actor_uid", "state", "template"}),
     Operation: frozenset({"state", "uid", "kind"}),
     Lease: frozenset({"owner"}),
@@ -133,6 +134,10 @@ class Store(Protocol):
         """Events from the moment of this call on. A watcher that falls more than ``capacity`` events behind gets
         `ResourceExhausted` (reason ``WATCH_TOO_SLOW``) and must list again; when the store is closed it gets
         `Unavailable` after what came before. It is dropped when nobody refers to it any more."""
+
+    def clock(self) -> float:
+        """Now, in seconds since the epoch, as all who share the store see it. Within a process it never goes back, and
+        it does not jump when somebody sets this machine's clock."""
 
     async def trim(self, keep: int = KEPT_OPERATIONS) -> int:
         """Drops the oldest finished operations beyond ``keep`` (by id); returns how many. Their request ids are

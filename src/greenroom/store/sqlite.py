@@ -22,6 +22,7 @@ from greenroom.core.commands import ActorCommand, Change
 from greenroom.core.errors import ResourceExhausted
 from greenroom.core.records import OperationState
 from greenroom.store import sqlite_file, transaction
+from greenroom.store.clock import SteadyClock
 from greenroom.store.hold import Hold
 from greenroom.store.port import KEPT_OPERATIONS, MAX_PAGE, Free, R, W, check_list, not_found
 from greenroom.store.sqlite_rows import read, read_page
@@ -45,6 +46,7 @@ class SqliteStore:
         self._hold = hold
         self._loop = loop
         self._broadcast = Broadcast()
+        self._clock = SteadyClock()
         self._waiting = 0
         self._listing = 0
         self._closed = False
@@ -95,6 +97,9 @@ class SqliteStore:
 
     async def remove(self, record: Free) -> None:
         await self._write(transaction.remove, record)
+
+    def clock(self) -> float:
+        return self._clock()
 
     async def trim(self, keep: int = KEPT_OPERATIONS) -> int:
         finished = sorted(await self._in_pager(_finished_beyond, self._pages, keep))

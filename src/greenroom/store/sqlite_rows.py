@@ -51,7 +51,7 @@ class Table:
     def row(self, record: Stored) -> tuple[Any, ...]:
         values = self._values(record)
         if isinstance(record, Operation):
-            values = (*values, request_key(record.key, record.kind, record.request_id))
+            values = (*values, request_key(record.namespace, record.request_id))
         return (*values, _encode(record).decode())
 
     def record(self, data: Any) -> Any:

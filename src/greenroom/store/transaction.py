@@ -12,15 +12,26 @@ from typing import Protocol, TypeVar
 
 from msgspec.structs import replace
 
-from greenroom.core.commands import ActorCommand, Begin, Change, CreateActor, OperationCommand, Outcome, TakeOver, View
+from greenroom.core.commands import (
+    ActorCommand,
+    Begin,
+    Change,
+    CreateActor,
+    FinishUpload,
+    LoseSnapshot,
+    OperationCommand,
+    Outcome,
+    RequestCancel,
+    TakeOver,
+    View,
+)
 from greenroom.core.errors import AlreadyExists, Conflict
 from greenroom.core.lifecycle import decide
 from greenroom.core.records import (
     Actor,
-    Key,
+    ActorState,
     Lease,
     Operation,
-    OperationKind,
     OperationState,
     Snapshot,
     Template,
@@ -46,9 +57,9 @@ class Rows(Protocol):
     def delete(self, cls: type[Stored], pk: str) -> None: ...
 
 
-def request_key(key: Key, kind: OperationKind, request_id: str) -> str:
+def request_key(namespace: str, request_id: str) -> str:
     """What an operation is found by when its request is repeated; "" for a request without an id."""
-    return f"{key.namespace}/{key.name}/{kind}/{request_id}" if request_id else ""
+    return f"{namespace}/{request_id}" if request_id else ""
 
 
 # --- lifecycle commands -----------------------------------------------------------------------------------
@@ -65,7 +76,7 @@ def load(rows: Rows, command: ActorCommand) -> View:
     needs = command.needs
     actor = rows.read(Actor, str(command.key))
     operation_id = actor.operation if actor is not None else ""
-    if isinstance(command, OperationCommand | TakeOver):
+    if isinstance(command, OperationCommand | TakeOver | RequestCancel):
         operation_id = command.operation_id
     operation = rows.read(Operation, operation_id) if operation_id else None
 
@@ -76,6 +87,8 @@ def load(rows: Rows, command: ActorCommand) -> View:
     golden_id = template.golden_snapshot if template else ""
     source_id = (actor.snapshot or golden_id) if actor else ""
     previous_id = actor.previous_snapshot if actor else ""
+    restarts = "restart" in needs and actor is not None and actor.state is ActorState.CRASHED
+    named_id = command.snapshot_id if isinstance(command, FinishUpload | LoseSnapshot) else ""
     return View(
         actor=actor,
         operation=operation,
@@ -84,7 +97,8 @@ def load(rows: Rows, command: ActorCommand) -> View:
         template=template,
         source=rows.read(Snapshot, source_id) if source_id and "source" in needs else None,
         previous=rows.read(Snapshot, previous_id) if previous_id and "previous" in needs else None,
-        golden=rows.read(Snapshot, golden_id) if golden_id and "golden" in needs else None,
+        golden=rows.read(Snapshot, golden_id) if golden_id and ("golden" in needs or restarts) else None,
+        named=rows.read(Snapshot, named_id) if named_id else None,
         owned=tuple(rows.snapshots_of(actor.uid)) if actor and "owned" in needs else (),
         workers=tuple(rows.workers_of(template.spec.pool)) if template and "workers" in needs else (),
     )
@@ -93,7 +107,7 @@ def load(rows: Rows, command: ActorCommand) -> View:
 def _prior(rows: Rows, command: Begin | CreateActor) -> Operation | None:
     prior = rows.read(Operation, command.operation_id)
     if prior is None and command.request_id:
-        prior = rows.operation_of_request(request_key(command.key, command.kind, command.request_id))
+        prior = rows.operation_of_request(request_key(command.key.namespace, command.request_id))
     return prior
 
 

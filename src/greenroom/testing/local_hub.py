@@ -14,7 +14,7 @@ import msgspec
 
 from greenroom.agent.agent import Agent
 from greenroom.core import agentapi as api
-from greenroom.core.agentapi import AgentCall, Exec, Hello, Logs, SandboxExited
+from greenroom.core.agentapi import AgentCall, Exec, Hello, Logs, SandboxExited, Welcome
 from greenroom.core.errors import GreenroomError, Unavailable, rebuild
 from greenroom.core.records import Record
 from greenroom.engine.workers import CallStream, OnProgress, WorkerListener
@@ -33,6 +33,7 @@ class LocalHub:
 
     def __init__(self) -> None:
         self.listener: WorkerListener | None = None
+        self.welcome = Welcome()
         #: What agents failed with that is no `GreenroomError`: bugs.
         self.bugs: list[Exception] = []
         self._links: dict[str, _Link] = {}

@@ -13,7 +13,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
-from greenroom.core.agentapi import AgentCall, Exec, Hello, Logs
+from greenroom.core.agentapi import AgentCall, Exec, Hello, Logs, Welcome
 from greenroom.core.commands import ActorCommand, Change
 from greenroom.core.errors import Unavailable
 from greenroom.core.records import Record
@@ -174,6 +174,9 @@ class SteppedStore:
     def watch(self, *, capacity: int = 10_000) -> AsyncIterator[Event]:
         return self._store.watch(capacity=capacity)
 
+    def clock(self) -> float:
+        return self._store.clock()
+
     async def trim(self, keep: int = 10_000) -> int:
         return await self._store.trim(keep)
 
@@ -195,6 +198,14 @@ class SteppedHub:
     @listener.setter
     def listener(self, listener: WorkerListener | None) -> None:
         self._hub.listener = listener
+
+    @property
+    def welcome(self) -> Welcome:
+        return self._hub.welcome
+
+    @welcome.setter
+    def welcome(self, welcome: Welcome) -> None:
+        self._hub.welcome = welcome
 
     def connected(self) -> dict[str, Hello]:
         return self._hub.connected()

@@ -578,6 +578,7 @@ class StoreContract:
         await world.do(BeginSuspend, key)
         await world.do(BeginResume, key, prefer=(old.worker,))
         report = Crash(
+            operation_id=world.id("op-"),
             key=key,
             now=world.now,
             uid=old.uid,

@@ -187,6 +187,7 @@ class World:
         actor = await self.actor(key)
         return await self.apply(
             Crash(
+                operation_id=self.id("op-"),
                 key=key,
                 now=self.now,
                 uid=actor.uid,

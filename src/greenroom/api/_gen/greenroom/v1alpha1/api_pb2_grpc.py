@@ -937,6 +937,11 @@ class WorkersStub:
                 request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ListWorkersRequest.SerializeToString,
                 response_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ListWorkersResponse.FromString,
                 _registered_method=True)
+        self.DrainWorker = channel.unary_unary(
+                '/greenroom.v1alpha1.Workers/DrainWorker',
+                request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.DrainWorkerRequest.SerializeToString,
+                response_deserializer=greenroom_dot_v1alpha1_dot_resources__pb2.Worker.FromString,
+                _registered_method=True)
 
 
 class WorkersServicer:
@@ -954,6 +959,13 @@ class WorkersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainWorker(self, request, context):
+        """No actor is woken there any more, and those that are awake are suspended; with `undo` it takes actors again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkersServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -966,6 +978,11 @@ def add_WorkersServicer_to_server(servicer, server):
                     servicer.ListWorkers,
                     request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ListWorkersRequest.FromString,
                     response_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ListWorkersResponse.SerializeToString,
+            ),
+            'DrainWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainWorker,
+                    request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.DrainWorkerRequest.FromString,
+                    response_serializer=greenroom_dot_v1alpha1_dot_resources__pb2.Worker.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1022,6 +1039,33 @@ class Workers:
             '/greenroom.v1alpha1.Workers/ListWorkers',
             greenroom_dot_v1alpha1_dot_api__pb2.ListWorkersRequest.SerializeToString,
             greenroom_dot_v1alpha1_dot_api__pb2.ListWorkersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/greenroom.v1alpha1.Workers/DrainWorker',
+            greenroom_dot_v1alpha1_dot_api__pb2.DrainWorkerRequest.SerializeToString,
+            greenroom_dot_v1alpha1_dot_resources__pb2.Worker.FromString,
             options,
             channel_credentials,
             insecure,
@@ -1179,6 +1223,11 @@ class OperationsStub:
                 request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.GetOperationRequest.SerializeToString,
                 response_deserializer=greenroom_dot_v1alpha1_dot_resources__pb2.Operation.FromString,
                 _registered_method=True)
+        self.CancelOperation = channel.unary_unary(
+                '/greenroom.v1alpha1.Operations/CancelOperation',
+                request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.GetOperationRequest.SerializeToString,
+                response_deserializer=greenroom_dot_v1alpha1_dot_resources__pb2.Operation.FromString,
+                _registered_method=True)
 
 
 class OperationsServicer:
@@ -1212,6 +1261,14 @@ class OperationsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CancelOperation(self, request, context):
+        """Asks for it to be backed out; answers at once, with the operation as it is. One that has ended is an answer too; a
+        delete can't be taken back (NOT_CANCELLABLE).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperationsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -1232,6 +1289,11 @@ def add_OperationsServicer_to_server(servicer, server):
             ),
             'WatchOperation': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchOperation,
+                    request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.GetOperationRequest.FromString,
+                    response_serializer=greenroom_dot_v1alpha1_dot_resources__pb2.Operation.SerializeToString,
+            ),
+            'CancelOperation': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelOperation,
                     request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.GetOperationRequest.FromString,
                     response_serializer=greenroom_dot_v1alpha1_dot_resources__pb2.Operation.SerializeToString,
             ),
@@ -1344,6 +1406,33 @@ class Operations:
             request,
             target,
             '/greenroom.v1alpha1.Operations/WatchOperation',
+            greenroom_dot_v1alpha1_dot_api__pb2.GetOperationRequest.SerializeToString,
+            greenroom_dot_v1alpha1_dot_resources__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelOperation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/greenroom.v1alpha1.Operations/CancelOperation',
             greenroom_dot_v1alpha1_dot_api__pb2.GetOperationRequest.SerializeToString,
             greenroom_dot_v1alpha1_dot_resources__pb2.Operation.FromString,
             options,

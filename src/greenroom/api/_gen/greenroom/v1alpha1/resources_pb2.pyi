@@ -98,6 +98,8 @@ class _OnCrashEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnCrash.Value
     """an error, until somebody resumes it on purpose"""
     ON_CRASH_RESTORE_LAST: _OnCrash.ValueType  # 2
     """it wakes from its last good snapshot"""
+    ON_CRASH_BOOT: _OnCrash.ValueType  # 3
+    """it begins anew, as one that was just created"""
 
 class OnCrash(_OnCrash, metaclass=_OnCrashEnumTypeWrapper):
     """What a request for a crashed actor does."""
@@ -108,7 +110,33 @@ ON_CRASH_HOLD: OnCrash.ValueType  # 1
 """an error, until somebody resumes it on purpose"""
 ON_CRASH_RESTORE_LAST: OnCrash.ValueType  # 2
 """it wakes from its last good snapshot"""
+ON_CRASH_BOOT: OnCrash.ValueType  # 3
+"""it begins anew, as one that was just created"""
 Global___OnCrash: _TypeAlias = OnCrash  # noqa: Y015
+
+class _Durability:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DurabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Durability.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DURABILITY_UNSPECIFIED: _Durability.ValueType  # 0
+    """as ACKED_AFTER_UPLOAD"""
+    DURABILITY_LOCAL: _Durability.ValueType  # 1
+    """when the snapshot is on the worker's own disk; it is uploaded afterwards"""
+    DURABILITY_ACKED_AFTER_UPLOAD: _Durability.ValueType  # 2
+    """when the snapshot store has it"""
+
+class Durability(_Durability, metaclass=_DurabilityEnumTypeWrapper):
+    """When a suspend is answered."""
+
+DURABILITY_UNSPECIFIED: Durability.ValueType  # 0
+"""as ACKED_AFTER_UPLOAD"""
+DURABILITY_LOCAL: Durability.ValueType  # 1
+"""when the snapshot is on the worker's own disk; it is uploaded afterwards"""
+DURABILITY_ACKED_AFTER_UPLOAD: Durability.ValueType  # 2
+"""when the snapshot store has it"""
+Global___Durability: _TypeAlias = Durability  # noqa: Y015
 
 class _WorkerState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -140,6 +168,8 @@ class _SnapshotStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Snapsho
     SNAPSHOT_STATE_CORRUPT: _SnapshotState.ValueType  # 2
     SNAPSHOT_STATE_CONDEMNED: _SnapshotState.ValueType  # 3
     """will be deleted"""
+    SNAPSHOT_STATE_LOCAL: _SnapshotState.ValueType  # 4
+    """on the disk of the worker that made it, and nowhere else yet"""
 
 class SnapshotState(_SnapshotState, metaclass=_SnapshotStateEnumTypeWrapper):
     """--- snapshots -------------------------------------------------------------------------------------------------"""
@@ -149,6 +179,8 @@ SNAPSHOT_STATE_PRESENT: SnapshotState.ValueType  # 1
 SNAPSHOT_STATE_CORRUPT: SnapshotState.ValueType  # 2
 SNAPSHOT_STATE_CONDEMNED: SnapshotState.ValueType  # 3
 """will be deleted"""
+SNAPSHOT_STATE_LOCAL: SnapshotState.ValueType  # 4
+"""on the disk of the worker that made it, and nowhere else yet"""
 Global___SnapshotState: _TypeAlias = SnapshotState  # noqa: Y015
 
 class _SnapshotScope:
@@ -186,6 +218,8 @@ class _OperationKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Operati
     OPERATION_KIND_DELETE: _OperationKind.ValueType  # 5
     OPERATION_KIND_PREPARE: _OperationKind.ValueType  # 6
     """of a template: image, first boot, golden snapshot"""
+    OPERATION_KIND_CRASH: _OperationKind.ValueType  # 7
+    """nobody asked for it: an incarnation was lost, or what it had saved"""
 
 class OperationKind(_OperationKind, metaclass=_OperationKindEnumTypeWrapper):
     """--- operations ------------------------------------------------------------------------------------------------"""
@@ -198,6 +232,8 @@ OPERATION_KIND_PAUSE: OperationKind.ValueType  # 4
 OPERATION_KIND_DELETE: OperationKind.ValueType  # 5
 OPERATION_KIND_PREPARE: OperationKind.ValueType  # 6
 """of a template: image, first boot, golden snapshot"""
+OPERATION_KIND_CRASH: OperationKind.ValueType  # 7
+"""nobody asked for it: an incarnation was lost, or what it had saved"""
 Global___OperationKind: _TypeAlias = OperationKind  # noqa: Y015
 
 class _OperationState:
@@ -284,6 +320,26 @@ class Actor(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class WorkerSelectorEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAMESPACE_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     UID_FIELD_NUMBER: _builtins.int
@@ -307,6 +363,8 @@ class Actor(_message.Message):
     UNSAVED_SINCE_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     GOLDEN_FIELD_NUMBER: _builtins.int
+    DURABLE_AT_FIELD_NUMBER: _builtins.int
+    WORKER_SELECTOR_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """DNS label"""
     name: _builtins.str
@@ -351,6 +409,14 @@ class Actor(_message.Message):
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def durable_at(self) -> _timestamp_pb2.Timestamp:
+        """its state of this time survives the loss of any worker; absent: none does"""
+
+    @_builtins.property
+    def worker_selector(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """labels that its worker must have, beside its template's"""
+
     def __init__(
         self,
         *,
@@ -377,10 +443,12 @@ class Actor(_message.Message):
         unsaved_since: _timestamp_pb2.Timestamp | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         golden: _builtins.bool = ...,
+        durable_at: _timestamp_pb2.Timestamp | None = ...,
+        worker_selector: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "endpoint", b"endpoint", "resumed_at", b"resumed_at", "state_since", b"state_since", "suspended_at", b"suspended_at", "unsaved_since", b"unsaved_since"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "durable_at", b"durable_at", "endpoint", b"endpoint", "resumed_at", b"resumed_at", "state_since", b"state_since", "suspended_at", b"suspended_at", "unsaved_since", b"unsaved_since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "endpoint", b"endpoint", "generation", b"generation", "golden", b"golden", "labels", b"labels", "last_worker", b"last_worker", "message", b"message", "name", b"name", "namespace", b"namespace", "operation", b"operation", "previous_snapshot", b"previous_snapshot", "reason", b"reason", "resumed_at", b"resumed_at", "snapshot", b"snapshot", "state", b"state", "state_since", b"state_since", "suspended_at", b"suspended_at", "template", b"template", "uid", b"uid", "unsaved_since", b"unsaved_since", "version", b"version", "wakes", b"wakes", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "durable_at", b"durable_at", "endpoint", b"endpoint", "generation", b"generation", "golden", b"golden", "labels", b"labels", "last_worker", b"last_worker", "message", b"message", "name", b"name", "namespace", b"namespace", "operation", b"operation", "previous_snapshot", b"previous_snapshot", "reason", b"reason", "resumed_at", b"resumed_at", "snapshot", b"snapshot", "state", b"state", "state_since", b"state_since", "suspended_at", b"suspended_at", "template", b"template", "uid", b"uid", "unsaved_since", b"unsaved_since", "version", b"version", "wakes", b"wakes", "worker", b"worker", "worker_selector", b"worker_selector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -515,6 +583,26 @@ class TemplateSpec(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class WorkerSelectorEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     IMAGE_FIELD_NUMBER: _builtins.int
     COMMAND_FIELD_NUMBER: _builtins.int
     ARGS_FIELD_NUMBER: _builtins.int
@@ -527,6 +615,9 @@ class TemplateSpec(_message.Message):
     POOL_FIELD_NUMBER: _builtins.int
     IDLE_TIMEOUT_FIELD_NUMBER: _builtins.int
     ON_CRASH_FIELD_NUMBER: _builtins.int
+    DURABILITY_FIELD_NUMBER: _builtins.int
+    EVICTABLE_FIELD_NUMBER: _builtins.int
+    WORKER_SELECTOR_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """OCI reference; required"""
     workdir: _builtins.str
@@ -536,6 +627,9 @@ class TemplateSpec(_message.Message):
     pool: _builtins.str
     """default "default" """
     on_crash: Global___OnCrash.ValueType
+    durability: Global___Durability.ValueType
+    evictable: _builtins.bool
+    """may be suspended, while idle, to make room for another actor; default true"""
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """replaces the image's entrypoint; empty: the image's own"""
@@ -560,6 +654,10 @@ class TemplateSpec(_message.Message):
     def idle_timeout(self) -> _duration_pb2.Duration:
         """without a request for this long: suspended. 0: never. Default 300 s"""
 
+    @_builtins.property
+    def worker_selector(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """labels that a worker must have"""
+
     def __init__(
         self,
         *,
@@ -575,13 +673,21 @@ class TemplateSpec(_message.Message):
         pool: _builtins.str | None = ...,
         idle_timeout: _duration_pb2.Duration | None = ...,
         on_crash: Global___OnCrash.ValueType = ...,
+        durability: Global___Durability.ValueType = ...,
+        evictable: _builtins.bool | None = ...,
+        worker_selector: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_pool", b"_pool", "idle_timeout", b"idle_timeout", "pool", b"pool", "readyz", b"readyz", "resources", b"resources"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_evictable", b"_evictable", "_pool", b"_pool", "evictable", b"evictable", "idle_timeout", b"idle_timeout", "pool", b"pool", "readyz", b"readyz", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pool", b"_pool", "args", b"args", "command", b"command", "env", b"env", "idle_timeout", b"idle_timeout", "image", b"image", "on_crash", b"on_crash", "pool", b"pool", "ports", b"ports", "readyz", b"readyz", "resources", b"resources", "user", b"user", "workdir", b"workdir"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evictable", b"_evictable", "_pool", b"_pool", "args", b"args", "command", b"command", "durability", b"durability", "env", b"env", "evictable", b"evictable", "idle_timeout", b"idle_timeout", "image", b"image", "on_crash", b"on_crash", "pool", b"pool", "ports", b"ports", "readyz", b"readyz", "resources", b"resources", "user", b"user", "workdir", b"workdir", "worker_selector", b"worker_selector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__evictable: _TypeAlias = _typing.Literal["evictable"]  # noqa: Y015
+    _WhichOneofArgType__evictable: _TypeAlias = _typing.Literal["_evictable", b"_evictable"]  # noqa: Y015
     _WhichOneofReturnType__pool: _TypeAlias = _typing.Literal["pool"]  # noqa: Y015
     _WhichOneofArgType__pool: _TypeAlias = _typing.Literal["_pool", b"_pool"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__evictable) -> _WhichOneofReturnType__evictable | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__pool) -> _WhichOneofReturnType__pool | None: ...
 
 Global___TemplateSpec: _TypeAlias = TemplateSpec  # noqa: Y015
@@ -729,6 +835,26 @@ class Worker(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     POOL_FIELD_NUMBER: _builtins.int
     BACKEND_FIELD_NUMBER: _builtins.int
@@ -742,6 +868,10 @@ class Worker(_message.Message):
     REGISTERED_AT_FIELD_NUMBER: _builtins.int
     LAST_SEEN_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
+    QUARANTINED_UNTIL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     pool: _builtins.str
     backend: _builtins.str
@@ -758,10 +888,22 @@ class Worker(_message.Message):
     memory_snapshots: _builtins.bool
     """default true"""
     version: _builtins.int
+    failures: _builtins.int
+    """wake-ups in a row that failed there and were its fault"""
     @_builtins.property
     def registered_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def last_seen(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """digests of images that are there already"""
+
+    @_builtins.property
+    def quarantined_until(self) -> _timestamp_pb2.Timestamp:
+        """no wake-ups until then"""
+
     def __init__(
         self,
         *,
@@ -778,16 +920,86 @@ class Worker(_message.Message):
         registered_at: _timestamp_pb2.Timestamp | None = ...,
         last_seen: _timestamp_pb2.Timestamp | None = ...,
         version: _builtins.int = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        images: _abc.Iterable[_builtins.str] | None = ...,
+        failures: _builtins.int = ...,
+        quarantined_until: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_memory_snapshots", b"_memory_snapshots", "last_seen", b"last_seen", "memory_snapshots", b"memory_snapshots", "registered_at", b"registered_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_memory_snapshots", b"_memory_snapshots", "last_seen", b"last_seen", "memory_snapshots", b"memory_snapshots", "quarantined_until", b"quarantined_until", "registered_at", b"registered_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_snapshots", b"_memory_snapshots", "backend", b"backend", "boot_id", b"boot_id", "capacity", b"capacity", "fingerprint", b"fingerprint", "last_seen", b"last_seen", "memory_snapshots", b"memory_snapshots", "message", b"message", "name", b"name", "pool", b"pool", "registered_at", b"registered_at", "state", b"state", "used", b"used", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_snapshots", b"_memory_snapshots", "backend", b"backend", "boot_id", b"boot_id", "capacity", b"capacity", "failures", b"failures", "fingerprint", b"fingerprint", "images", b"images", "labels", b"labels", "last_seen", b"last_seen", "memory_snapshots", b"memory_snapshots", "message", b"message", "name", b"name", "pool", b"pool", "quarantined_until", b"quarantined_until", "registered_at", b"registered_at", "state", b"state", "used", b"used", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__memory_snapshots: _TypeAlias = _typing.Literal["memory_snapshots"]  # noqa: Y015
     _WhichOneofArgType__memory_snapshots: _TypeAlias = _typing.Literal["_memory_snapshots", b"_memory_snapshots"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_snapshots) -> _WhichOneofReturnType__memory_snapshots | None: ...
 
 Global___Worker: _TypeAlias = Worker  # noqa: Y015
+
+@_typing.final
+class Replica(_message.Message):
+    """One process of the control plane."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class UsesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    LINK_FIELD_NUMBER: _builtins.int
+    STARTED_AT_FIELD_NUMBER: _builtins.int
+    SEEN_AT_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    incarnation: _builtins.str
+    """new with each process"""
+    link: _builtins.str
+    """where agents connect to it"""
+    version: _builtins.int
+    @_builtins.property
+    def started_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def seen_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def uses(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """actors (uid) that were in use through it lately, and when"""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
+        link: _builtins.str = ...,
+        started_at: _timestamp_pb2.Timestamp | None = ...,
+        seen_at: _timestamp_pb2.Timestamp | None = ...,
+        uses: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["seen_at", b"seen_at", "started_at", b"started_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "link", b"link", "name", b"name", "seen_at", b"seen_at", "started_at", b"started_at", "uses", b"uses", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Replica: _TypeAlias = Replica  # noqa: Y015
 
 @_typing.final
 class FileDigest(_message.Message):
@@ -946,6 +1158,30 @@ class Failure(_message.Message):
 Global___Failure: _TypeAlias = Failure  # noqa: Y015
 
 @_typing.final
+class Rejection(_message.Message):
+    """A worker that an operation could not have."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    why: _builtins.str
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["why", b"why", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rejection: _TypeAlias = Rejection  # noqa: Y015
+
+@_typing.final
 class PhaseTime(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1028,6 +1264,15 @@ class Operation(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     FINISHED_AT_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    TO_STATE_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    TAKEOVERS_FIELD_NUMBER: _builtins.int
+    REJECTED_FIELD_NUMBER: _builtins.int
+    DONE_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    CANCEL_REQUESTED_FIELD_NUMBER: _builtins.int
+    REQUEST_DIGEST_FIELD_NUMBER: _builtins.int
+    HELD_UNTIL_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """ids are ordered by time"""
     kind: Global___OperationKind.ValueType
@@ -1040,7 +1285,7 @@ class Operation(_message.Message):
     """the last step that is known to have been begun"""
     request_id: _builtins.str
     cause: _builtins.str
-    """request, api, idle, capacity, recovery, shutdown, template; default "api" """
+    """request, api, idle, capacity, recovery, shutdown, drain, template; default "api" """
     generation: _builtins.int
     attempts: _builtins.int
     """default 1"""
@@ -1048,6 +1293,17 @@ class Operation(_message.Message):
     snapshot: _builtins.str
     from_state: Global___ActorState.ValueType
     version: _builtins.int
+    to_state: Global___ActorState.ValueType
+    """that it left the actor in; unspecified: none, or it has not ended"""
+    owner: _builtins.str
+    """the control-plane process that decides about it"""
+    takeovers: _builtins.int
+    """how often another process took it over"""
+    done_bytes: _builtins.int
+    total_bytes: _builtins.int
+    """0: not known"""
+    cancel_requested: _builtins.bool
+    request_digest: _builtins.str
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -1064,6 +1320,12 @@ class Operation(_message.Message):
 
     @_builtins.property
     def finished_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def rejected(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rejection]: ...
+    @_builtins.property
+    def held_until(self) -> _timestamp_pb2.Timestamp:
+        """a preparation's driver holds it until then"""
+
     def __init__(
         self,
         *,
@@ -1089,10 +1351,19 @@ class Operation(_message.Message):
         layers: _abc.Iterable[Global___LayerProgress] | None = ...,
         finished_at: _timestamp_pb2.Timestamp | None = ...,
         version: _builtins.int = ...,
+        to_state: Global___ActorState.ValueType = ...,
+        owner: _builtins.str = ...,
+        takeovers: _builtins.int = ...,
+        rejected: _abc.Iterable[Global___Rejection] | None = ...,
+        done_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        cancel_requested: _builtins.bool = ...,
+        request_digest: _builtins.str = ...,
+        held_until: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_attempts", b"_attempts", "_cause", b"_cause", "attempts", b"attempts", "cause", b"cause", "created_at", b"created_at", "deadline_at", b"deadline_at", "error", b"error", "finished_at", b"finished_at", "updated_at", b"updated_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_attempts", b"_attempts", "_cause", b"_cause", "attempts", b"attempts", "cause", b"cause", "created_at", b"created_at", "deadline_at", b"deadline_at", "error", b"error", "finished_at", b"finished_at", "held_until", b"held_until", "updated_at", b"updated_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_attempts", b"_attempts", "_cause", b"_cause", "attempts", b"attempts", "cause", b"cause", "created_at", b"created_at", "deadline_at", b"deadline_at", "error", b"error", "finished_at", b"finished_at", "from_state", b"from_state", "generation", b"generation", "id", b"id", "kind", b"kind", "layers", b"layers", "name", b"name", "namespace", b"namespace", "phase", b"phase", "phases", b"phases", "request_id", b"request_id", "snapshot", b"snapshot", "state", b"state", "uid", b"uid", "updated_at", b"updated_at", "version", b"version", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_attempts", b"_attempts", "_cause", b"_cause", "attempts", b"attempts", "cancel_requested", b"cancel_requested", "cause", b"cause", "created_at", b"created_at", "deadline_at", b"deadline_at", "done_bytes", b"done_bytes", "error", b"error", "finished_at", b"finished_at", "from_state", b"from_state", "generation", b"generation", "held_until", b"held_until", "id", b"id", "kind", b"kind", "layers", b"layers", "name", b"name", "namespace", b"namespace", "owner", b"owner", "phase", b"phase", "phases", b"phases", "rejected", b"rejected", "request_digest", b"request_digest", "request_id", b"request_id", "snapshot", b"snapshot", "state", b"state", "takeovers", b"takeovers", "to_state", b"to_state", "total_bytes", b"total_bytes", "uid", b"uid", "updated_at", b"updated_at", "version", b"version", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__attempts: _TypeAlias = _typing.Literal["attempts"]  # noqa: Y015
     _WhichOneofArgType__attempts: _TypeAlias = _typing.Literal["_attempts", b"_attempts"]  # noqa: Y015
