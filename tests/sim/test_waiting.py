@@ -390,7 +390,7 @@ async def test_a_worker_that_comes_lets_all_in_that_fit(make_world: Callable[...
     async with make_world(workers=1, slots=4, config=config) as world:
         await world.apply()
         await world.kill_agent("w0")
-        await world.engine.recovery.wait_for_worker("w0", 0)
+        await world.engine.census.wait_for_worker("w0", 0)
         keys = [await world.create(f"a{n}") for n in range(4)]
         waiting = [asyncio.ensure_future(world.engine.wake(key)) for key in keys]
 

@@ -162,10 +162,10 @@ class Supervisor:
 
     async def _retire(self, name: str) -> None:
         """A worker that is too much: its actors are suspended first, then it ends and is forgotten."""
-        store, recovery = self._engine.store, self._engine.recovery
+        store, census = self._engine.store, self._engine.census
         try:
             await self._mark(name, WorkerState.DRAINING, "the pool was made smaller")
-            await recovery.wait_for_worker(name, time.monotonic() + CONNECT_TIMEOUT_S)
+            await census.wait_for_worker(name, time.monotonic() + CONNECT_TIMEOUT_S)
             await self._engine.suspend_all([name])
             while awake := await awake_actors(store, name):
                 log.error("worker can't end yet: actors are awake", worker=name, actors=[str(a.key) for a in awake])

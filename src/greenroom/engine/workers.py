@@ -47,6 +47,9 @@ class WorkerHub(Protocol):
     def connected(self) -> dict[str, Hello]:
         """The agents that are connected now, by worker name."""
 
+    def heard(self) -> dict[str, float]:
+        """When each of them was last heard (loop time)."""
+
     async def call(self, worker: str, call: AgentCall, on_progress: OnProgress | None = None) -> Record:
         """Sends a call and waits for its answer. A caller that is cancelled does not stop the work on the worker.
 
