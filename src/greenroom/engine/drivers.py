@@ -291,6 +291,7 @@ class Drivers:
         return not actor.golden and template is not None and template.spec.durability is Durability.LOCAL
 
     async def _finish_suspend(self, actor: Actor, op: Operation, snapshot: Snapshot, phases: Phases) -> Operation:
+        snapshot = replace(snapshot, held=snapshot.state is SnapshotState.LOCAL)
         finished = await self._ops.commit(
             FinishSuspend(
                 key=actor.key,
@@ -304,7 +305,7 @@ class Drivers:
         phases.end("commit")
         self._engine.slot_freed()
         self._engine.spawn(self._discard(actor, op), f"discard-{actor.uid}")
-        if snapshot.state is SnapshotState.LOCAL:
+        if snapshot.held:
             self._engine.uploads.begin(snapshot)
         assert finished.operation is not None
         return replace(finished.operation, phases=phases.all())

@@ -224,6 +224,8 @@ class Engine:
                     change = await self._begin(kind, key, request_id, cause, phases)
                     break
                 except LeaseHeld as held:
+                    if kind is BeginDelete:  # whatever is being done to it is not wanted any more
+                        await self.cancel_operation(held.metadata["operation"])
                     await self.ops.ended(held.metadata["operation"])
                     phases.end("turn")
             if change.outcome is Outcome.CHANGED:
