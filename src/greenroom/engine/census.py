@@ -6,9 +6,16 @@ records. Every difference is settled by a fenced call or a conditional write, so
 nothing, and it does not matter how many replicas look. What a lost message would have told is found by asking again,
 every ``reconcile_s``.
 
-A worker counts as lost when *no* replica has heard it for ``worker_return_s``, by the store's clock: each replica
-writes down, in the worker's record, that it has heard it. The worker itself freezes what runs on it before that (see
-`greenroom.core.agentapi.Welcome`), so an actor that wakes elsewhere is not alive twice.
+A worker counts as lost when *no* replica hears it any more, and by then it has frozen what runs on it, so an actor that
+wakes elsewhere is not alive twice. No clock is compared with another's for that; ``r`` is ``worker_return_s``:
+
+- Whoever hears a worker writes that down in its record (``last_seen``), a new value each time.
+- A heartbeat is answered only by a replica that knows that it was written down at most 0.4 r ago.
+- A worker whose heartbeats of the last 0.5 r (`replicas.ALONE_SHARE`) are all unanswered freezes what runs on it.
+- A worker is lost for a replica that has looked at its record all the while and seen no new value for r: its last
+  answered heartbeat was sent at most 0.4 r after that value was written, so it has been frozen for 0.1 r.
+- A replica that did not look for a while (it was away from the store, or did not run) begins to look anew.
+- What a worker froze goes on only by a `Thaw` that was decided after the worker was heard again (its ``epoch``).
 """
 
 from __future__ import annotations
@@ -48,8 +55,12 @@ T = TypeVar("T")
 WRITE_ATTEMPTS = 100
 #: A worker that takes longer to say what runs on it is asked again later.
 LIST_TIMEOUT_S = 30.0
-#: How often in ``worker_return_s`` it is written down that a worker was heard.
-NOTES_PER_RETURN = 3
+#: All as shares of ``worker_return_s``. How often the workers' records are looked at:
+LOOK_SHARE = 1 / 16
+#: How old what is written down may be before it is written down again, if the worker was heard since:
+NOTE_SHARE = 0.1
+#: How old it may be for a heartbeat to be answered:
+BACKED_SHARE = 0.4
 #: How long the actors of a worker that wants to end may take to be suspended, before they are left as they are.
 SEE_OFF_PAUSE_S = 1.0
 
@@ -70,9 +81,11 @@ class Census:
         self._welcomed: set[str] = set()
         self._differed: dict[str, frozenset[tuple[str, int]]] = {}
         self._leaving: set[str] = set()
-        #: Until then (loop time) this process can't tell whether others hear a worker: it did not reach the store, or
-        #: did not run, for a while, and others may not have reached it either.
-        self._blind_until = clock.monotonic() + engine.config.worker_return_s
+        #: ``last_seen`` of each worker, and when (loop time) this value was seen first, looking without a gap.
+        self._seen: dict[str, tuple[float, float]] = {}
+        self._looked_at = 0.0
+        #: It was written down after this (loop time) that the worker was heard.
+        self._backed: dict[str, float] = {}
 
     # --- workers come and go ------------------------------------------------------------------------------
 
@@ -80,7 +93,13 @@ class Census:
         if not self._ops.closed:
             self._engine.spawn(self._welcome(hello), f"welcome-{hello.worker}")
 
-    def worker_heard(self, worker: str, heartbeat: api.Heartbeat) -> None:
+    def worker_heard(self, worker: str, heartbeat: api.Heartbeat) -> bool:
+        self._notice(worker, heartbeat)
+        backed = self._backed.get(worker)
+        limit_s = BACKED_SHARE * self._engine.config.worker_return_s
+        return backed is not None and clock.monotonic() - backed <= limit_s
+
+    def _notice(self, worker: str, heartbeat: api.Heartbeat) -> None:
         """What it says lives there is compared with what this process routes to; the worker itself is asked before
         anything is done about a difference."""
         if self._ops.closed or worker in self._comparing or worker not in self._welcomed:
@@ -129,7 +148,7 @@ class Census:
             return
 
     async def _register(self, hello: api.Hello) -> None:
-        now = self._engine.now()
+        asked, now = clock.monotonic(), self._engine.now()
         said: dict[str, Any] = {
             "pool": hello.pool,
             "backend": hello.backend,
@@ -150,9 +169,11 @@ class Census:
                 if self._engine.hub.connected().get(hello.worker) != hello:
                     return None
                 draining = worker.state is WorkerState.DRAINING and hello.worker not in self._left(worker, hello)
-                return replace(worker, state=WorkerState.DRAINING if draining else WorkerState.ACTIVE, **said)
+                state = WorkerState.DRAINING if draining else WorkerState.ACTIVE
+                return _heard(replace(worker, state=state, **said | {"last_seen": worker.last_seen}), now)
 
             await self.change_worker(hello.worker, change)
+        self._backed[hello.worker] = asked
 
     def _left(self, worker: Worker, hello: api.Hello) -> set[str]:
         """A worker that was drained because its agent was to end is back with another agent: it takes actors again."""
@@ -222,8 +243,11 @@ class Census:
         await self.change_worker(worker, change)
 
     def _is_fresh(self, record: Worker) -> bool:
-        """Whether some replica has heard it so lately that it does not count as lost."""
-        return record.last_seen + self._engine.config.worker_return_s > self._engine.now()
+        """Whether some replica may have heard it so lately that it does not count as lost."""
+        seen = self._seen.get(record.name)
+        if seen is None or seen[0] != record.last_seen:
+            return True
+        return clock.monotonic() < seen[1] + self._engine.config.worker_return_s
 
     async def alive_elsewhere(self, worker: str) -> bool:
         """Whether other replicas hear a worker that is not connected to this one."""
@@ -242,8 +266,7 @@ class Census:
         def lost(record: Worker) -> Worker | None:
             if worker in self._engine.hub.connected():
                 return None
-            shared = not self._engine.config.exclusive
-            if shared and (self._is_fresh(record) or clock.monotonic() < self._blind_until):
+            if not self._engine.config.exclusive and self._is_fresh(record):
                 return None
             return replace(record, state=WorkerState.DISCONNECTED)
 
@@ -256,31 +279,46 @@ class Census:
 
     async def heard_loop(self) -> None:
         """Writes down which workers this process hears, and finds those that nobody does."""
-        pause_s = self._engine.config.worker_return_s / NOTES_PER_RETURN / 2
+        pause_s = self._engine.config.worker_return_s * LOOK_SHARE
         while True:
             began = clock.monotonic()
             await asyncio.sleep(pause_s)
             if clock.monotonic() - began > 2 * pause_s:  # this process did not run
-                self._blind_until = clock.monotonic() + self._engine.config.worker_return_s
+                self._seen.clear()
             try:
                 await self._note_heard()
             except Exception as error:  # whatever it is, the next round must come
-                self._blind_until = clock.monotonic() + self._engine.config.worker_return_s
+                self._seen.clear()
                 log.warning("workers not noted, tries again", error=str(error), exc_info=bug_of(error))
 
     async def _note_heard(self) -> None:
-        config, now = self._engine.config, self._engine.now()
+        asked, return_s = clock.monotonic(), self._engine.config.worker_return_s
+        workers = await self.all(Worker)
+        if clock.monotonic() - asked > 2 * return_s * LOOK_SHARE:
+            self._seen.clear()  # it took too long to count as looking without a gap
         heard = self._engine.hub.heard()
-        for worker in await self.all(Worker):
+        for worker in workers:
             self._engine.trust.noted(worker)
-            age_s = clock.monotonic() - heard[worker.name] if worker.name in heard else config.worker_return_s
-            if age_s < config.worker_return_s:
-                at = now - age_s
-                back = worker.state is WorkerState.DISCONNECTED
-                if back or at - worker.last_seen >= config.worker_return_s / NOTES_PER_RETURN:
-                    await self.change_worker(worker.name, lambda w, at=at: _heard(w, at))  # type: ignore[misc]
+            self._observe(worker, asked)
+            if asked - heard.get(worker.name, -return_s) < return_s * BACKED_SHARE:
+                due = asked - self._backed.get(worker.name, -return_s) >= return_s * NOTE_SHARE
+                if due or worker.state is WorkerState.DISCONNECTED:
+                    await self._note(worker.name)
             elif worker.state is not WorkerState.DISCONNECTED and worker.name not in self._away:
                 await self._abandon_if_lost(worker.name)
+        self._looked_at = asked
+
+    def _observe(self, worker: Worker, asked: float) -> None:
+        seen = self._seen.get(worker.name)
+        if seen is None or seen[0] != worker.last_seen:
+            self._seen[worker.name] = (worker.last_seen, asked)
+        if seen is not None and seen[0] != worker.last_seen:  # others wrote it down, after the look before this one
+            self._backed[worker.name] = max(self._looked_at, self._backed.get(worker.name, self._looked_at))
+
+    async def _note(self, worker: str) -> None:
+        asked = clock.monotonic()
+        if await self.change_worker(worker, lambda w: _heard(w, self._engine.now())) is not None:
+            self._backed[worker] = asked
 
     # --- workers that end ---------------------------------------------------------------------------------
 
@@ -365,26 +403,27 @@ class Census:
         # First what should run and then what does: what begins in between is seen on the worker, and is no stray by the
         # record that is read again; what ends in between has a newer generation than the record that was read.
         actors = await self.all(Actor, worker=worker)
-        residents = await self._residents(worker)
+        said = await self._residents(worker)
+        residents = {r.actor_uid: r for r in said.residents}
         under_way: list[str] = []
         for actor in actors:
             resident = residents.pop(actor.uid, None)
             if actor.state in BUSY:
                 under_way.append(actor.operation)  # it asks the worker itself
             else:
-                await self._one(str(actor.key), self._confirm(actor, resident))
+                await self._one(str(actor.key), self._confirm(actor, resident, said.epoch))
         for resident in residents.values():
             await self._one(f"{resident.namespace}/{resident.name}", self._discard_stray(worker, resident))
         return [operation for operation in under_way if operation]
 
-    async def _residents(self, worker: str) -> dict[str, api.Resident]:
+    async def _residents(self, worker: str) -> api.Residents:
         try:
             async with asyncio.timeout(LIST_TIMEOUT_S):
                 said = await self._engine.hub.call(worker, api.ListResident())
         except TimeoutError:
             raise Unavailable(f"worker {worker} did not say within {LIST_TIMEOUT_S:g} s what runs on it") from None
         assert isinstance(said, api.Residents)
-        return {r.actor_uid: r for r in said.residents}
+        return said
 
     async def _one(self, actor: str, work: Awaitable[None]) -> None:
         """One actor that can't be settled now does not keep the others from it; the next sweep tries it again."""
@@ -393,14 +432,14 @@ class Census:
         except GreenroomError as error:
             log.warning("actor not settled, tries again", actor=actor, error=error.message)
 
-    async def _confirm(self, actor: Actor, resident: api.Resident | None) -> None:
+    async def _confirm(self, actor: Actor, resident: api.Resident | None, epoch: int) -> None:
         if resident is None or resident.endpoint is None:
             text = f"its sandbox was no longer there when worker {actor.worker} was asked"
             await self._crash(actor, actor.generation, "SandboxLost", text)
         else:
-            await self._reunite(actor, resident)
+            await self._reunite(actor, resident, epoch)
 
-    async def _reunite(self, actor: Actor, resident: api.Resident) -> None:
+    async def _reunite(self, actor: Actor, resident: api.Resident, epoch: int) -> None:
         """An actor that is there: its sandbox is put into the state that the record says, and it is bound."""
         ids: dict[str, Any] = {
             "operation_id": f"reunite-{actor.uid}-{actor.generation}",
@@ -415,18 +454,24 @@ class Census:
                     await self._engine.hub.call(actor.worker, api.Freeze(**ids))
                 return
             if frozen:
-                await self._engine.hub.call(actor.worker, api.Thaw(**ids))
+                # After the worker has said its epoch: had it been lost since, it would be in another.
+                if not await self._is_still(actor):
+                    return
+                await self._engine.hub.call(actor.worker, api.Thaw(**ids, epoch=epoch))
             elif bound is not None and (bound.uid, bound.generation) == (actor.uid, actor.generation):
                 return
         except LeaseLost:
             return  # an operation has begun meanwhile
         template = await self._ops.read(Template, f"{actor.namespace}/{actor.template}")
-        current = await self._ops.read(Actor, str(actor.key))
-        same = (current.uid, current.generation, current.state) == (actor.uid, actor.generation, ActorState.RUNNING)
         # Nothing is awaited between this look and the binding, so an operation that begins revokes it again.
-        if same and not self._ops.busy(actor.uid):
-            self._engine.drivers.bind(replace(current, endpoint=resident.endpoint), template)
+        if await self._is_still(actor) and not self._ops.busy(actor.uid):
+            self._engine.drivers.bind(replace(actor, endpoint=resident.endpoint), template)
             log.info("actor goes on running", actor=str(actor.key), worker=actor.worker)
+
+    async def _is_still(self, actor: Actor) -> bool:
+        """Whether it is RUNNING in the incarnation that was read."""
+        current = await self._ops.read(Actor, str(actor.key))
+        return (current.uid, current.generation, current.state) == (actor.uid, actor.generation, ActorState.RUNNING)
 
     async def _discard_stray(self, worker: str, resident: api.Resident) -> None:
         """A sandbox that no record speaks of. The worker refuses, by generation, if that has changed."""
@@ -533,14 +578,16 @@ class Census:
             await asyncio.sleep(self._engine.config.retry_s)
 
 
+#: By how much ``last_seen`` grows at least with each new value.
+MIN_STEP_S = 0.001
 #: Message of a worker whose agent was asked to end.
 LEAVING = "its agent was asked to end"
 
 
-def _heard(worker: Worker, at: float) -> Worker | None:
+def _heard(worker: Worker, now: float) -> Worker:
+    """The worker as one that was just heard: with another ``last_seen`` than before, whatever the clock says."""
     state = WorkerState.ACTIVE if worker.state is WorkerState.DISCONNECTED else worker.state
-    new = replace(worker, last_seen=max(worker.last_seen, at), state=state)
-    return None if new == worker else new
+    return replace(worker, last_seen=max(now, worker.last_seen + MIN_STEP_S), state=state)
 
 
 def bug_of(error: Exception) -> Exception | None:

@@ -31,10 +31,9 @@ REPORT_S = 1.0
 #: Lives of a lease after which the record of a replica that has gone is removed.
 KEPT_LIVES = 10
 #: Heartbeats of an agent in the time after which it counts as lost.
-HEARTBEATS_PER_RETURN = 5
-#: Share of that time after which an agent that hears nobody freezes what runs on it: well before it counts as lost,
-#: since clocks drift and freezing takes a moment.
-ALONE_SHARE = 0.6
+HEARTBEATS_PER_RETURN = 8
+#: Share of that time after which an agent that nobody answers freezes what runs on it (see `greenroom.engine.census`).
+ALONE_SHARE = 0.5
 
 
 class Replicas:
