@@ -15,6 +15,7 @@ import structlog
 
 from greenroom.core.errors import GreenroomError, NotFound
 from greenroom.core.records import Actor, ActorState, Key, Operation, OperationState, Replica, Template, Worker
+from greenroom.engine.bindings import Binding
 from greenroom.store.port import Event, EventType
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ class Follower:
     async def _follow(self, event: Event) -> None:
         record = event.record
         match record:
-            case Actor() if event.foreign:
-                await self._follow_actor(record, deleted=event.type is EventType.DELETED)
+            case Actor():
+                await self._follow_actor(record, event)
             case Operation() if record.cancel_requested and record.state is OperationState.RUNNING:
                 running = self._engine.ops.running.get(record.id)
                 if running is not None and not running.cancel_requested:
@@ -60,16 +61,16 @@ class Follower:
             case _:
                 pass
 
-    async def _follow_actor(self, actor: Actor, *, deleted: bool) -> None:
-        bindings = self._engine.bindings
+    async def _follow_actor(self, actor: Actor, event: Event) -> None:
+        deleted = event.type is EventType.DELETED
         if actor.state is ActorState.RUNNING and not deleted:
-            await self._bind(actor)
+            if event.foreign:  # what this process wakes, it binds itself
+                await self._bind(actor)
             return
-        bound = bindings.peek(actor.key)
-        older = bound is not None and (bound.uid != actor.uid or bound.generation <= actor.generation)
-        if bound is not None and (older if not deleted else bound.uid == actor.uid):
-            bindings.revoke(actor.key)
-        if not actor.worker:
+        bound = self._engine.bindings.peek(actor.key)
+        if bound is not None and _is_over(bound, actor, deleted):
+            self._engine.bindings.revoke(actor.key)
+        if event.foreign and not actor.worker:
             self._engine.slot_freed(probe=True)
 
     async def _bind(self, actor: Actor) -> None:
@@ -131,3 +132,14 @@ class Follower:
                 await self._bind(actor)
                 return
         await self._engine.census.rejoin(key)
+
+
+def _is_over(bound: Binding, actor: Actor, deleted: bool) -> bool:
+    """Whether a binding can't be good any more, by a record of the actor that may be an older one: what is on its way
+    to RUNNING has the generation of the incarnation that it leads to."""
+    if deleted or bound.uid != actor.uid:
+        return bound.uid == actor.uid
+    return bound.generation < actor.generation or (bound.generation == actor.generation and actor.state in _ENDED)
+
+
+_ENDED = frozenset({ActorState.SUSPENDED, ActorState.PAUSED, ActorState.CRASHED})
