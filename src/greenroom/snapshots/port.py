@@ -21,7 +21,7 @@ class SnapshotStore(Protocol):
         content again returns the same manifest. Durable when it returns.
 
         Args:
-            snapshot: where its ``files`` are filled in already, they are what ``source`` must hold.
+            snapshot: where its ``files`` are filled in already, these are taken from ``source``, and have to be so.
             progress: hears of bytes that are stored and checked.
 
         Raises:

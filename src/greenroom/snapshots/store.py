@@ -71,14 +71,17 @@ class ObjectSnapshotStore:
     async def publish(self, snapshot: Snapshot, source: Path, progress: OnBytes | None = None) -> Snapshot:
         prefix = _prefix(snapshot.id)
         async with self._in_turn(snapshot.id):
-            files = await in_thread(lambda stop: scan(source))
+            files = {file.name: file.size_bytes for file in snapshot.files}
+            if not files:
+                files = await in_thread(lambda stop: _scan(source))
             meter = Meter(sum(files.values()), progress) if progress else None
             if (published := await self._read(snapshot.id)) is not None:
                 return await self._same_or_conflict(published, source, [*files], meter)
             try:
+                _check_names(snapshot)
                 stored = await all_of(self._put_file(f"{prefix}/{name}", source / name, meter) for name in files)
                 if snapshot.files and tuple(stored) != snapshot.files:
-                    raise corrupt(snapshot, f"{source} holds other files than its manifest says")
+                    raise _corrupt(snapshot, f"{source} holds other files than its manifest says")
                 manifest = msgspec.structs.replace(snapshot, files=tuple(stored))
                 created = await in_thread(lambda stop: self._commit(prefix, manifest))
             except BaseException as error:
@@ -101,7 +104,7 @@ class ObjectSnapshotStore:
         _check_names(snapshot)
         prefix = _prefix(snapshot.id)
         if (local := self._objects.directory(prefix)) is not None:
-            check_sizes(snapshot, local)  # a few stat calls: cheaper than telling a thread to make them
+            _check_sizes(snapshot, local)  # a few stat calls: cheaper than telling a thread to make them
             return local
         target = cache / snapshot.id
         meter = Meter(snapshot.size_bytes, progress) if progress else None
@@ -117,7 +120,7 @@ class ObjectSnapshotStore:
             problems = await all_of(_compare_in_thread(file, directory, meter) for file in snapshot.files)
         for problem in problems:
             if problem is not None:
-                raise corrupt(snapshot, problem)
+                raise _corrupt(snapshot, problem)
 
     async def delete(self, snapshot_id: str) -> None:
         prefix = _prefix(snapshot_id)
@@ -128,6 +131,12 @@ class ObjectSnapshotStore:
     async def list(self) -> list[str]:
         keys = await in_thread(lambda stop: [key.split("/") for key in self._objects.list(_PREFIX)])
         return sorted(k[2] for k in keys if len(k) == 4 and k[3] == _MANIFEST and _ID.fullmatch(k[2]))
+
+    async def remove_unfinished(self) -> None:
+        """Removes what publishers left that were killed. Only while nobody else publishes here."""
+        keys = await in_thread(lambda stop: [key.split("/") for key in self._objects.list(_PREFIX)])
+        for snapshot_id in {k[2] for k in keys if len(k) == 4} - {*await self.list()}:
+            await asyncio.to_thread(self._objects.delete_below, _prefix(snapshot_id))
 
     # --- parts -----------------------------------------------------------------------------------------------
 
@@ -184,7 +193,7 @@ class ObjectSnapshotStore:
     def _download(self, snapshot: Snapshot, prefix: str, target: Path, stop: Stop) -> Path:
         if target.is_dir():
             try:
-                check_sizes(snapshot, target)
+                _check_sizes(snapshot, target)
                 return target
             except DataLoss:
                 shutil.rmtree(target)  # the cache is damaged, not the store
@@ -193,8 +202,8 @@ class ObjectSnapshotStore:
             staged.mkdir(mode=0o700, parents=True)
             for file in snapshot.files:
                 if self._objects.download(f"{prefix}/{file.name}", staged / file.name, stop) is None:
-                    raise corrupt(snapshot, f"{file.name} is missing in {self._objects}")
-            check_sizes(snapshot, staged)
+                    raise _corrupt(snapshot, f"{file.name} is missing in {self._objects}")
+            _check_sizes(snapshot, staged)
             staged.rename(target)
         except BaseException as error:
             shutil.rmtree(staged, ignore_errors=True)
@@ -219,7 +228,7 @@ def _prefix(snapshot_id: str) -> str:
     return f"{_PREFIX}/{snapshot_id[:2]}/{snapshot_id}"
 
 
-def scan(source: Path) -> dict[str, int]:
+def _scan(source: Path) -> dict[str, int]:
     """Sizes in bytes of the plain files in ``source``, by name, sorted.
 
     Raises:
@@ -241,18 +250,18 @@ def _check_names(snapshot: Snapshot) -> None:
     """A manifest that was tampered with must not lead out of its directory."""
     for file in snapshot.files:
         if not _FILE_NAME.fullmatch(file.name) or file.name == _MANIFEST:
-            raise corrupt(snapshot, f"{file.name!r} is no name of a snapshot file")
+            raise _corrupt(snapshot, f"{file.name!r} is no name of a snapshot file")
 
 
-def check_sizes(snapshot: Snapshot, directory: Path) -> None:
+def _check_sizes(snapshot: Snapshot, directory: Path) -> None:
     for file in snapshot.files:
         path = directory / file.name
         try:
             size = path.stat(follow_symlinks=False).st_size
         except FileNotFoundError:
-            raise corrupt(snapshot, f"{path} is missing") from None
+            raise _corrupt(snapshot, f"{path} is missing") from None
         if size != file.size_bytes:
-            raise corrupt(snapshot, f"{path} has {size} bytes instead of {file.size_bytes}")
+            raise _corrupt(snapshot, f"{path} has {size} bytes instead of {file.size_bytes}")
 
 
 async def _compare_in_thread(file: FileDigest, directory: Path, meter: Meter | None) -> str | None:
@@ -271,7 +280,7 @@ def _compare(file: FileDigest, directory: Path, stop: Stop) -> str | None:
     return None if digest == file.sha256 else f"{path} has SHA-256 {digest} instead of {file.sha256}"
 
 
-def corrupt(snapshot: Snapshot, problem: str) -> DataLoss:
+def _corrupt(snapshot: Snapshot, problem: str) -> DataLoss:
     return DataLoss(
         f"snapshot {snapshot.id} of {snapshot.namespace}/{snapshot.actor} is damaged: {problem}",
         reason="SNAPSHOT_CORRUPT",

@@ -162,7 +162,9 @@ class SnapshotStoreContract:
             await store.publish(moved, rotten)
         assert raised.value.reason == "SNAPSHOT_CORRUPT"
         assert await store.list() == [known.id]
-        assert await store.publish(moved, stage(tmp_path / "good")) == moved
+        more = stage(tmp_path / "good", {**_FILES, "manifest.json": b"{}"})
+        assert await store.publish(moved, more) == moved
+        assert await store.publish(moved, more) == moved
 
     async def test_unknown(self, store: SnapshotStore, tmp_path: Path) -> None:
         with pytest.raises(NotFound):
