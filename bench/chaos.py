@@ -12,8 +12,8 @@ were told is then held against what they are told later:
 - *leaked slots*: at the end, when nothing is under way, a worker's taken slots are not the actors bound to it, or what
   lives on it.
 
-Goal: 0 of each. The sandboxes are gVisor's where this runs as root, else those of the process backend (whose actors keep
-their files only).
+Goal: 0 of each. The sandboxes are gVisor's where this runs as root, else those of the process backend (whose actors
+keep their files only).
 
     python bench/chaos.py [--seconds 300] [--actors 24] [--seed 1] [--backend gvisor|process]
 """
@@ -39,6 +39,7 @@ from typing import Any
 import aiohttp
 import uvloop
 from _kit import WORK, conditions, percentile, report, say
+from greenroom.testing.postgres import PostgresServer
 
 from greenroom.api import convert
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
@@ -58,7 +59,6 @@ from greenroom.core.records import (
 from greenroom.core.states import BOUND, BUSY
 from greenroom.testing import counter_app
 from greenroom.testing.live import GREENROOM, LiveServer
-from greenroom.testing.postgres import PostgresServer
 from greenroom.testing.python_image import build_python_image
 
 HOME = WORK / "chaos"
@@ -191,10 +191,10 @@ class Clients:
         until = time.monotonic() + seconds
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as self.session:
-            async with asyncio.TaskGroup() as group:
-                for name in self.names:
-                    group.create_task(self._drive(name, until))
+        self.session = aiohttp.ClientSession(timeout=timeout, connector=connector)
+        async with self.session, asyncio.TaskGroup() as group:
+            for name in self.names:
+                group.create_task(self._drive(name, until))
 
     async def _drive(self, name: str, until: float) -> None:
         """One client of one actor: what it knows is in order, so it can tell a step back."""
@@ -217,7 +217,8 @@ class Clients:
             async with self.session.get(f"http://{host}:{port}/inc", headers=headers) as answer:
                 body = await answer.read()
                 if answer.status != 200:
-                    return self._failed(seen, began, f"http {answer.status} {answer.headers.get('Greenroom-Error', '')}")
+                    why = answer.headers.get("Greenroom-Error", "")
+                    return self._failed(seen, began, f"http {answer.status} {why}")
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return self._failed(seen, began, type(error).__name__)
         said = json.loads(body)

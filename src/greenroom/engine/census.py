@@ -132,6 +132,7 @@ class Census:
         while self._engine.hub.connected().get(hello.worker) == hello:
             try:
                 await self._register(hello)
+                self._engine.hub.acknowledge(hello.worker)
                 under_way = await self._compare(hello.worker, anew=True)
             except GreenroomError as error:
                 log.warning("worker not welcomed, tries again", worker=hello.worker, error=error.message)
