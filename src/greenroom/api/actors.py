@@ -8,7 +8,7 @@ from typing import Any
 
 import structlog
 
-from greenroom.api import convert, validate
+from greenroom.api import convert, explain, validate
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2_grpc as pb_grpc
 from greenroom.api.service import Service, closing, key_of, member, pk_of, rpc, wait_s_of
@@ -23,6 +23,9 @@ log = structlog.get_logger(__name__)
 INPUT_DRAIN_S = 5.0
 #: Bytes of output in one frame: large enough to be cheap, small enough that a stream is fair to its neighbours.
 MAX_CHUNK_BYTES = 64 << 10
+#: Of its latest operations an explanation shows so many, unless more are asked for: what fits on a screen.
+EXPLAINED_OPERATIONS = 10
+MAX_EXPLAINED_OPERATIONS = 100
 
 
 class Actors(Service, pb_grpc.ActorsServicer):
@@ -60,6 +63,7 @@ class Actors(Service, pb_grpc.ActorsServicer):
             key,
             request.template,
             labels=validate.labels(request.labels),
+            worker_selector=validate.labels(request.worker_selector, "worker selector"),
             request_id=validate.request_id(request.request_id),
         )
         return pb.CreateActorResponse(actor=convert.to_message(actor), operation=convert.to_message(operation))
@@ -132,6 +136,13 @@ class Actors(Service, pb_grpc.ActorsServicer):
     @rpc
     async def GetActorStats(self, request: Any, context: Any) -> Any:
         return convert.to_message(await self._control.stats(key_of(request)))
+
+    @rpc
+    async def ExplainActor(self, request: Any, context: Any) -> Any:
+        latest = request.operations or EXPLAINED_OPERATIONS
+        if not 1 <= latest <= MAX_EXPLAINED_OPERATIONS:
+            raise InvalidArgument(f"operations must be between 1 and {MAX_EXPLAINED_OPERATIONS}, or 0, not {latest}")
+        return convert.to_message(await explain.read(self._store, pk_of(request), latest))
 
 
 async def _feed(session: ExecStream, requests: Any) -> None:

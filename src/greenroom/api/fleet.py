@@ -104,6 +104,10 @@ class Workers(Service, pb_grpc.WorkersServicer):
         await self._page(Worker, request, "workers", answer, pool=request.pool, state=state)
         return answer
 
+    @rpc
+    async def DrainWorker(self, request: Any, context: Any) -> Any:
+        return convert.to_message(await self._control.drain_worker(request.name, undo=request.undo))
+
 
 class Snapshots(Service, pb_grpc.SnapshotsServicer):
     @rpc

@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 from greenroom.api import convert, errors
 from greenroom.core.errors import InvalidArgument, Unavailable
 from greenroom.core.names import DEFAULT_NAMESPACE
-from greenroom.core.records import Actor, Key, Operation, Pool, Record, Snapshot, Template, Worker
+from greenroom.core.records import Actor, Key, Operation, Pool, Record, Replica, Snapshot, Template, Worker
 from greenroom.engine.port import DEFAULT_WAIT_S, ControlPlane
 from greenroom.store.port import MAX_PAGE, Store
 
 T = TypeVar("T")
-R = TypeVar("R", Actor, Template, Pool, Worker, Snapshot, Operation)
+R = TypeVar("R", Actor, Template, Pool, Worker, Replica, Snapshot, Operation)
 
 #: The longest that one call waits for an operation; longer waits ask again, so that a dead peer is noticed.
 MAX_WAIT_S = 3600.0

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, cast
 
+import msgspec
+
 from greenroom.api import convert
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2_grpc as pb_grpc
@@ -66,6 +68,10 @@ class Operations(Service, pb_grpc.OperationsServicer):
             return convert.to_message(await self._control.wait_operation(request.id, wait_s_of(request, context)))
 
     @rpc
+    async def CancelOperation(self, request: Any, context: Any) -> Any:
+        return convert.to_message(await self._control.cancel_operation(request.id))
+
+    @rpc
     async def WatchOperation(self, request: Any, context: Any) -> None:
         async with self._streams.open(), closing(self._store.watch()) as events:
             operation = await self._store.get(Operation, request.id)
@@ -99,6 +105,14 @@ class System(Service, pb_grpc.SystemServicer):
             domain=info.domain,
             started_at=convert.timestamp(info.started_at),
         )
+
+    @rpc
+    async def ListReplicas(self, request: Any, context: Any) -> Any:
+        answer = pb.ListReplicasResponse()
+        # Which actors are in use through a replica is for the other replicas; it can be thousands.
+        replicas = await self._page(Replica, request, "", answer)
+        answer.replicas.extend(convert.to_message(msgspec.structs.replace(r, uses={})) for r in replicas)
+        return answer
 
     @rpc
     async def Watch(self, request: Any, context: Any) -> None:
