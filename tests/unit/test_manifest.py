@@ -215,6 +215,7 @@ def test_what_is_shown_can_be_applied_again(tmp_path: Path) -> None:
     assert manifest.to_document(made)["status"] == {
         "state": "Ready",
         "stateSince": "1970-01-01T00:00:02.000Z",
+        "generation": 0,
         "version": 0,
     }
     (none,) = manifest.load([write(tmp_path, template("  ports: []\n"))])

@@ -111,7 +111,13 @@ class Freeze(ActorCall, frozen=True, kw_only=True):
 
 class Thaw(ActorCall, frozen=True, kw_only=True):
     """Lets a frozen sandbox go on; what a suspend that is off wrote to the worker's disk is removed first.
-    Idempotent. -> `Started` with the endpoint."""
+    Idempotent. -> `Started` with the endpoint.
+
+    ``epoch`` (not -1): refused (`FailedPrecondition`, reason ``STALE_EPOCH``) unless the agent is in that epoch still
+    and not alone: what the sender knows of the actor is from before the agent froze it.
+    """
+
+    epoch: int = -1
 
 
 class ListResident(Call, frozen=True, kw_only=True):
@@ -206,6 +212,9 @@ class Resident(Record, frozen=True, kw_only=True):
 
 
 class Residents(Record, frozen=True, kw_only=True):
+    """``epoch``: grows each time the agent freezes what runs on it because it is alone; survives its restart."""
+
+    epoch: int = 0
     residents: tuple[Resident, ...] = ()
 
 
@@ -277,14 +286,16 @@ class SandboxExited(Record, frozen=True, kw_only=True):
 
 
 class Welcome(Record, frozen=True, kw_only=True):
-    """The answer to `Hello` and to every `Heartbeat`.
+    """The answer to `Hello`, and to a `Heartbeat` while it is written down that the worker lives (no answer comes when
+    the replica doesn't reach the store: others may then count the worker as lost).
 
     Attributes:
         replica: who answers.
         links: addresses of all replicas of the control plane; the agent keeps a link to each.
         heartbeat_s: how often the agent is to say that it lives.
-        alone_s: an agent that hears no replica for this long freezes what runs on it, for it may count as lost and
-            its actors may wake elsewhere. They go on when a replica says so (`Thaw`). 0: never.
+        alone_s: an agent none of whose heartbeats of this long ago or less was answered is alone: it freezes what runs
+            on it, for it may count as lost and its actors may wake elsewhere. They go on when a replica says so
+            (`Thaw`). Counted from when the answered heartbeat was *sent*. 0: never.
     """
 
     replica: str = ""

@@ -96,7 +96,7 @@ def load(rows: Rows, command: ActorCommand) -> View:
         prior=_prior(rows, command) if isinstance(command, Begin | CreateActor) else None,
         template=template,
         source=rows.read(Snapshot, source_id) if source_id and "source" in needs else None,
-        previous=rows.read(Snapshot, previous_id) if previous_id and "previous" in needs else None,
+        previous=rows.read(Snapshot, previous_id) if previous_id and ("previous" in needs or restarts) else None,
         golden=rows.read(Snapshot, golden_id) if golden_id and ("golden" in needs or restarts) else None,
         named=rows.read(Snapshot, named_id) if named_id else None,
         owned=tuple(rows.snapshots_of(actor.uid)) if actor and "owned" in needs else (),

@@ -111,6 +111,7 @@ class SimWorld:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> SimWorld:
+        self._beating = asyncio.create_task(self._beat())
         await self.start_control()
         for name in self.names:
             await self.start_agent(name)
@@ -119,10 +120,17 @@ class SimWorld:
 
     async def __aexit__(self, *_: object) -> None:
         await asyncio.gather(*self._tasks)
+        self._beating.cancel()
         await self.stop_control()
         for name in list(self.agents):
             await self.kill_agent(name)
         await self.store.close()
+
+    async def _beat(self) -> None:
+        """All agents say that they live, as often as they are asked to."""
+        while True:
+            await asyncio.sleep(self.hub.welcome.heartbeat_s)
+            self.hub.heartbeat()
 
     # --- parts that live and die --------------------------------------------------------------------------
 
