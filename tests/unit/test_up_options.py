@@ -107,7 +107,9 @@ def test_snapshots_in_a_directory_are_absolute(up: Up, tmp_path: Path, monkeypat
 
 def test_without_workers(up: Up) -> None:
     assert up("--no-workers").no_workers
-    for contrary in ("--workers=0", "--slots=4", "--backend=process", "--warm=0", "--label=a=b"):
+    shaped = up("--no-workers", "--workers=0", "--slots=7", "--backend=process")
+    assert (shaped.pool.replicas, shaped.pool.slots, shaped.pool.backend) == (0, 7, "process")
+    for contrary in ("--workers=1", "--warm=0", "--label=a=b"):
         option = contrary.split("=")[0]
         assert f"--no-workers and {option} contradict each other" in up.refused("--no-workers", contrary)
 

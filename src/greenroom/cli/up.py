@@ -144,8 +144,9 @@ def up(
     from greenroom.cli.server import ServerOptions
     from greenroom.core.records import PoolSpec
 
-    shape = {"--workers": workers, "--slots": slots, "--backend": backend, "--warm": warm, "--label": labels or None}
-    if no_workers and (contrary := [option for option, value in shape.items() if value is not None]):
+    # --slots and --backend are the pool's, which workers elsewhere belong to.
+    own = {"--workers": bool(workers), "--warm": warm is not None, "--label": bool(labels)}
+    if no_workers and (contrary := [option for option, given in own.items() if given]):
         raise click.UsageError(f"--no-workers and {contrary[0]} contradict each other: leave one of them out")
     if store and not snapshots:
         raise click.UsageError(
