@@ -59,8 +59,8 @@ class FakeControl:
     fails with. ``refuse``: what the next mutation is refused with. ``log_lines``: what every actor has written; more
     can come while it is followed."""
 
-    def __init__(self) -> None:
-        self.store = MemoryStore()
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        self.store = MemoryStore(clock)
         self.bindings = BindingTable()
         self.gate = asyncio.Event()
         self.gate.set()
@@ -75,6 +75,7 @@ class FakeControl:
         self._sessions: list[FakeExec] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._cancels: dict[str, asyncio.Event] = {}
+        self.stuck: set[str] = set()  # operations that no gate lets go on
         self._ids = itertools.count(1)
 
     async def wake(self, key: Key) -> Wake:
@@ -164,7 +165,8 @@ class FakeControl:
     async def _turn(self, op: Operation) -> Failure | None:
         """Waits until the gate is open, or until it is cancelled; what it is to fail with."""
         cancelled = self._cancels.setdefault(op.id, asyncio.Event())
-        waits = [asyncio.ensure_future(event.wait()) for event in (self.gate, cancelled)]
+        gate = asyncio.Event() if op.id in self.stuck else self.gate
+        waits = [asyncio.ensure_future(event.wait()) for event in (gate, cancelled)]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -414,6 +416,10 @@ class FakeControl:
         self.killed.append(argv)
         self.kills.set()
 
+    def drive(self, op: Operation) -> None:
+        """Ends an operation that a test has begun by itself."""
+        self._spawn(self._drive(op))
+
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -501,9 +507,9 @@ class FakeExec:
 
 
 @contextlib.asynccontextmanager
-async def serving(directory: Path) -> AsyncIterator[tuple[FakeControl, str]]:
+async def serving(directory: Path, clock: Callable[[], float] | None = None) -> AsyncIterator[tuple[FakeControl, str]]:
     """For tests on asyncio: server and test share the loop."""
-    control = FakeControl()
+    control = FakeControl(clock)
     server = ApiServer(control, info=INFO)
     address = f"unix:{directory}/run/api.sock"
     await server.start([address])
@@ -531,15 +537,19 @@ class ThreadedServer:
 
 
 @contextlib.contextmanager
-def threaded(directory: Path) -> Iterator[ThreadedServer]:
+def threaded(
+    directory: Path,
+    furnish: Callable[[FakeControl], Coroutine[Any, Any, None]] = FakeControl.furnish,
+    clock: Callable[[], float] | None = None,
+) -> Iterator[ThreadedServer]:
     started: list[ThreadedServer] = []
     ready, done = threading.Event(), []
 
     async def main() -> None:
         stop = asyncio.Event()
         done.append(stop)
-        async with serving(directory) as (control, address):
-            await control.furnish()
+        async with serving(directory, clock) as (control, address):
+            await furnish(control)
             started.append(ThreadedServer(control, address, asyncio.get_running_loop()))
             ready.set()
             await stop.wait()

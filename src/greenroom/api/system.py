@@ -152,7 +152,9 @@ def _is_news(deleted: bool, record: Shown, listed: dict[tuple[str, str], int]) -
     version = listed.get(key)
     if version is None:
         return True
-    if not deleted and record.version <= version:
+    # A worker's slots are taken and freed without a new version: of those, what is as new may be news.
+    shown = record.version < version or (record.version == version and not isinstance(record, Worker))
+    if shown and not deleted:
         return False
     del listed[key]  # from here on events are newer anyhow
     return True

@@ -35,6 +35,7 @@ class Explanation(Record, frozen=True, kw_only=True):
         snapshot: what a request would wake it from, or None when there is nothing.
         wakes_on: names of the workers that could take it now, the best first; empty unless it is on none.
         rejected: why not the others of its pool; at most `placement.MAX_REJECTIONS`.
+        no_worker_fits: its pool has workers, and none of them could ever take it, whatever is freed there.
     """
 
     actor: Actor
@@ -46,6 +47,7 @@ class Explanation(Record, frozen=True, kw_only=True):
     snapshot: Snapshot | None = None
     wakes_on: tuple[str, ...] = ()
     rejected: tuple[Rejection, ...] = ()
+    no_worker_fits: bool = False
 
 
 def explain(
@@ -63,9 +65,11 @@ def explain(
     """``own`` and ``golden``: the records of the actor's latest snapshot and of its template's, None when there is
     none. ``workers``: at least those of the template's pool."""
     source = _source(actor, template, own, golden)
-    ranking = placement.Ranking(order=(), rejected=())
+    ranking, misfits = placement.Ranking(order=(), rejected=()), [False]
     if actor.state in HOMELESS and template is not None and source is not None:
-        ranking = placement.rank(workers, _demand(actor, template, source), now)
+        demand = _demand(actor, template, source)
+        ranking = placement.rank(workers, demand, now)
+        misfits = [placement.never(w, demand) is not None for w in workers if w.pool == demand.pool]
     return Explanation(
         actor=actor,
         read_at=now,
@@ -76,6 +80,7 @@ def explain(
         snapshot=source,
         wakes_on=tuple(worker.name for worker in ranking.order),
         rejected=ranking.rejected,
+        no_worker_fits=bool(misfits) and all(misfits),
     )
 
 

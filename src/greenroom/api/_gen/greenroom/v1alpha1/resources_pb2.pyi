@@ -1436,8 +1436,11 @@ class Explanation(_message.Message):
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     WAKES_ON_FIELD_NUMBER: _builtins.int
     REJECTED_FIELD_NUMBER: _builtins.int
+    NO_WORKER_FITS_FIELD_NUMBER: _builtins.int
     older_operations: _builtins.int
     """that are kept too"""
+    no_worker_fits: _builtins.bool
+    """none of its pool could ever take it, whatever is freed"""
     @_builtins.property
     def actor(self) -> Global___Actor: ...
     @_builtins.property
@@ -1480,10 +1483,11 @@ class Explanation(_message.Message):
         snapshot: Global___Snapshot | None = ...,
         wakes_on: _abc.Iterable[_builtins.str] | None = ...,
         rejected: _abc.Iterable[Global___Rejection] | None = ...,
+        no_worker_fits: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "lease", b"lease", "read_at", b"read_at", "snapshot", b"snapshot", "template", b"template"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "lease", b"lease", "older_operations", b"older_operations", "operations", b"operations", "read_at", b"read_at", "rejected", b"rejected", "snapshot", b"snapshot", "template", b"template", "wakes_on", b"wakes_on"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "lease", b"lease", "no_worker_fits", b"no_worker_fits", "older_operations", b"older_operations", "operations", b"operations", "read_at", b"read_at", "rejected", b"rejected", "snapshot", b"snapshot", "template", b"template", "wakes_on", b"wakes_on"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
