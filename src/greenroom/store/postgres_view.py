@@ -139,7 +139,7 @@ _NEEDS = {
     "source": ("owned",),
     "previous": ("owned",),
     "golden": ("template", "golden"),
-    "restart": ("template", "golden"),
+    "restart": ("template", "golden", "owned"),
     "named": ("named",),
     "owned": ("owned",),
     "workers": ("template", "workers"),
