@@ -209,7 +209,8 @@ def _policy(told: Explanation) -> Iterator[str]:
     if told.template is None:
         return
     spec = told.template.spec
-    idle = f"suspended after {format_duration(spec.idle_timeout_s)} idle" if spec.idle_timeout_s else "never idle"
+    timeout = format_duration(spec.idle_timeout_s)
+    idle = f"suspended after {timeout} idle" if spec.idle_timeout_s else "not suspended when idle"
     words = [f"onCrash {spec.on_crash}", f"durability {spec.durability}", idle]
     words.append("evictable" if spec.evictable else "not evictable")
     words.append(f"pool {spec.pool}")
