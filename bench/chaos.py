@@ -39,7 +39,6 @@ from typing import Any
 import aiohttp
 import uvloop
 from _kit import WORK, conditions, percentile, report, say
-from greenroom.testing.postgres import PostgresServer
 
 from greenroom.api import convert
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
@@ -59,6 +58,7 @@ from greenroom.core.records import (
 from greenroom.core.states import BOUND, BUSY
 from greenroom.testing import counter_app
 from greenroom.testing.live import GREENROOM, LiveServer
+from greenroom.testing.postgres import PostgresServer
 from greenroom.testing.python_image import build_python_image
 
 HOME = WORK / "chaos"

@@ -12,13 +12,7 @@ from msgspec.structs import replace
 from greenroom.core import commands as lc
 from greenroom.core.errors import FailedPrecondition, LeaseHeld, LeaseLost, NotFound
 from greenroom.core.lifecycle import decide
-from greenroom.core.records import (
-    ActorState,
-    OnCrash,
-    OperationKind,
-    OperationState,
-    SnapshotState,
-)
+from greenroom.core.records import ActorState, OnCrash, OperationKind, OperationState, SnapshotState
 from greenroom.testing.contracts.store_world import ENDPOINT, FAILURE, snapshot, worker
 
 COMMANDS: tuple[type[lc.Command], ...] = typing.get_args(lc.ActorCommand)

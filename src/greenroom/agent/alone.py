@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
@@ -23,8 +24,15 @@ SCAN_S = 0.2
 
 
 class _Remembered(Record, frozen=True, kw_only=True):
+    """``heard_at``: seconds since the machine was booted, which a next process can compare with its own."""
+
     alone_s: float = 0.0
     epoch: int = 0
+    heard_at: float = 0.0
+
+
+def _boot_time() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class AloneWatch:
@@ -42,9 +50,10 @@ class AloneWatch:
         self._running = running
         self._freeze = freeze
         self._loop = asyncio.get_running_loop()
-        self._heard_at = self._loop.time()
         remembered = self._recall()
         self._alone_s, self.epoch = remembered.alone_s, remembered.epoch
+        # An agent that comes back is as alone as the one before was. After a boot of the machine nothing runs anyway.
+        self._heard_at = self._loop.time() - max(0.0, _boot_time() - remembered.heard_at)
         self._was_alone = False
         self._news = asyncio.Event()
         self._freezing: dict[str, asyncio.Task[None]] = {}
@@ -56,10 +65,8 @@ class AloneWatch:
     def heard(self, welcome: Welcome, at: float) -> None:
         """A replica lived at ``at`` (the loop's clock, seconds): it has answered what was sent to it then."""
         _ = self.alone  # until now, perhaps, and nobody has looked
-        self._heard_at = max(self._heard_at, at)
-        if welcome.alone_s != self._alone_s:
-            self._alone_s = welcome.alone_s
-            self._remember()
+        self._heard_at, self._alone_s = max(self._heard_at, at), welcome.alone_s
+        self._remember()
         self._news.set()
 
     @property
@@ -115,7 +122,9 @@ class AloneWatch:
 
     def _remember(self) -> None:
         try:
-            self._path.write_bytes(msgspec.json.encode(_Remembered(alone_s=self._alone_s, epoch=self.epoch)))
+            heard_at = _boot_time() - (self._loop.time() - self._heard_at)
+            now = _Remembered(alone_s=self._alone_s, epoch=self.epoch, heard_at=heard_at)
+            self._path.write_bytes(msgspec.json.encode(now))
         except OSError as error:
             log.warning("what the control plane said is not remembered", path=str(self._path), error=str(error))
 

@@ -141,6 +141,7 @@ class _Connection:
         self._open: dict[int, _Reporter] = {}
         #: When what awaits a WELCOME was sent (the loop's clock), by the number of the heartbeat; HELLO is 0.
         self._unanswered: dict[int, float] = {}
+        self._tasks: list[asyncio.Task[None]] = []
         self.welcomed = False
         self.closed = False
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -163,12 +164,11 @@ class _Connection:
     async def run(self) -> None:
         # Before it is said who lives here: what happens from then on is an event.
         self._agent.links.add(self)
-        tasks: list[asyncio.Task[None]] = []
         try:
             self._unanswered[0] = asyncio.get_running_loop().time()
             hello = Frame(kind=Frame.HELLO, body=_encode(self._agent.hello()))
             await self._stream.write(Frames(frames=[hello]))
-            tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._beat())]
+            self._tasks.append(asyncio.create_task(self._write()))
             while (message := await self._stream.read()) is not grpc.aio.EOF:
                 for frame in message.frames:
                     self._receive(frame)
@@ -176,9 +176,9 @@ class _Connection:
             self._agent.links.discard(self)
             self.closed = True
             self.ended.set_result(None)
-            for task in tasks:
+            for task in self._tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*self._tasks, return_exceptions=True)
             for reporter in list(self._open.values()):
                 if reporter.streaming:
                     reporter.task.cancel()
@@ -195,7 +195,7 @@ class _Connection:
         while True:
             every = max(self._link.welcome.heartbeat_s, MIN_HEARTBEAT_S)
             await asyncio.sleep(every * random.uniform(1 - HEARTBEAT_JITTER, 1))
-            if self.welcomed and len(self._unanswered) < MAX_UNANSWERED:
+            if len(self._unanswered) < MAX_UNANSWERED:
                 number += 1
                 self._unanswered[number] = asyncio.get_running_loop().time()
                 self.send(Frame(kind=Frame.HEARTBEAT, id=number, body=_encode(self._agent.heartbeat())))
@@ -219,8 +219,10 @@ class _Connection:
         sent_at = self._unanswered.pop(frame.id, float("-inf"))
         first, self.welcomed = not self.welcomed, True
         self._link.heard(welcome, sent_at)
-        if first and self._agent.is_leaving:
-            self.leaving(self._agent.farewell())
+        if first:
+            self._tasks.append(asyncio.create_task(self._beat()))
+            if self._agent.is_leaving:
+                self.leaving(self._agent.farewell())
 
     async def _serve(self, number: int, call: api.AgentCall, reporter: _Reporter) -> None:
         try:

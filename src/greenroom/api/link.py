@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -162,19 +162,30 @@ class AgentHub(link_pb2_grpc.AgentLinkServicer):
             self._drop(old)
         structlog.contextvars.bind_contextvars(worker=hello.worker)
         log.info("agent connected", boot_id=hello.boot_id, residents=len(hello.residents))
-        writer = asyncio.create_task(self._write(peer, context), name=f"link-writer-{hello.worker}")
+        # The first that ends, ends the stream: the reader when the agent has gone, the writer when it was replaced.
+        parts = [asyncio.create_task(part, name=f"link-{hello.worker}") for part in self._parts(peer, context)]
         try:
             if self.listener:
                 self.listener.worker_connected(hello)
-            while (message := await context.read()) is not grpc.aio.EOF:
-                for frame in message.frames:
-                    self._receive(peer, frame)
+            await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             pass  # the server stops, or the agent has gone; grpcio would print a traceback
         finally:
-            writer.cancel()
             self._drop(peer)
+            for part in parts:
+                part.cancel()
+            for failure in await asyncio.gather(*parts, return_exceptions=True):
+                if isinstance(failure, Exception):
+                    log.warning("the link to an agent broke", error=str(failure))
             log.info("agent disconnected")
+
+    def _parts(self, peer: _Peer, context: Context) -> tuple[Coroutine[Any, Any, None], ...]:
+        return self._read(peer, context), self._write(peer, context)
+
+    async def _read(self, peer: _Peer, context: Context) -> None:
+        while (message := await context.read()) is not grpc.aio.EOF:
+            for frame in message.frames:
+                self._receive(peer, frame)
 
     async def _greet(self, context: Context) -> Hello:
         try:
@@ -200,7 +211,6 @@ class AgentHub(link_pb2_grpc.AgentLinkServicer):
     async def _write(self, peer: _Peer, context: Context) -> None:
         while (frames := await gather_frames(peer.out)) is not None:
             await context.write(Frames(frames=frames))
-        context.cancel()  # replaced by a newer connection
 
     def acknowledge(self, worker: str) -> None:
         if (peer := self._peers.get(worker)) is not None:

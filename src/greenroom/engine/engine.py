@@ -76,7 +76,7 @@ class Engine:
         self.snapshots = snapshots
         self.hub = hub
         self.config = config
-        self.bindings = BindingTable()
+        self.bindings = BindingTable(lambda worker: self.census.is_trusted(worker))
         self.ops = Operations(self)
         self.drivers = Drivers(self)
         self.wakes = Wakes(self)

@@ -86,7 +86,7 @@ class Wakes:
         if self._bindings.get(key) is not None:
             return None
         operation = await self.resume(key, "", "request", False)
-        awake = operation.state is OperationState.DONE and self._bindings.peek(key) is None
+        awake = operation.state is OperationState.DONE and self._bindings.get(key) is None
         if awake and not (operation.id and self._engine.config.exclusive):
             # It runs, but this process was not told: another replica woke it, or its worker has not been heard yet.
             await self._engine.follower.reach(key)

@@ -49,6 +49,7 @@ from greenroom.images.store import DiskImageStore
 from greenroom.sandbox.sim import SimBackend, SimScript
 from greenroom.snapshots.store import ObjectSnapshotStore
 from greenroom.store.memory import MemoryStore
+from greenroom.store.port import Store
 from greenroom.testing.contracts.store_world import audit, list_all
 from greenroom.testing.local_hub import LocalHub
 from greenroom.testing.steps import Gate, SteppedHub, SteppedStore, Steps
@@ -84,7 +85,8 @@ class Said(Record, frozen=True, kw_only=True):
 
 
 class SimWorld:
-    """See the module docstring. ``root`` must be short: a socket's path is limited to 107 bytes."""
+    """See the module docstring. ``root`` must be short: a socket's path is limited to 107 bytes. ``store``: another one
+    than in memory; the world closes it."""
 
     def __init__(
         self,
@@ -94,13 +96,14 @@ class SimWorld:
         slots: int = 8,
         config: EngineConfig = QUICK,
         script: SimScript | None = None,
+        store: Store | None = None,
     ) -> None:
         self.root = root
         self.names = [f"w{n}" for n in range(workers)]
         self.slots = slots
         self.config = config
         self.script = script or SimScript()
-        self.store = MemoryStore()
+        self.store = store or MemoryStore()
         self.snapshots = ObjectSnapshotStore(root / "snapshots")
         self.hub = LocalHub()
         self.steps = Steps()

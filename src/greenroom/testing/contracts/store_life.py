@@ -1,5 +1,7 @@
 """Of the contract of stores: the life of an actor, from one state to the next."""
 
+from __future__ import annotations
+
 import pytest
 from msgspec.structs import replace
 
@@ -14,17 +16,13 @@ from greenroom.core.commands import (
     Outcome,
     TakeOver,
 )
-from greenroom.core.errors import (
-    AlreadyExists,
-    FailedPrecondition,
-    LeaseHeld,
-    NotFound,
-)
+from greenroom.core.errors import AlreadyExists, FailedPrecondition, LeaseHeld, NotFound
 from greenroom.core.records import (
     Actor,
     ActorState,
     Key,
     Lease,
+    Operation,
     OperationKind,
     OperationState,
     Snapshot,
@@ -33,12 +31,7 @@ from greenroom.core.records import (
     TemplateState,
     Worker,
 )
-from greenroom.testing.contracts.store_world import (
-    ENDPOINT,
-    FAILURE,
-    World,
-    dump,
-)
+from greenroom.testing.contracts.store_world import ENDPOINT, FAILURE, World, dump
 
 BEGIN: dict[OperationKind, type[Begin]] = {
     OperationKind.RESUME: BeginResume,
@@ -70,6 +63,8 @@ class Life:
         actor = await world.actor(key)
         assert (actor.state, actor.worker, actor.last_worker) == (ActorState.SUSPENDED, "", "w2")
         assert (actor.snapshot, actor.endpoint, actor.suspended_at) == (first.snapshot, None, world.now)
+        assert actor.durable_at == (await world.store.get(Snapshot, first.snapshot)).created_at
+        assert (first.from_state, first.to_state, first.owner) == (ActorState.RUNNING, ActorState.SUSPENDED, "one")
         again = await world.do(BeginResume, key)
         assert again.snapshot == first.snapshot and again.generation == 3
         second = await world.do(BeginSuspend, key)
@@ -128,7 +123,7 @@ class Life:
         else:
             with pytest.raises(LeaseHeld) as held:
                 await world.apply(command)
-            assert held.value.metadata["holder"] == "one"
+            assert held.value.code == "ABORTED" and held.value.metadata["holder"] == "one"
             assert held.value.metadata["operation"] == op.id
             assert float(held.value.metadata["until"]) == (await world.store.get(Lease, op.uid)).expires_at
         assert await dump(world.store) == before
@@ -254,6 +249,10 @@ class Life:
         assert (await world.crash(key)).outcome is Outcome.CHANGED
         actor = await world.actor(key)
         assert (actor.state, actor.unsaved_since, actor.worker) == (ActorState.CRASHED, resumed_at, "")
+        [recorded] = await world.store.list(Operation, where={"kind": OperationKind.CRASH})
+        assert (recorded.uid, recorded.worker, recorded.state) == (actor.uid, actor.last_worker, OperationState.DONE)
+        assert (recorded.from_state, recorded.to_state) == (ActorState.RUNNING, ActorState.CRASHED)
+        assert recorded.error and recorded.error.reason == "SandboxGone" and recorded.finished_at == world.now
         assert (await world.crash(key)).outcome is Outcome.ALREADY
         op = await world.begin(BeginResume, key)
         assert op.snapshot == actor.snapshot and (await world.actor(key)).unsaved_since == resumed_at

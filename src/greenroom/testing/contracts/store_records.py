@@ -1,16 +1,13 @@
 """Of the contract of stores: single records, lists, watching, trimming, closing."""
 
+from __future__ import annotations
+
 import asyncio
 
 import pytest
 from msgspec.structs import replace
 
-from greenroom.core.commands import (
-    BeginDelete,
-    BeginResume,
-    BeginSuspend,
-    Change,
-)
+from greenroom.core.commands import BeginDelete, BeginResume, BeginSuspend, Change
 from greenroom.core.errors import (
     AlreadyExists,
     Conflict,
@@ -35,16 +32,7 @@ from greenroom.core.records import (
     Worker,
 )
 from greenroom.store.port import MAX_PAGE, Event, EventType, Store
-from greenroom.testing.contracts.store_world import (
-    World,
-    audit,
-    dump,
-    list_all,
-    operation,
-    snapshot,
-    template,
-    worker,
-)
+from greenroom.testing.contracts.store_world import World, audit, dump, list_all, operation, snapshot, template, worker
 
 
 class Records:
