@@ -183,6 +183,10 @@ def test_after_a_crash(on_crash: OnCrash, first: str, next_: list[str]) -> None:
         "WorkerLost: w9 is gone",
     ]
     assert said("wakes", crashed, template=policy)[0] == first
+    nowhere = said("wakes", crashed, template=policy, wakes_on=(), rejected=(Rejection(worker="w1", why="is full"),))
+    held = "a request does not wake it: it is answered 503, because onCrash is hold"
+    assert (nowhere[:2] == ["nowhere now", held]) == (on_crash is OnCrash.HOLD)
+    assert (held in said("wakes", crashed, template=policy)) == (on_crash is OnCrash.HOLD)
     assert said("next", crashed, template=policy) == next_
 
 
