@@ -5,8 +5,8 @@ all the time; every few seconds a replica or an agent is killed and started agai
 were told is then held against what they are told later:
 
 - *acknowledged suspends lost*: an actor whose suspend was answered DONE comes back with a lower count than it had then.
-- *not usable in time*: from the first request of a client that failed until the next that was answered, on either
-  replica, took longer than the lease's life and 5 s.
+- *not usable in time*: an actor's requests failed for longer than the lease's life and 5 s, on whichever replica,
+  counted from the first that failed or, if parts were killed after that, from the last kill.
 - *double incarnations*: a request that began after another one had been answered was answered by an older incarnation,
   or by the same one with a count that is not higher.
 - *leaked slots*: at the end, when nothing is under way, a worker's taken slots are not the actors bound to it, or what
@@ -160,6 +160,7 @@ class Cluster:
             for n in range(AGENTS)
         ]
         self.down: set[str] = set()
+        self.last_kill = 0.0
 
     def start(self) -> None:
         for replica in self.replicas:
@@ -258,10 +259,10 @@ class Clients:
 
     def _usable(self, name: str, seen: Seen) -> None:
         if seen.failing_since is not None:
-            outage = time.monotonic() - seen.failing_since
-            seen.outages.append(outage)
+            outage = time.monotonic() - max(seen.failing_since, self.cluster.last_kill)
+            seen.outages.append(time.monotonic() - seen.failing_since)
             if outage > USABLE_S:
-                self.found.late.append(f"{name} was not usable for {outage:.1f} s")
+                self.found.late.append(f"{name} was not usable for {outage:.1f} s after the last kill")
             seen.failing_since = None
 
 
@@ -284,6 +285,7 @@ async def havoc(cluster: Cluster, seconds: float, seed: int, kills: Counter[str]
         name, kill, start = chance.choice(victims)
         cluster.down.add(name)
         kills["replicas" if name in ("a", "b") else "agents"] += 1
+        cluster.last_kill = time.monotonic()
         await asyncio.to_thread(kill)
         task = asyncio.create_task(_again(cluster, name, start, chance.uniform(*RESTART_AFTER_S)))
         restarts.add(task)
