@@ -64,7 +64,8 @@ class Terminal:
             stdout=child if whole else subprocess.PIPE,
             stderr=child,
             text=True,
-            env={**os.environ, "TERM": "xterm"},
+            # Programs believe COLUMNS more than the terminal, and a runner of tests may have set it.
+            env={k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm"},
         )
         os.close(child)
         self.shown = ""

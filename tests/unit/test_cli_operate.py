@@ -225,6 +225,16 @@ def test_operations_are_followed_on_a_terminal(mine: Shell) -> None:
     terminal.end(130)
 
 
+def test_a_narrow_screen_shows_less_and_says_so(mine: Shell) -> None:
+    operation = begin(mine)
+    advance(mine, "fetch", 12 << 20, 48 << 20)
+    terminal = Terminal("get", "operations", "-w", whole=True, columns=66)
+    terminal.until("on a wider screen also: OWNER, TOOK, WORKER, ID")
+    assert "mine      Running   fetch   25% of 48.0 MiB" in terminal.shown and operation not in terminal.shown
+    terminal.interrupt()
+    terminal.end(130)
+
+
 def test_operations_are_followed_elsewhere_too(mine: Shell) -> None:
     running = process("get", "operations", "--state=running", "-w")
     assert running.stderr is not None and running.stderr.readline() == "no operations in namespace default\n"
