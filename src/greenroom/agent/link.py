@@ -240,7 +240,7 @@ class _Connection:
             self._fail(number, "CANCELLED", "CANCELLED", "the call was cancelled")
             raise
         except GreenroomError as error:
-            self._fail(number, error.code, error.reason, error.message, error.metadata)
+            self._fail(number, error.code, error.reason, error.message, error.facts())
         except Exception as error:
             log.exception("a call failed in a way nobody thought of", call=type(call).__name__)
             self._fail(number, "INTERNAL", "INTERNAL", f"{type(error).__name__}: {error}")
