@@ -237,11 +237,10 @@ class PostgresStore:
     ) -> list[R]:
         check_list(cls, where or {}, limit)
         table = TABLES[cls]
-        sql, values = table.page(namespace, where or {}, after, limit)
+        page = table.page(namespace, where or {}, after, limit)
 
         async def work(connection: Connection) -> list[R]:
-            # Planned for these very values: which index is best depends on how many rows have them.
-            rows = await (await connection.execute(sql, values, prepare=False)).fetchall()
+            rows = await (await connection.execute(page, prepare=False)).fetchall()
             return [table.record(row[0], *row[2:]) for row in rows]
 
         return await self._call(work)

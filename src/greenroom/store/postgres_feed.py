@@ -51,6 +51,8 @@ TRIM_CHUNK = 2_000
 #: Before it connects again, in seconds: at first, and at most.
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.05, 1.0
 
+#: The planner can't know that nearly all rows have been seen already.
+_BY_INDEX = "SET enable_seqscan = off"
 _SNAPSHOT = "SELECT pg_current_snapshot()::text"
 #: $1 the snapshot of the look before, $2 this process. Its first row is the new snapshot and the time. What this
 #: process wrote comes without its content.
@@ -159,6 +161,7 @@ class Feed:
                 try:
                     async with limited(connection):
                         await migrate(connection, self._scripts, self._database.where)
+                        await connection.execute(_BY_INDEX)
                         if not self._snapshot:
                             await self._begin(connection)
                     await self._usable()

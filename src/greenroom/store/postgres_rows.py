@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
+from psycopg import sql
 
 from greenroom.core.errors import DataLoss
 from greenroom.core.records import Actor, Lease, Operation, Pool, Replica, Snapshot, Template, Worker
@@ -116,21 +117,19 @@ class Table:
             ) from error
         return replace(record, used=used) if used else record
 
-    def page(self, namespace: str, where: Mapping[str, str], after: str, limit: int) -> tuple[str, list[Any]]:
-        """The statement of a list, and its values."""
-        conditions, values = ["t.pk > $1"], [after]
-        if namespace and self._namespace_in_key:
-            values[0] = max(after, f"{namespace}/")
-            conditions.append("t.pk < $2")
-            values.append(f"{namespace}0")  # "0" follows "/"
+    def page(self, namespace: str, where: Mapping[str, str], after: str, limit: int) -> sql.Composed:
+        """The statement of a list. The values are in it, so that it is planned for them: which index is best depends on
+        how many rows have them, and some are for certain values only."""
+        within = namespace if self._namespace_in_key else ""
+        conditions = [sql.SQL("t.pk > {}").format(max(after, f"{within}/") if within else after)]
+        if within:
+            conditions.append(sql.SQL("t.pk < {}").format(f"{within}0"))  # "0" follows "/"
         elif namespace and self._namespaced:
-            conditions.append("t.namespace = $2")
-            values.append(namespace)
+            conditions.append(sql.SQL("t.namespace = {}").format(namespace))
         for name, value in where.items():
-            values.append(str(value))
-            conditions.append(f"t.{name} = ${len(values)}")
-        sql = f"{self.select} WHERE {' AND '.join(conditions)} ORDER BY t.pk LIMIT {limit}"
-        return sql, values
+            conditions.append(sql.SQL("t.{} = {}").format(sql.Identifier(name), str(value)))
+        select, order = sql.SQL(self.select), sql.SQL("ORDER BY t.pk LIMIT {}").format(limit)
+        return sql.SQL("{} WHERE {} {}").format(select, sql.SQL(" AND ").join(conditions), order)
 
 
 _USED = ", (SELECT count(*) FROM slots s WHERE s.worker = t.pk AND s.actor_uid <> '')"
