@@ -1,7 +1,8 @@
 """What a store gives by itself: whole wake-ups (begin_resume, finish_resume) and suspends per second.
 
 PostgreSQL is a server of its own with fsync and synchronous_commit on, on this machine's disk and the same cores, and
-the load comes from several processes, each with its own store and its own actors, `--concurrency` calls at a time in all.
+the load comes from several processes, each with its own store and its own actors, `--concurrency` calls at a time in
+all.
 SQLite has one process. Actors are created through the same `apply`; each is woken once by a store that has not seen it
 before (cold), suspended, and woken again (warm).
 

@@ -26,7 +26,7 @@ from greenroom.store.postgres_clock import DatabaseClock
 from greenroom.store.postgres_errors import translate
 from greenroom.store.postgres_pool import Connection, Database, limited
 from greenroom.store.postgres_rows import BY_KIND
-from greenroom.store.postgres_schema import Migration, migrate
+from greenroom.store.postgres_schema import Migration, check, migrate
 from greenroom.store.transaction import Effects
 from greenroom.store.watch import Broadcast
 
@@ -54,10 +54,11 @@ RECONNECT_MIN_S, RECONNECT_MAX_S = 0.05, 1.0
 #: The planner can't know that nearly all rows have been seen already.
 _BY_INDEX = "SET enable_seqscan = off"
 _SNAPSHOT = "SELECT pg_current_snapshot()::text"
-#: $1 the snapshot of the look before, $2 this process. Its first row is the new snapshot and the time. What this
-#: process wrote comes without its content.
+#: $1 the snapshot of the look before, $2 this process. Its first row is the new snapshot, the time, and from which
+#: schema on programs can use the database. What this process wrote comes without its content.
 _LOOK = """
-SELECT 0, pg_current_snapshot()::text, extract(epoch FROM clock_timestamp())::float8, '', '', '', NULL::text
+SELECT 0, pg_current_snapshot()::text, extract(epoch FROM clock_timestamp())::float8,
+    (SELECT compatible_from::text FROM schema), '', '', NULL::text
 UNION ALL
 SELECT o.id, o.xact::text, 0, o.type, o.kind, o.pk, CASE WHEN o.writer <> $2 THEN o.data END
 FROM outbox o
@@ -217,7 +218,9 @@ class Feed:
         self._published.begin_round()
         started = time.monotonic()
         rows = await (await connection.execute(_LOOK, [self._snapshot, self._writer], prepare=True)).fetchall()
-        (_, snapshot, now, *_), *found = sorted(rows)
+        (_, snapshot, now, compatible_from, *_), *found = sorted(rows)
+        if int(compatible_from) > len(self._scripts):
+            await check(connection, self._scripts, self._database.where)
         self._clock.learn(started, now, time.monotonic())
         missed = self._missed(snapshot, now)
         self._snapshot, self._looked_at = snapshot, now
