@@ -160,8 +160,8 @@ class Feed:
             try:
                 connection = await self._database.connect()
                 try:
+                    await migrate(connection, self._scripts, self._database.where)  # takes the time that it takes
                     async with limited(connection):
-                        await migrate(connection, self._scripts, self._database.where)
                         await connection.execute(_BY_INDEX)
                         if not self._snapshot:
                             await self._begin(connection)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import select
 import socket
@@ -47,6 +48,9 @@ IDLE_TRANSACTION_TIMEOUT_MS = 5_000
 #: After this a call is given up because the server, or the network to it, does not answer at all: more than the
 #: server's own limits, so that where it answers, it says what was wrong. In seconds.
 CALL_TIMEOUT_S = 15.0
+
+# What it has to say (that it could not connect, again and again) the feed says once, in our words.
+logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
 
 _PARAMETERS: dict[str, Any] = {
     "connect_timeout": CONNECT_TIMEOUT_S,

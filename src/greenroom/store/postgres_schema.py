@@ -14,7 +14,8 @@ from greenroom.core.errors import FailedPrecondition
 #: that nobody else uses in this database: "greenroom" as hexadecimal digits of its first letters.
 ADVISORY_LOCK = 0x677265656E
 
-#: Beyond a statement's ordinary time: a migration may have to look at every row of a large table.
+#: Beyond a statement's ordinary time: a migration may have to look at every row of a large table. It waits for a table
+#: no longer than other statements do, because those queue up behind it; then it is tried again.
 MIGRATION_TIMEOUT_MS = 3_600_000
 
 _TABLE = "CREATE TABLE IF NOT EXISTS schema (version int NOT NULL, compatible_from int NOT NULL)"
@@ -56,7 +57,6 @@ async def migrate(connection: AsyncConnection[Any], scripts: list[Migration], wh
         return
     async with connection.transaction():
         await connection.execute(f"SET LOCAL statement_timeout = {MIGRATION_TIMEOUT_MS}")
-        await connection.execute(f"SET LOCAL lock_timeout = {MIGRATION_TIMEOUT_MS}")
         await connection.execute(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})")
         have = await _have(connection, scripts, where)
         for migration in scripts[have:]:
