@@ -19,6 +19,9 @@ from greenroom.store.transaction import request_key
 #: Actors are spread over so many cells, and these over the partitions of the tables. Part of the schema: never changed.
 CELLS = 64
 
+#: How many partitions these tables have.
+PARTITIONS = 8
+
 #: Tables that are partitioned by cell.
 PARTITIONED: frozenset[type[Stored]] = frozenset({Actor, Snapshot, Operation, Lease})
 
@@ -34,12 +37,20 @@ def cell_of(record: Actor | Operation | Snapshot) -> int:
     return cell(record.namespace, record.actor if isinstance(record, Snapshot) else record.name)
 
 
+Reference = tuple[type[Stored], str]  # class and key
+
+
 class Row(NamedTuple):
     """A record as it was read. ``xmin``: the transaction that wrote the row; with the key it names this state of the
     record, because a row that is written again, or deleted and made anew, has another."""
 
     record: Any
     xmin: str
+
+
+def xmin_of(xact: str) -> str:
+    """What rows show that were written by a transaction of that number, of which they keep the lower half."""
+    return str(int(xact) & 0xFFFFFFFF)
 
 
 #: The columns beside ``pk``, ``version`` and ``data``, and what of the record is in them; see the schema.
@@ -79,7 +90,7 @@ class Table:
         self.select_version = f"SELECT t.version FROM {self.name} t WHERE t.pk = $1"
 
         # Writes: $1 writer, $2 key, $3 new version, $4 JSON, $5 old version, then the columns. Each says the event's
-        # number if it was done.
+        # number and the transaction's if it was done.
         columns = list(self._columns)
         number = {c: f"${i}" for i, c in enumerate(columns, 6)}
         event = "INSERT INTO outbox (writer, type, kind, pk, data)"
@@ -88,14 +99,14 @@ class Table:
             f"WITH r AS (INSERT INTO {self.name} (pk, version, data{''.join(f', {c}' for c in columns)}) "
             f"SELECT $2, $3, $4{''.join(f', {number[c]}' for c in columns)} "
             f"WHERE $5 = 0 AND NOT EXISTS (SELECT FROM {self.name} WHERE pk = $2) ON CONFLICT DO NOTHING RETURNING 1) "
-            f"{event} SELECT $1, 'Put', '{self.kind}', $2, $4 FROM r RETURNING id"
+            f"{event} SELECT $1, 'Put', '{self.kind}', $2, $4 FROM r RETURNING id, xact::text"
         )
         changes = "".join(f", {c} = {number[c]}" for c in columns if c != "cell")
         within = f" AND cell = {number['cell']}" if "cell" in columns else ""
         self.replace = (
             f"WITH r AS (UPDATE {self.name} SET version = $3, data = $4{changes} "
             f"WHERE pk = $2 AND version = $5{within} RETURNING 1) "
-            f"{event} SELECT $1, 'Put', '{self.kind}', $2, $4 FROM r RETURNING id"
+            f"{event} SELECT $1, 'Put', '{self.kind}', $2, $4 FROM r RETURNING id, xact::text"
         )
         #: $1 writer, $2 key, $3 version.
         self.remove = (

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from psycopg import AsyncConnection
 
 from greenroom.core.errors import FailedPrecondition
+from greenroom.store.postgres_rows import CELLS, PARTITIONS
 
 #: Held while the schema is brought up to date, so that of several programs that start at once one does it. Any number
 #: that nobody else uses in this database: "greenroom" as hexadecimal digits of its first letters.
@@ -69,6 +70,17 @@ async def migrate(connection: AsyncConnection[Any], scripts: list[Migration], wh
             await connection.execute(
                 "INSERT INTO schema VALUES ($1::int, $2::int)", [len(scripts), scripts[-1].compatible_from]
             )
+
+
+async def partitions(connection: AsyncConnection[Any]) -> list[int]:
+    """In which partition each cell is; the same for every table that has partitions."""
+    sql = (
+        "SELECT part FROM generate_series(0, $1 - 1) cell, generate_series(0, $2 - 1) part "
+        "WHERE satisfies_hash_partition('actors'::regclass, $2, part, cell::smallint) ORDER BY cell"
+    )
+    found = [part for (part,) in await (await connection.execute(sql, [CELLS, PARTITIONS])).fetchall()]
+    assert len(found) == CELLS, "each cell is in one partition"
+    return found
 
 
 async def check(connection: AsyncConnection[Any], scripts: list[Migration], where: str) -> None:
