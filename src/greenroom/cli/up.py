@@ -21,7 +21,6 @@ from greenroom.cli.up_options import (
 )
 from greenroom.core.records import OperationKind
 
-
 #: Default of --worker-return. With a database of its own, which fails over in less than half a minute, twice as much.
 WORKER_RETURN_S = 15.0
 WORKER_RETURN_SHARED_S = 30.0
