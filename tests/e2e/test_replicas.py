@@ -154,6 +154,7 @@ def test_a_database_of_a_newer_program_is_refused(replica: Callable[..., Kit], s
 
 
 def test_a_name_that_another_has_is_refused(replica: Callable[..., Kit]) -> None:
-    replica("a")
+    a = replica("a")
+    until(lambda: a.client.system.ListReplicas(pb.ListReplicasRequest()).replicas, bool)
     with pytest.raises(FailedPrecondition, match="another replica of the control plane is called 'a'"):
         replica("a", place="elsewhere")

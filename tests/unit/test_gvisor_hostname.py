@@ -15,6 +15,9 @@ from greenroom.sandbox.gvisor import hostname
 
 TOOLS = {"x86_64": ("", ""), "aarch64": ("aarch64-linux-gnu-", "qemu-aarch64-static")}
 
+#: An assembler and an emulator of the other processor are not what a machine for tests has to have.
+pytestmark = pytest.mark.other_processor
+
 
 def tool(machine: str, name: str) -> str:
     prefix = "" if machine == platform.machine() else TOOLS[machine][0] or "x86_64-linux-gnu-"
