@@ -215,6 +215,15 @@ class Crash(Command, frozen=True, kw_only=True):
     message: str
 
 
+class Reunite(Command, frozen=True, kw_only=True):
+    """A worker that was away has come back with the actor, frozen: it goes on, in a new generation. Changes nothing
+    unless it is RUNNING there in exactly this one."""
+
+    uid: str
+    worker: str
+    generation: int
+
+
 class FinishUpload(Command, frozen=True, kw_only=True):
     """A snapshot that was on one worker's disk only is in the snapshot store now."""
 
@@ -251,6 +260,7 @@ ActorCommand = (
     | ReleaseLease
     | RequestCancel
     | Crash
+    | Reunite
     | FinishUpload
     | LoseSnapshot
 )
