@@ -1,0 +1,324 @@
+"""Puts a simulated world together, runs it through trouble and calm, and says what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+from collections import Counter
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import structlog
+
+from greenroom.core.errors import GreenroomError
+from greenroom.core.records import Actor, Key, Probe, Template, TemplateSpec, TemplateState
+from greenroom.engine.bindings import BindingTable
+from greenroom.testing.contracts.store_world import list_all
+from greenroom.testing.simloop import SimLoop
+from greenroom.testing.simulation.agent import Agent
+from greenroom.testing.simulation.clients import TEMPLATE, User
+from greenroom.testing.simulation.database import Database
+from greenroom.testing.simulation.faults import Chosen, Fault, Injector
+from greenroom.testing.simulation.links import SimHub
+from greenroom.testing.simulation.machine import Machine, Sandbox
+from greenroom.testing.simulation.network import Network
+from greenroom.testing.simulation.oracle import Oracle
+from greenroom.testing.simulation.plan import Plan
+from greenroom.testing.simulation.replica import Replica
+from greenroom.testing.simulation.rest import bound_s, problems
+from greenroom.testing.simulation.snapshots import Bucket
+from greenroom.testing.simulation.trace import Trace
+from greenroom.testing.simulation.trouble import Trouble
+
+NAMESPACE = "default"
+#: How long it may take until the template is ready, while nothing goes wrong.
+SETUP_S = 60.0
+#: A replica that could not start is started again this much later.
+RESTART_S = 1.0
+#: Clocks of replicas differ by up to this much.
+SKEW_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What came of one seed.
+
+    Attributes:
+        digest: of all that happened; two runs of a seed have the same.
+        hits: faults that were done, by kind.
+        ends: see `Oracle.ends`.
+        virtual_s: how long it took in there.
+        settle_s: how much of that until it was at rest after the trouble.
+    """
+
+    seed: int
+    digest: str
+    hits: Counter[Fault]
+    ends: Counter[str]
+    virtual_s: float
+    settle_s: float
+    steps: int
+
+
+class Broken(AssertionError):
+    """What does not hold, with the seed that shows it."""
+
+
+class Simulation:
+    """One world. See `run`."""
+
+    def __init__(self, seed: int, plan: Plan, *, chosen: Chosen | None = None, trace: bool = False) -> None:
+        self.seed, self.plan, self._chosen = seed, plan, chosen
+        self.loop = SimLoop(seed, pace=plan.pace)
+        self.trace = Trace(self.loop.time, keep=trace)
+        self.faults = Injector(seed, rate=plan.step_rate, without=plan.without)
+        self.network = Network(self.loop, seed, self.faults)
+        self.network.crash = lambda process: self.crash_replica(process.name)
+        self.database = Database(self.network, self.trace)
+        self.bucket = Bucket(self.network, self.trace)
+        self.oracle = Oracle(self.database.memory, self, self.loop.stop)
+        self.database.on_write = self.oracle.wrote
+        self.names = tuple(f"r{n}" for n in range(plan.replicas))
+        self.replicas: dict[str, Replica] = {}
+        self.sandboxes: dict[str, Sandbox] = {}
+        self.machines = {
+            name: Machine(self.loop, name, plan.slots, self.oracle, self.sandboxes)
+            for name in (f"w{n}" for n in range(plan.machines))
+        }
+        self.agents: dict[str, Agent] = {}
+        self._processes = 0
+        self._random = random.Random(f"world {seed}")
+        self._trouble = Trouble(self, seed)
+        self._settle_s = 0.0
+
+    # --- what others look at ------------------------------------------------------------------------------
+
+    def hub(self, replica: str) -> SimHub | None:
+        there = self.replicas.get(replica)
+        return there.hub if there is not None and there.alive else None
+
+    def replicas_alive(self) -> list[Replica]:
+        return [r for r in self.replicas.values() if r.alive]
+
+    def tables(self) -> list[BindingTable]:
+        """Those by which requests are routed at this moment."""
+        now = self.loop.time()
+        return [r.engine.bindings for r in self.replicas.values() if r.alive and r.process.held_until <= now]
+
+    def stored_count(self, snapshot_id: str) -> int | None:
+        if snapshot_id in self.bucket.stored:
+            return self.bucket.stored[snapshot_id][1]
+        return next((m.held[snapshot_id][1] for m in self.machines.values() if snapshot_id in m.held), None)
+
+    def sandbox_at(self, path: str) -> Sandbox | None:
+        return self.sandboxes.get(path)
+
+    # --- parts that live and die --------------------------------------------------------------------------
+
+    def start_replica(self, name: str) -> None:
+        if name in self.replicas and self.replicas[name].alive:
+            return
+        self._processes += 1
+        bits = random.Random(f"ids {self.seed} {self._processes}").getrandbits
+        config = replace(self.plan.clocks, owner=f"{name}-{self._processes}", randbits=bits)
+        skew_s = self._random.uniform(-SKEW_S, SKEW_S)
+        replica = Replica(
+            name, self.network, self.database, self.bucket, config, skew_s, self.sandboxes, self.oracle, self.trace
+        )
+        replica.hub.kill_agent = lambda agent: self._kill_agent(agent)
+        self.replicas[name] = replica
+        self.trace(name, "starts")
+        task = self.loop.start(replica.process, replica.start(), f"start-{name}")
+        task.add_done_callback(lambda done: self._started(replica, done), context=self.loop.main.context)
+
+    def _started(self, replica: Replica, task: asyncio.Task[None]) -> None:
+        """A process that could not start has ended, and whoever looks after it starts another one."""
+        if task.exception() is not None and self.replicas[replica.name] is replica:
+            self.trace(replica.name, "could not start", task.exception())
+            if not isinstance(task.exception(), GreenroomError):
+                self.oracle.broken(f"{replica.name} could not start: {task.exception()!r}")
+            self.crash_replica(replica.name, RESTART_S)
+
+    def crash_replica(self, name: str, restart_s: float | None = None) -> None:
+        """It dies. It is started again by whoever has killed it, or else a while later."""
+        replica = self.replicas[name]
+        if not replica.alive:
+            return
+        replica.die()
+        after_s = self._random.uniform(0.1, 8.0) if restart_s is None else restart_s
+        self.loop.call_later(after_s, self.start_replica, name, context=self.loop.main.context)
+
+    def start_agent(self, name: str) -> None:
+        if name in self.agents:
+            return
+        machine = self.machines[name]
+        if not machine.up:
+            machine.boot()
+        self._processes += 1
+        agent = Agent(machine, self.network, self.bucket, self, self._processes, str(self.seed), self.trace)
+        self.agents[name] = agent
+        self.trace(name, "starts with", len(machine.sandboxes))
+        agent.start()
+
+    def crash_agent(self, name: str) -> None:
+        """Its sandboxes live on."""
+        agent = self.agents.pop(name)
+        self.trace(name, "agent dies")
+        self.loop.kill(agent.process)
+        agent.hang_up()
+
+    def _kill_agent(self, agent: Agent) -> None:
+        """At a step. Sometimes the whole machine dies."""
+        if self.agents.get(agent.worker) is agent:
+            if self._random.random() < 0.5:
+                self.crash_agent(agent.worker)
+            else:
+                self.crash_machine(agent.worker, disk=False)
+            after_s = self._random.uniform(0.1, 8.0)
+            self.loop.call_later(after_s, self.start_agent, agent.worker, context=self.loop.main.context)
+
+    def crash_machine(self, name: str, *, disk: bool) -> None:
+        """With all that runs there, and (``disk``) all that is stored there; its connections just go silent."""
+        agent = self.agents.pop(name, None)
+        self.trace(name, "machine dies", disk)
+        if agent is not None:
+            self.loop.kill(agent.process)
+        self.machines[name].crash()
+        if disk:
+            self.machines[name].format()
+
+    # --- a run --------------------------------------------------------------------------------------------
+
+    async def main(self) -> None:
+        for name in self.names:
+            self.start_replica(name)
+        for name in self.machines:
+            self.start_agent(name)
+        await self._apply()
+        plan = self.plan
+        if self._chosen is not None:
+            self.faults.choose(self._chosen)
+        self.faults.trouble = True
+        users = [
+            User(self, Key(NAMESPACE, f"a{n % plan.actors}"), f"{self.seed} {n}", plan.acts, plan.trouble_s)
+            for n in range(plan.actors + 2)
+        ]
+        people = self.loop.process("people")
+        lives = [self.loop.start(people, user.live(), f"user-{n}") for n, user in enumerate(users)]
+        await self._trouble.make(plan.kinds, plan.parts, plan.trouble_s)
+        await asyncio.sleep(max(0.0, plan.trouble_s - self.loop.time()))
+        await asyncio.wait(lives)
+        for life in lives:
+            life.result()
+        await self._calm()
+        for user in users:
+            self.oracle.ends.update({f"user: {act}": times for act, times in user.did.items()})
+
+    async def _apply(self) -> None:
+        plan = self.plan
+        spec = TemplateSpec(
+            image="sim:t",
+            readyz=Probe(path="/healthz", timeout_s=5.0),
+            idle_timeout_s=plan.idle_timeout_s,
+            on_crash=plan.on_crash,
+            durability=plan.durability,
+        )
+        replica = self.replicas[self.names[0]]
+        await replica.ask("apply", lambda: replica.engine.apply_template(Key(NAMESPACE, TEMPLATE), spec))
+        while (await self.database.memory.get(Template, f"{NAMESPACE}/{TEMPLATE}")).state is not TemplateState.READY:
+            assert self.loop.time() < SETUP_S, "the template does not become ready, and nothing goes wrong"
+            await asyncio.sleep(0.5)
+
+    async def _calm(self) -> None:
+        """Nothing goes wrong any more. Everything comes to rest by itself, and every actor can be used."""
+        self.trace("calm")
+        self.faults.trouble = False
+        self._trouble.heal()
+        for replica in self.replicas_alive():
+            replica.store.skew_s = self._random.uniform(-SKEW_S, SKEW_S)
+        begin = self.loop.time()
+        await self._settle(begin + bound_s(self.plan.clocks))
+        self._settle_s = self.loop.time() - begin
+        for actor in await list_all(self.database.memory, Actor):
+            await self._use(actor)
+        await self._settle(self.loop.time() + bound_s(self.plan.clocks))
+
+    async def _settle(self, until: float) -> None:
+        while found := await problems(self.database.memory, list(self.replicas.values()), self.machines, self.bucket):
+            if self.loop.time() > until:
+                raise self.oracle.broken("it does not come to rest:\n" + "\n".join(found))
+            await asyncio.sleep(1.0)
+        self.oracle.audit()
+
+    async def _use(self, actor: Actor) -> None:
+        replica = self._random.choice(self.replicas_alive())
+        for last in (False, True):
+            try:
+                self.oracle.answered(await replica.ask("request", lambda: replica.request(actor.key)))
+                return
+            except GreenroomError as error:
+                self.trace("refused", actor.key, error.reason, error.message)
+                if last or error.reason != "ACTOR_CRASHED":
+                    if error.reason in ("SNAPSHOT_CORRUPT", "NO_CAPACITY"):
+                        return  # nothing good is left of it; every other actor is in use
+                    raise self.oracle.broken(f"{actor.key} can't be used: {error.reason}: {error.message}") from error
+            await replica.ask("resume", lambda: replica.engine.resume(actor.key))
+
+    def run(self) -> Report:
+        """Raises:
+        Broken: something does not hold; names the seed.
+        """
+        try:
+            with _logs(self.oracle):
+                self.loop.run_until_complete(self.main())
+        except BaseException as error:
+            first = self.oracle.found[0] if self.oracle.found else error
+            raise Broken(f"seed {self.seed}, at {self.loop.time():.3f} s: {first}") from first
+        finally:
+            self.loop.close()
+        if self.oracle.found:
+            raise Broken(f"seed {self.seed}: {self.oracle.found[0]}") from self.oracle.found[0]
+        return Report(
+            seed=self.seed,
+            digest=self.trace.digest(),
+            hits=self.faults.hits,
+            ends=self.oracle.ends,
+            virtual_s=self.loop.time(),
+            settle_s=self._settle_s,
+            steps=self.loop.steps,
+        )
+
+
+@contextmanager
+def _logs(oracle: Oracle) -> Iterator[None]:
+    """Nothing is logged; but an exception that the engine only logs, and that nobody raised on purpose, is a bug."""
+
+    def listen(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        error = event.get("exc_info")
+        if error and not isinstance(error, GreenroomError):
+            import traceback
+
+            text = (
+                "".join(traceback.format_exception(error))
+                if isinstance(error, BaseException)
+                else traceback.format_exc()
+            )
+            oracle.broken(f"a bug was logged: {event}\n{text}")
+        raise structlog.DropEvent
+
+    before = structlog.get_config()
+    structlog.configure(processors=[listen], wrapper_class=structlog.make_filtering_bound_logger(30))
+    try:
+        yield
+    finally:
+        structlog.configure(**before)
+
+
+def run(seed: int, plan: Plan | None = None, *, chosen: Chosen | None = None) -> Report:
+    """Runs one seed, in a world of its own drawing unless ``plan`` says which."""
+    report = Simulation(seed, plan or Plan.draw(seed), chosen=chosen).run()
+    gc.collect()  # a world is full of circles
+    return report
