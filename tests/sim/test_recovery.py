@@ -320,7 +320,7 @@ async def test_the_exit_of_an_older_incarnation_is_not_the_new_ones(world: SimWo
     await world.engine.suspend(key)
     await world.engine.resume(key)
     now = await world.actor(key)
-    world.engine.recovery.sandbox_exited(now.worker, event)
+    world.engine.census.sandbox_exited(now.worker, event)
     await world.settle()
     assert (await world.actor(key)).state is ActorState.RUNNING
     assert (await world.request(key)).count == 3

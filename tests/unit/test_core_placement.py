@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from greenroom.core.errors import FailedPrecondition, ResourceExhausted
-from greenroom.core.placement import can_run, choose
+from greenroom.core.placement import Demand, can_run, choose
 from greenroom.core.records import SnapshotScope, Worker, WorkerState
 from greenroom.testing.contracts.store_world import snapshot, worker
 
 MEMORY = snapshot("s")
 DATA = snapshot("s", scope=SnapshotScope.DATA)
+NOW = 100.0
 
 
-def chosen(*workers: Worker, prefer: tuple[str, ...] = (), avoid: tuple[str, ...] = ()) -> str:
+def demand(**fields: Any) -> Demand:
+    made: dict[str, Any] = {"pool": "default", "snapshot": MEMORY}
+    return Demand(**made | fields)
+
+
+def chosen(*workers: Worker, **fields: Any) -> str:
     """The name, which the order of the workers must not change."""
-    names = {choose(order, "default", MEMORY, prefer, avoid).name for order in itertools.permutations(workers)}
+    names = {choose(order, demand(**fields), NOW)[0].name for order in itertools.permutations(workers)}
     assert len(names) == 1
     return names.pop()
 
@@ -37,11 +44,11 @@ def test_gates() -> None:
     assert chosen(fit, *unfit[:3], prefer=names) == chosen(fit, *unfit[3:], prefer=names) == "z"
     for one in unfit[:4]:
         with pytest.raises(ResourceExhausted) as full:
-            choose([one], "default", MEMORY, (), ())
+            choose([one], demand(), NOW)
         assert full.value.reason == "NO_CAPACITY" and full.value.retry_after_s > 0
     for one in unfit[4:]:
         with pytest.raises(FailedPrecondition, match="snapshot s") as never:
-            choose([one], "default", MEMORY, (), ())
+            choose([one], demand(), NOW)
         assert never.value.reason == "NO_COMPATIBLE_WORKER"
 
 
@@ -60,9 +67,9 @@ def test_what_can_run_what() -> None:
     same, other = worker("w"), worker("w", fingerprint="f2")
     assert can_run(same, MEMORY) and not can_run(other, MEMORY)
     assert can_run(other, DATA) and not can_run(worker("w", backend="gvisor"), DATA)
-    assert choose([other], "default", None, (), ()) is other, "a boot runs anywhere"
+    assert choose([other], demand(snapshot=None), NOW) == (other, ()), "a boot runs anywhere"
 
 
 def test_a_pool_without_workers() -> None:
     with pytest.raises(ResourceExhausted, match="0 workers"):
-        choose([], "default", MEMORY, (), ())
+        choose([], demand(), NOW)

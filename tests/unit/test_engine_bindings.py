@@ -1,3 +1,5 @@
+"""Bindings; every test has a loop, whose clock they are dated by."""
+
 from __future__ import annotations
 
 import asyncio
@@ -16,7 +18,7 @@ def binding(generation: int = 1, **fields: Any) -> Binding:
     return Binding(generation=generation, idle_timeout_s=0.0, **made | fields)
 
 
-def test_revoking_closes_what_is_open_once() -> None:
+async def test_revoking_closes_what_is_open_once() -> None:
     table, closed = BindingTable(), []
     table.bind(one := binding())
     one.on_revoke(lambda: closed.append("a"))
@@ -30,7 +32,7 @@ def test_revoking_closes_what_is_open_once() -> None:
         one.acquire()
 
 
-def test_a_newer_incarnation_replaces_and_revokes_and_the_same_one_changes_nothing() -> None:
+async def test_a_newer_incarnation_replaces_and_revokes_and_the_same_one_changes_nothing() -> None:
     table = BindingTable()
     table.bind(one := binding(1))
     table.bind(binding(1))
@@ -81,7 +83,7 @@ async def test_idle_means_no_open_request() -> None:
     assert await waiter and idle == ["one"] and table.longest_idle() == [one]
 
 
-def test_the_longest_idle_first_and_only_on_the_workers_asked_for() -> None:
+async def test_the_longest_idle_first_and_only_on_the_workers_asked_for() -> None:
     table = BindingTable()
     made = [binding(key=Key("ns", f"a{n}"), worker=f"w{n % 2}", last_used=100.0 - n) for n in range(4)]
     for each in made:
@@ -91,7 +93,7 @@ def test_the_longest_idle_first_and_only_on_the_workers_asked_for() -> None:
     assert len(table.all()) == 4
 
 
-def test_a_release_after_the_revocation_tells_nobody() -> None:
+async def test_a_release_after_the_revocation_tells_nobody() -> None:
     idle: list[str] = []
     table = BindingTable()
     table.bind(one := binding(on_idle=lambda: idle.append("one")))

@@ -61,6 +61,7 @@ class _Peer:
     """One connected agent."""
 
     hello: Hello
+    heard_at: float
     out: asyncio.Queue[link_pb2.Frame | None] = field(default_factory=lambda: asyncio.Queue(MAX_QUEUED_FRAMES))
     calls: dict[int, _Pending] = field(default_factory=dict)
     ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
@@ -115,6 +116,9 @@ class AgentHub(link_pb2_grpc.AgentLinkServicer):
     def connected(self) -> dict[str, Hello]:
         return {name: peer.hello for name, peer in self._peers.items()}
 
+    def heard(self) -> dict[str, float]:
+        return {name: peer.heard_at for name, peer in self._peers.items()}
+
     def _peer(self, worker: str) -> _Peer:
         peer = self._peers.get(worker)
         if peer is None:
@@ -134,7 +138,7 @@ class AgentHub(link_pb2_grpc.AgentLinkServicer):
 
     async def Connect(self, request_iterator: object, context: Context) -> None:
         hello = await self._greet(context)
-        peer = _Peer(hello)
+        peer = _Peer(hello, asyncio.get_running_loop().time())
         peer.send(Frame(kind=Frame.WELCOME))
         old = self._peers.get(hello.worker)
         self._peers[hello.worker] = peer
@@ -183,6 +187,7 @@ class AgentHub(link_pb2_grpc.AgentLinkServicer):
         context.cancel()  # replaced by a newer connection
 
     def _receive(self, peer: _Peer, frame: link_pb2.Frame) -> None:
+        peer.heard_at = asyncio.get_running_loop().time()
         if frame.kind == Frame.EVENT:
             if self.listener:
                 self.listener.sandbox_exited(peer.hello.worker, _decode_exited(frame.body))

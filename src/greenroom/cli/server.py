@@ -25,17 +25,21 @@ from greenroom.api.link import AgentHub
 from greenroom.api.server import MAX_SOCKET_PATH_BYTES, ApiServer, stop
 from greenroom.api.service import ServerInfo
 from greenroom.cli.supervisor import AgentPaths, Supervisor, awake_actors
-from greenroom.core.errors import FailedPrecondition, InvalidArgument, NotFound
-from greenroom.core.records import Actor, Pool, PoolSpec
+from greenroom.core.errors import FailedPrecondition, GreenroomError, InvalidArgument, NotFound, Unavailable
+from greenroom.core.records import Actor, OperationKind, Pool, PoolSpec
 from greenroom.engine.config import EngineConfig
 from greenroom.engine.engine import Engine
 from greenroom.gateway.gateway import Gateway
 from greenroom.gateway.limits import Limits
 from greenroom.sandbox import registry
 from greenroom.snapshots.store import ObjectSnapshotStore
+from greenroom.store.port import Store
 from greenroom.store.sqlite import SqliteStore
 
 log = structlog.get_logger(__name__)
+
+#: Between attempts to start the workers of a server whose store did not answer.
+STORE_RETRY_S = 1.0
 
 #: Agents ping as often as this at most (their keepalive is 15 s).
 _MIN_PING_MS = 10_000
@@ -44,7 +48,11 @@ _MIN_PING_MS = 10_000
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
     """``pool`` is applied at start if there is no pool "default" yet, or if it was asked for explicitly
-    (``resize``). ``listen``: the gateway's (host, port), port 0 for any. ``api``: further API addresses."""
+    (``resize``). ``listen``: the gateway's (host, port), port 0 for any. ``api``: further API addresses.
+
+    ``store``: "" for SQLite in the data directory, which one server holds; a ``postgresql://`` URL for a database that
+    any number of replicas share, each with a ``name`` of its own. ``snapshots``: where sleeping actors are kept, which
+    replicas and workers share ("": below the data directory); ``images`` likewise. ``no_workers``: keeps no agents."""
 
     data_dir: Path
     pool: PoolSpec = field(default_factory=PoolSpec)
@@ -54,6 +62,16 @@ class ServerOptions:
     api: tuple[str, ...] = ()
     log_level: str = "info"
     warm: int | None = None
+    store: str = ""
+    snapshots: str = ""
+    images: Path | None = None
+    name: str = "server"
+    no_workers: bool = False
+    labels: dict[str, str] = field(default_factory=dict)
+    lease_ttl_s: float = 30.0
+    stall_s: float = 60.0
+    worker_return_s: float = 15.0
+    deadlines_s: dict[OperationKind, float] = field(default_factory=dict)
     operation_deadline_s: float = 300.0
     capacity_wait_s: float = 60.0
     max_files: int = 1024
@@ -63,12 +81,13 @@ class Server:
     def __init__(self, options: ServerOptions) -> None:
         self._options = options
         self.run_dir = options.data_dir / "run"
-        self.store: SqliteStore | None = None
+        self.store: Store | None = None
         self.engine: Engine | None = None
         self.gateway: Gateway | None = None
         self.api: ApiServer | None = None
         self.supervisor: Supervisor | None = None
         self._link: grpc.aio.Server | None = None
+        self._later: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Raises `GreenroomError` when something is in use or missing; then nothing is left running."""
@@ -89,22 +108,29 @@ class Server:
                 "GREENROOM_HOME",
                 reason="DATA_DIR_UNUSABLE",
             ) from error
-        self.store = await SqliteStore.open(options.data_dir)
+        self.store = await open_store(options)
         try:
             await self._start_parts(self.store, f"unix:{agents_socket}")
         except BaseException:
             await self.close(suspend=False)
             raise
 
-    async def _start_parts(self, store: SqliteStore, control: str) -> None:
+    async def _start_parts(self, store: Store, control: str) -> None:
         options = self._options
         hub = AgentHub()
         config = EngineConfig(
-            owner=f"server-{uuid.uuid4().hex[:12]}",
+            owner=f"{options.name}/{uuid.uuid4().hex[:12]}",
+            replica=options.name,
+            link=control,
+            exclusive=not options.store,
+            lease_ttl_s=options.lease_ttl_s,
+            stall_s=options.stall_s,
+            worker_return_s=options.worker_return_s,
+            deadlines_s=dict(EngineConfig(owner="").deadlines_s) | options.deadlines_s,
             operation_deadline_s=options.operation_deadline_s,
             capacity_wait_s=options.capacity_wait_s,
         )
-        snapshots = str(options.data_dir / "snapshots")
+        snapshots = options.snapshots or str(options.data_dir / "snapshots")
         self.engine = Engine(store, hub, ObjectSnapshotStore(snapshots), config)
         limits = Limits(clients=min(Limits().clients, options.max_files // 2))  # each needs another one to its actor
         self.gateway = Gateway(self.engine, domain=options.domain, limits=limits)
@@ -116,15 +142,34 @@ class Server:
         self._link.add_insecure_port(control)
         await self._link.start()
         await self.engine.start()
+        if not options.no_workers:
+            paths = AgentPaths(
+                workers=options.data_dir / "workers",
+                images=options.images or options.data_dir / "images",
+                snapshots=snapshots,
+                control=control,
+                prefix="" if config.exclusive else f"{options.name}-",
+                labels=options.labels,
+            )
+            self.supervisor = Supervisor(self.engine, paths, log_level=options.log_level, warm=options.warm)
+        try:
+            await self._keep_workers()
+        except Unavailable as error:  # an embedded store is never away at the start
+            log.warning("no workers yet: the store does not answer", error=error.message)
+            self._later = asyncio.create_task(self._keep_workers_later(), name="keep-workers-later")
+
+    async def _keep_workers(self) -> None:
         await self._apply_pool()
-        paths = AgentPaths(
-            workers=options.data_dir / "workers",
-            images=options.data_dir / "images",
-            snapshots=snapshots,
-            control=control,
-        )
-        self.supervisor = Supervisor(self.engine, paths, log_level=options.log_level, warm=options.warm)
-        await self.supervisor.start()
+        if self.supervisor:
+            await self.supervisor.start()
+
+    async def _keep_workers_later(self) -> None:
+        while True:
+            await asyncio.sleep(STORE_RETRY_S)
+            try:
+                return await self._keep_workers()
+            except Unavailable:
+                continue
 
     async def _apply_pool(self) -> None:
         assert self.store is not None and self.engine is not None
@@ -163,16 +208,25 @@ class Server:
             running: to end them would lose what they have in memory.
         """
         awake: list[Actor] = []
+        if self._later:
+            self._later.cancel()
         if self.gateway:
             await _step(self.gateway.close(grace_s=1.0))
         if self.supervisor and self.engine and self.store:
+            mine = self.supervisor.names()
             if suspend:
-                await _step(self._suspend_all(self.engine, hurry or asyncio.Event()))
-            awake = await awake_actors(self.store)
-            await _step(self.supervisor.close(spare={actor.worker for actor in awake}))
+                await _step(self._suspend_all(self.engine, mine, hurry or asyncio.Event()))
+            try:
+                awake = [actor for actor in await awake_actors(self.store) if actor.worker in mine]
+                spare = {actor.worker for actor in awake}
+            except GreenroomError as error:
+                log.error("can't tell what is awake, leaves it running", error=error.message)
+                spare = mine
+            await _step(self.supervisor.close(spare=spare))
         if self.api:
             await _step(self.api.close(grace_s=1.0))
         if self.engine:
+            await _step(self.engine.replicas.leave())
             await _step(self.engine.close())
         if self._link:
             await _step(stop(self._link, grace_s=1.0))
@@ -180,8 +234,8 @@ class Server:
             await _step(self.store.close())
         return [str(actor.key) for actor in awake]
 
-    async def _suspend_all(self, engine: Engine, hurry: asyncio.Event) -> None:
-        suspending = asyncio.create_task(engine.suspend_all())
+    async def _suspend_all(self, engine: Engine, workers: set[str], hurry: asyncio.Event) -> None:
+        suspending = asyncio.create_task(engine.suspend_all(sorted(workers)))
         hurried = asyncio.create_task(hurry.wait())
         await asyncio.wait({suspending, hurried}, return_when=asyncio.FIRST_COMPLETED)
         hurried.cancel()
@@ -191,6 +245,14 @@ class Server:
         for operation in await suspending:
             if operation.error is not None:
                 log.error("could not suspend", actor=str(operation.key), error=operation.error.message)
+
+
+async def open_store(options: ServerOptions) -> Store:
+    if not options.store:
+        return await SqliteStore.open(options.data_dir)
+    from greenroom.store.postgres import PostgresStore  # psycopg is only loaded where it is used
+
+    return await PostgresStore.open(options.store, replica=options.name)
 
 
 async def _step(work: Awaitable[object]) -> None:

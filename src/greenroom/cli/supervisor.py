@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -42,12 +42,15 @@ STOP_TIMEOUT_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class AgentPaths:
-    """``workers``: parent of the workers' state directories; ``control``: address that agents connect to."""
+    """``workers``: parent of the workers' state directories; ``control``: address that agents connect to; ``prefix``:
+    what the names of this server's workers begin with, where several servers share the store."""
 
     workers: Path
     images: Path
     snapshots: str
     control: str
+    prefix: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
 
 
 class Supervisor:
@@ -61,6 +64,10 @@ class Supervisor:
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._specs: dict[str, PoolSpec] = {}
         self._watcher: asyncio.Task[None] | None = None
+
+    def names(self) -> set[str]:
+        """The workers that this server keeps."""
+        return set(self._keepers) | set(self._retiring)
 
     async def start(self) -> None:
         events = self._engine.store.watch()
@@ -84,10 +91,11 @@ class Supervisor:
                 await self._reconcile()
 
     async def _reconcile(self) -> None:
-        """Starts what is missing and ends what is too much, by name: worker N of a pool is ``<pool>-<N>``."""
+        """Starts what is missing and ends what is too much, by name: worker N of a pool is ``<pool>-<N>``, after the
+        server's prefix."""
         wanted: dict[str, Pool] = {}
         for pool in await self._engine.store.list(Pool):
-            wanted |= {f"{pool.name}-{n}": pool for n in range(pool.spec.replicas)}
+            wanted |= {f"{self._paths.prefix}{pool.name}-{n}": pool for n in range(pool.spec.replicas)}
         for name, pool in wanted.items():
             if name in self._retiring:
                 continue
@@ -104,6 +112,8 @@ class Supervisor:
         """Workers of an earlier server that no pool asks for any more (``up`` with fewer of them): they are started
         once more, so that nothing that runs there is left behind."""
         for worker in await self._engine.store.list(Worker):
+            if not (self._paths.workers / worker.name).is_dir():
+                continue  # another server's, or an agent's that was started by hand
             if worker.name in self._keepers:
                 if worker.state is WorkerState.DRAINING:  # it was too much for a while, and that was cut short
                     await self._mark(worker.name, WorkerState.DISCONNECTED, "")
@@ -150,6 +160,7 @@ class Supervisor:
         if self._warm is not None:
             arguments["warm"] = str(self._warm)
         command = [f"--{key}={value}" for key, value in arguments.items()]
+        command += [f"--label={key}={value}" for key, value in self._paths.labels.items()]
         return await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -162,15 +173,16 @@ class Supervisor:
 
     async def _retire(self, name: str) -> None:
         """A worker that is too much: its actors are suspended first, then it ends and is forgotten."""
-        store, recovery = self._engine.store, self._engine.recovery
+        store, census = self._engine.store, self._engine.census
         try:
             await self._mark(name, WorkerState.DRAINING, "the pool was made smaller")
-            await recovery.wait_for_worker(name, time.monotonic() + CONNECT_TIMEOUT_S)
+            await census.wait_for_worker(name, time.monotonic() + CONNECT_TIMEOUT_S)
             await self._engine.suspend_all([name])
             while awake := await awake_actors(store, name):
                 log.error("worker can't end yet: actors are awake", worker=name, actors=[str(a.key) for a in awake])
                 await asyncio.sleep(RETIRE_PAUSE_S)
                 await self._engine.suspend_all([name])
+            await self._flush(name)
         except NotFound:
             pass  # it never connected
         if (keeper := self._retiring.get(name)) is None:
@@ -180,6 +192,15 @@ class Supervisor:
             await self._write(name, store.remove)
         self._retiring.pop(name, None)
         await self._reconcile()  # it may be wanted again by now
+
+    async def _flush(self, name: str) -> None:
+        """What only this worker has is uploaded before its disk is forgotten."""
+        while True:
+            try:
+                return await self._engine.uploads.flush(name)
+            except GreenroomError as error:
+                log.error("worker can't end yet: snapshots are only there", worker=name, error=error.message)
+            await asyncio.sleep(RETIRE_PAUSE_S)
 
     async def _mark(self, name: str, state: WorkerState, message: str) -> None:
         store = self._engine.store

@@ -111,7 +111,13 @@ class Freeze(ActorCall, frozen=True, kw_only=True):
 
 class Thaw(ActorCall, frozen=True, kw_only=True):
     """Lets a frozen sandbox go on; what a suspend that is off wrote to the worker's disk is removed first.
-    Idempotent. -> `Started` with the endpoint."""
+    Idempotent. -> `Started` with the endpoint.
+
+    ``epoch`` (not -1): refused (`FailedPrecondition`, reason ``STALE_EPOCH``) unless the agent is in that epoch still
+    and not alone: what the sender knows of the actor is from before the agent froze it.
+    """
+
+    epoch: int = -1
 
 
 class ListResident(Call, frozen=True, kw_only=True):
@@ -206,6 +212,9 @@ class Resident(Record, frozen=True, kw_only=True):
 
 
 class Residents(Record, frozen=True, kw_only=True):
+    """``epoch``: grows each time the agent freezes what runs on it because it is alone; survives its restart."""
+
+    epoch: int = 0
     residents: tuple[Resident, ...] = ()
 
 
@@ -241,9 +250,11 @@ class Hello(Record, frozen=True, kw_only=True):
 
 
 class Heartbeat(Record, frozen=True, kw_only=True):
-    """Sent every ``Welcome.heartbeat_s`` on every link. ``residents``: what lives there now."""
+    """Sent every ``Welcome.heartbeat_s`` on every link. ``residents``: what lives there now. ``beat``: its number on
+    this link, from 1, which the `Welcome` that answers it repeats."""
 
     boot_id: str
+    beat: int = 0
     residents: tuple[Resident, ...] = ()
     images: tuple[str, ...] = ()
 
@@ -277,17 +288,21 @@ class SandboxExited(Record, frozen=True, kw_only=True):
 
 
 class Welcome(Record, frozen=True, kw_only=True):
-    """The answer to `Hello` and to every `Heartbeat`.
+    """The answer to `Hello`, and to a `Heartbeat` while it is written down that the worker lives (no answer comes when
+    the replica doesn't reach the store: others may then count the worker as lost).
 
     Attributes:
         replica: who answers.
+        beat: of the heartbeat that this answers; 0 for the answer to `Hello`, which promises nothing.
         links: addresses of all replicas of the control plane; the agent keeps a link to each.
         heartbeat_s: how often the agent is to say that it lives.
-        alone_s: an agent that hears no replica for this long freezes what runs on it, for it may count as lost and
-            its actors may wake elsewhere. They go on when a replica says so (`Thaw`). 0: never.
+        alone_s: an agent none of whose heartbeats of this long ago or less was answered is alone: it freezes what runs
+            on it, for it may count as lost and its actors may wake elsewhere. They go on when a replica says so
+            (`Thaw`). Counted from when the answered heartbeat was *sent*. 0: never.
     """
 
     replica: str = ""
+    beat: int = 0
     links: tuple[str, ...] = ()
     heartbeat_s: float = 3.0
     alone_s: float = 0.0

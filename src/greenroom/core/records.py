@@ -199,6 +199,8 @@ class Template(Record, frozen=True, kw_only=True):
     image_digest: str = ""
     golden_snapshot: str = ""
     operation: str = ""
+    #: Fencing token of its preparation: grows with every process that takes that up.
+    generation: int = 0
 
     @property
     def key(self) -> Key:
@@ -338,6 +340,8 @@ class Snapshot(Record, frozen=True, kw_only=True):
     files: tuple[FileDigest, ...] = ()
     state: SnapshotState = SnapshotState.PRESENT
     golden: bool = False
+    #: The worker that made it keeps a copy on its own disk.
+    held: bool = False
     version: int = 0
 
     @property

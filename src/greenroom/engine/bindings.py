@@ -20,8 +20,8 @@ from greenroom.engine import clock
 
 @dataclass(eq=False, slots=True)
 class Binding:
-    """One live incarnation. ``last_used`` is monotonic seconds; ``in_flight`` counts open requests and streams; when
-    it falls to 0, ``on_idle`` is called."""
+    """One live incarnation. ``last_used`` (by any replica, as far as this one knows) and ``used_here`` are loop time;
+    ``in_flight`` counts open requests and streams here; when it falls to 0, ``on_idle`` is called."""
 
     key: Key
     uid: str
@@ -29,7 +29,10 @@ class Binding:
     worker: str
     endpoint: Endpoint
     idle_timeout_s: float
+    evictable: bool = True
     last_used: float = field(default_factory=clock.monotonic)
+    used_here: float = field(default_factory=clock.monotonic)
+    in_use_elsewhere_until: float = 0.0
     in_flight: int = 0
     revoked: bool = False
     on_idle: Callable[[], None] | None = None
@@ -44,7 +47,7 @@ class Binding:
     def release(self) -> None:
         self.in_flight -= 1
         assert self.in_flight >= 0
-        self.last_used = clock.monotonic()
+        self.last_used = self.used_here = clock.monotonic()
         if self.in_flight == 0:
             if self._idle is not None:
                 self._idle.set()
@@ -86,6 +89,7 @@ class Wake:
 class BindingTable:
     def __init__(self) -> None:
         self._by_key: dict[Key, Binding] = {}
+        self._by_uid: dict[str, Binding] = {}
         self._draining: dict[Key, asyncio.Event] = {}
 
     def get(self, key: Key) -> Binding | None:
@@ -106,7 +110,7 @@ class BindingTable:
                 return
             assert (old.uid != binding.uid) or (old.generation < binding.generation)
             self.revoke(binding.key)
-        self._by_key[binding.key] = binding
+        self._by_key[binding.key] = self._by_uid[binding.uid] = binding
 
     def drain(self, key: Key) -> Binding | None:
         """No new request is routed to it from now on; ends with `revoke` or `undrain`."""
@@ -129,18 +133,31 @@ class BindingTable:
         binding = self._by_key.pop(key, None)
         if binding is None:
             return
+        if self._by_uid.get(binding.uid) is binding:
+            del self._by_uid[binding.uid]
         binding.revoked = True
         for closer in list(binding._closers):
             closer()
         binding._closers.clear()
 
+    def used_elsewhere(self, uid: str, at: float, until: float) -> None:
+        """Another replica has used the actor at ``at``, and may be using it until ``until`` (loop time)."""
+        if (binding := self._by_uid.get(uid)) is not None:
+            binding.last_used = max(binding.last_used, at)
+            binding.in_use_elsewhere_until = until
+
     def longest_idle(self, workers: Iterable[str] | None = None) -> list[Binding]:
-        """Bindings without an open request, the longest idle first; on the given workers only."""
+        """Bindings without an open request anywhere, as far as is known, the longest idle first; on the given workers
+        only."""
         among = None if workers is None else set(workers)
+        now = clock.monotonic()
         idle = [
             b
             for b in self._by_key.values()
-            if b.in_flight == 0 and b.key not in self._draining and (among is None or b.worker in among)
+            if b.in_flight == 0
+            and b.in_use_elsewhere_until <= now
+            and b.key not in self._draining
+            and (among is None or b.worker in among)
         ]
         return sorted(idle, key=lambda b: b.last_used)
 

@@ -10,6 +10,12 @@ from greenroom.core.errors import ResourceExhausted
 from greenroom.engine.bindings import Binding
 from greenroom.engine.config import EngineConfig
 
+#: Turns from which the pace of a queue is told.
+TURNS_REMEMBERED = 32
+#: What a wake-up that was refused is told at least and at most, in seconds.
+MIN_RETRY_AFTER_S = 1.0
+MAX_RETRY_AFTER_S = 60.0
+
 
 class CapacityQueue:
     """The wake-ups that wait for a slot in one pool.
@@ -39,6 +45,8 @@ class CapacityQueue:
         self._evict = evict
         self._why = why  # nothing became free
         self._waiting: deque[asyncio.Future[bool]] = deque()
+        #: When the latest turns were given (loop time): how fast the queue moves.
+        self._turns: deque[float] = deque(maxlen=TURNS_REMEMBERED)
         self._evicting: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
@@ -52,7 +60,8 @@ class CapacityQueue:
             ResourceExhausted: the queue is full, or nothing became free in time.
         """
         if len(self._waiting) >= self._config.max_waiting and not again:
-            raise self._exhausted(f"{len(self._waiting)} wake-ups are waiting already")
+            position = len(self._waiting)
+            raise self._exhausted(f"{position} wake-ups are waiting already", position)
         turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         if again:
             self._waiting.appendleft(turn)
@@ -66,7 +75,8 @@ class CapacityQueue:
             if turn.done() and not turn.cancelled():
                 self.slot_freed(probe=turn.result())  # it came in the very moment of giving up: the next one's, then
             if isinstance(error, TimeoutError):
-                raise self._exhausted(self._why()) from None
+                position = self._waiting.index(turn) if turn in self._waiting else 0
+                raise self._exhausted(self._why(), position) from None
             raise
         finally:
             if turn in self._waiting:
@@ -77,6 +87,7 @@ class CapacityQueue:
             turn = self._waiting.popleft()
             if not turn.done():
                 turn.set_result(probe)
+                self._turns.append(asyncio.get_running_loop().time())
                 return
 
     def pump(self) -> None:
@@ -95,11 +106,18 @@ class CapacityQueue:
         if not task.cancelled() and task.exception() is None:
             self.pump()
 
-    def _exhausted(self, why: str) -> ResourceExhausted:
+    def _exhausted(self, why: str, position: int) -> ResourceExhausted:
         return ResourceExhausted(
             f"no free slot in pool {self._pool!r}: {why}; try again, suspend an actor, or raise the pool's replicas or "
             "slots",
             reason="NO_CAPACITY",
-            metadata={"waiting": str(len(self._waiting))},
-            retry_after_s=1.0,
+            metadata={"waiting": str(len(self._waiting)), "position": str(position)},
+            retry_after_s=self._retry_after_s(position),
         )
+
+    def _retry_after_s(self, position: int) -> float:
+        """When it may be that many wake-ups' turn, going by how fast turns came lately."""
+        if len(self._turns) < 2:
+            return MIN_RETRY_AFTER_S
+        pace_s = (asyncio.get_running_loop().time() - self._turns[0]) / len(self._turns)
+        return min(max(MIN_RETRY_AFTER_S, position * pace_s), MAX_RETRY_AFTER_S)

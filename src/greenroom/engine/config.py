@@ -1,11 +1,13 @@
-"""The engine's clocks and limits. Three clocks that are never one knob: lease, operation deadline, and how long a
-worker may be away."""
+"""The engine's clocks and limits. Clocks that are never one knob: lease, operation deadline, stall, and how
+long a worker may be away."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from greenroom.core.records import OperationKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,10 +16,17 @@ class EngineConfig:
 
     Attributes:
         owner: who holds this process's leases; new with every process.
+        replica: name of this process among those that share the store; ``owner`` begins with it and a slash.
+        link: where agents connect to this process, as they are told ("": nowhere that others need to know).
+        exclusive: no other process can hold the store.
         lease_ttl_s: how long a peer waits after this process died; renewed every third of it.
         operation_deadline_s: how long one operation on an actor may run.
+        deadlines_s: the same for single kinds, where it is another.
+        stall_s: how long an operation may go on without anything moving (bytes, a phase), before it is given up.
         prepare_deadline_s: how long the preparation of a template may run: a large image on a slow link.
         worker_return_s: how long a worker that is gone may take to come back before its actors count as lost.
+        worker_gone_s: how long a worker may be away before its disk counts as lost, and the snapshots with it that are
+            nowhere else.
         drain_grace_s: how long an asked-for suspend waits for requests in flight before it cuts them.
         capacity_wait_s: how long a wake-up waits for a slot before it answers "no capacity".
         max_waiting: wake-ups that may wait for a slot in one pool.
@@ -26,6 +35,7 @@ class EngineConfig:
         idle_scan_s: how often idle actors are looked for.
         janitor_s: how often left-over work is looked for.
         reconcile_s: how often what runs on each worker is compared with the records, whatever was lost on the way.
+        rebind_pause_s: before a wake-up that failed is tried on another worker; doubles with each.
         retry_s: between two tries of what has to be done in the end: a write to a store that does not answer, a call
             to a worker whose connection broke.
         store_away_s: how long a write is tried while the store does not answer; then whoever waits is told, and the
@@ -34,10 +44,16 @@ class EngineConfig:
     """
 
     owner: str
+    replica: str = "server"
+    link: str = ""
+    exclusive: bool = True
     lease_ttl_s: float = 30.0
     operation_deadline_s: float = 300.0
+    deadlines_s: Mapping[OperationKind, float] = field(default_factory=lambda: {OperationKind.PAUSE: 30.0})
+    stall_s: float = 60.0
     prepare_deadline_s: float = 3600.0
     worker_return_s: float = 15.0
+    worker_gone_s: float = 600.0
     drain_grace_s: float = 1.0
     capacity_wait_s: float = 60.0
     max_waiting: int = 4096
@@ -46,6 +62,10 @@ class EngineConfig:
     idle_scan_s: float = 1.0
     janitor_s: float = 5.0
     reconcile_s: float = 30.0
+    rebind_pause_s: float = 0.05
     retry_s: float = 0.1
     store_away_s: float = 10.0
     randbits: Callable[[int], int] = secrets.randbits
+
+    def deadline_s(self, kind: OperationKind) -> float:
+        return min(self.deadlines_s.get(kind, self.operation_deadline_s), self.operation_deadline_s)

@@ -31,8 +31,10 @@ from greenroom.core.commands import (
     FinishResume,
     FinishSuspend,
     Rebind,
+    ReleaseLease,
 )
 from greenroom.core.errors import (
+    Cancelled,
     DataLoss,
     DeadlineExceeded,
     FailedPrecondition,
@@ -46,15 +48,16 @@ from greenroom.core.errors import (
 from greenroom.core.records import (
     Actor,
     ActorState,
+    Durability,
     Endpoint,
     Failure,
-    LayerProgress,
     Operation,
     OperationKind,
     PhaseTime,
     Record,
     Snapshot,
     SnapshotScope,
+    SnapshotState,
     Template,
 )
 from greenroom.engine import clock
@@ -71,6 +74,8 @@ A = TypeVar("A", bound=Record)
 DISCARD_TIMEOUT_S = 30.0
 #: Thawing takes milliseconds; a worker that takes longer hangs, and what lives there can't be reached by anybody.
 PUT_BACK_TIMEOUT_S = 30.0
+#: Characters of an error that are kept as the reason why a worker was given up.
+MAX_WHY = 300
 #: Between two writes of an operation's progress.
 PROGRESS_INTERVAL_S = 0.25
 
@@ -138,6 +143,7 @@ class Drivers:
             )
         )
         phases.end("commit")
+        self._engine.trust.vindicate(op.worker)
         self._bind_again(finished, template)
         assert finished.operation is not None
         return replace(finished.operation, phases=phases.all())
@@ -182,14 +188,22 @@ class Drivers:
         if isinstance(error, DataLoss) and error.reason == "SNAPSHOT_CORRUPT" and source is not None:
             actor, op, source = await self._fall_back(actor, op, source, error)
             return actor, op, source, template
-        if not isinstance(error, Unavailable | Internal | ResourceExhausted):
+        if not is_workers_fault(error):
             raise error
+        self._engine.trust.blame(op.worker, error)
         refused.append(op.worker)
         if len(refused) >= self._engine.config.attempts:
             raise error
         await self._discard(actor, op)  # whatever the last one made
+        await asyncio.sleep(self._engine.config.rebind_pause_s * 2 ** (len(refused) - 1))
         rebind = Rebind(
-            key=actor.key, now=self._engine.now(), operation_id=op.id, generation=op.generation, avoid=tuple(refused)
+            key=actor.key,
+            now=self._engine.now(),
+            operation_id=op.id,
+            generation=op.generation,
+            avoid=tuple(refused),
+            reachable=self._engine.reachable(),
+            why=f"{error.reason}: {error.message}"[:MAX_WHY],
         )
         try:
             change = await self._ops.commit(rebind)
@@ -213,6 +227,7 @@ class Drivers:
                 generation=op.generation,
                 snapshot_id=bad.id,
                 detail=error.message,
+                reachable=self._engine.reachable(),
             )
         )
         actor, bound = _both(change)
@@ -237,6 +252,7 @@ class Drivers:
                 worker=actor.worker,
                 endpoint=actor.endpoint,
                 idle_timeout_s=template.spec.idle_timeout_s if template and not actor.golden else 0.0,
+                evictable=template is None or template.spec.evictable,
                 on_idle=self._engine.actor_idle,
             )
         )
@@ -259,8 +275,9 @@ class Drivers:
                     op, api.Checkpoint(**ids, snapshot=await self._announced(actor, op)), api.Checkpointed
                 )
                 phases.took(made.phases, "dispatch")
-                await self._progress(op, "publish", ())
-                published = await self._call(op, api.Publish(**ids, snapshot_id=op.snapshot), api.Published)
+                await self._progress(op, api.Progress(phase="publish"))
+                publish = api.Publish(**ids, snapshot_id=op.snapshot, hold=await self._held_locally(actor))
+                published = await self._call(op, publish, api.Published)
                 phases.took(published.phases, "dispatch")
         except LeaseLost:
             raise
@@ -268,7 +285,13 @@ class Drivers:
             return await self._put_back(actor, op, error, phases)
         return await self._finish_suspend(actor, op, published.snapshot, phases)
 
+    async def _held_locally(self, actor: Actor) -> bool:
+        """Whether a suspend is done when the worker's own disk has the snapshot. Every worker needs a golden one."""
+        template = await self._template(actor)
+        return not actor.golden and template is not None and template.spec.durability is Durability.LOCAL
+
     async def _finish_suspend(self, actor: Actor, op: Operation, snapshot: Snapshot, phases: Phases) -> Operation:
+        snapshot = replace(snapshot, held=snapshot.state is SnapshotState.LOCAL)
         finished = await self._ops.commit(
             FinishSuspend(
                 key=actor.key,
@@ -282,6 +305,8 @@ class Drivers:
         phases.end("commit")
         self._engine.slot_freed()
         self._engine.spawn(self._discard(actor, op), f"discard-{actor.uid}")
+        if snapshot.held:
+            self._engine.uploads.begin(snapshot)
         assert finished.operation is not None
         return replace(finished.operation, phases=phases.all())
 
@@ -314,9 +339,9 @@ class Drivers:
                 raise error  # it has been waited for already
             async with _limit(PUT_BACK_TIMEOUT_S, f"putting actor {actor.key} back"):
                 if op.from_state is ActorState.PAUSED:
-                    await self._call(op, api.Freeze(**ids), api.Done)
+                    await self._call(op, api.Freeze(**ids), api.Done, undo=True)
                 else:
-                    endpoint = (await self._call(op, api.Thaw(**ids), api.Started)).endpoint
+                    endpoint = (await self._call(op, api.Thaw(**ids), api.Started, undo=True)).endpoint
         except LeaseLost:
             raise
         except GreenroomError as lost:
@@ -383,47 +408,114 @@ class Drivers:
 
     # --- parts --------------------------------------------------------------------------------------------
 
-    async def _call(self, op: Operation, call: api.AgentCall, answer: type[A]) -> A:
-        """Asks the operation's worker; when the connection breaks, again once it is back (``worker_return_s``)."""
+    async def _call(self, op: Operation, call: api.AgentCall, answer: type[A], *, undo: bool = False) -> A:
+        """Asks the operation's worker; when the connection breaks, again once it is back (``worker_return_s``).
+
+        Args:
+            undo: takes back what was done, so that a request to cancel does not stop it.
+
+        Raises:
+            Cancelled: somebody asked for it.
+            DeadlineExceeded: nothing has moved for ``stall_s`` (reason ``STALLED``).
+            LeaseLost: the worker is alive, but not for this replica: the operation is another one's now.
+        """
         until = clock.monotonic() + self._engine.config.worker_return_s
         while True:
             try:
-                result = await self._engine.hub.call(op.worker, call, self._on_progress(op))
+                async with self._step(op, call, undo) as moved:
+                    result = await self._engine.hub.call(op.worker, call, self._on_progress(op, moved))
                 assert isinstance(result, answer)
                 return result
             except Unavailable as error:
-                if error.reason != "WORKER_DISCONNECTED" or clock.monotonic() >= until:
+                if error.reason != "WORKER_DISCONNECTED":
+                    raise
+                if clock.monotonic() >= until:
+                    await self._hand_over_if_alive(op)
                     raise
             except GreenroomError:
                 raise
             except Exception as bug:  # an operation must end, also with an answer that nobody thought of
                 log.exception("a call failed in a way nobody thought of", call=type(call).__name__)
                 raise Internal(f"{type(call).__name__} on worker {op.worker}: {type(bug).__name__}: {bug}") from bug
-            await asyncio.sleep(self._engine.config.retry_s)
-            await self._engine.recovery.wait_for_worker(op.worker, until)
+            async with self._step(op, call, undo):
+                await asyncio.sleep(self._engine.config.retry_s)
+                await self._engine.census.wait_for_worker(op.worker, until)
 
-    def _on_progress(self, op: Operation) -> Callable[[api.Progress], None]:
-        last = 0.0
+    @asynccontextmanager
+    async def _step(self, op: Operation, call: api.AgentCall, undo: bool) -> AsyncIterator[Callable[[], None]]:
+        """A part of an operation that may take long: it ends when nothing moves for ``stall_s`` (the function that it
+        gives says that something has), and, unless it is an ``undo``, when somebody cancels the operation."""
+        stall_s = self._engine.config.stall_s
+        if isinstance(call, api.Start | api.Restore):
+            stall_s += call.spec.readyz.timeout_s  # until its probe answers, only the actor itself knows what moves
+        running = None if undo else self._ops.running.get(op.id)
+        try:
+            async with asyncio.timeout(stall_s) as scope:
+                if running is not None:
+                    running.step = scope
+                    if running.cancel_requested:
+                        raise _cancelled(op)
+                yield lambda: _put_off(scope, stall_s)
+        except TimeoutError:
+            if running is not None and running.cancel_requested:
+                raise _cancelled(op) from None
+            raise DeadlineExceeded(
+                f"{type(call).__name__} on worker {op.worker}: nothing has moved for {stall_s:g} s", reason="STALLED"
+            ) from None
+        finally:
+            if running is not None:
+                running.step = None
+
+    async def _hand_over_if_alive(self, op: Operation) -> None:
+        """An operation whose worker other replicas reach is theirs. Raises `LeaseLost` then."""
+        if not await self._engine.census.alive_elsewhere(op.worker):
+            return
+        release = ReleaseLease(
+            key=op.key,
+            now=self._engine.now(),
+            operation_id=op.id,
+            generation=op.generation,
+            owner=self._engine.config.owner,
+        )
+        await self._ops.commit(release)
+        raise LeaseLost(
+            f"worker {op.worker} is alive but not connected to this replica; operation {op.id} is handed over",
+            reason="HANDED_OVER",
+        )
+
+    def _on_progress(self, op: Operation, moved: Callable[[], None]) -> Callable[[api.Progress], None]:
+        last_at = 0.0
+        last: api.Progress | None = None
 
         def report(progress: api.Progress) -> None:
-            nonlocal last
-            if clock.monotonic() - last >= PROGRESS_INTERVAL_S:
-                last = clock.monotonic()
-                self._engine.spawn(self._progress(op, progress.phase, progress.layers), f"progress-{op.id}")
+            nonlocal last_at, last
+            if progress != last:
+                last = progress
+                moved()
+                if clock.monotonic() - last_at >= PROGRESS_INTERVAL_S:
+                    last_at = clock.monotonic()
+                    self._engine.spawn(self._progress(op, progress), f"progress-{op.id}")
 
         return report
 
-    async def _progress(self, op: Operation, phase: str, layers: tuple[LayerProgress, ...]) -> None:
+    async def _progress(self, op: Operation, progress: api.Progress) -> None:
         """For those who watch; nothing depends on it. Raises `LeaseLost` alone."""
         step = Advance(
-            key=op.key, now=self._engine.now(), operation_id=op.id, generation=op.generation, phase=phase, layers=layers
+            key=op.key,
+            now=self._engine.now(),
+            operation_id=op.id,
+            generation=op.generation,
+            phase=progress.phase,
+            layers=progress.layers,
+            done_bytes=progress.done_bytes,
+            total_bytes=progress.total_bytes,
         )
         try:
             await self._engine.store.apply(step)
         except LeaseLost:
             raise
         except GreenroomError as error:
-            log.info("progress not recorded", operation=op.id, phase=phase, error=error.message)
+            log.info("progress not recorded", operation=op.id, phase=progress.phase, error=error.message)
 
     async def _discard(self, actor: Actor, op: Operation, *, forget: bool = False) -> None:
         """Ends what the actor has on the operation's worker. What can't be ended now, `Recovery` finds later: it is a
@@ -480,6 +572,20 @@ class Drivers:
             return await self._ops.read(Template, f"{actor.namespace}/{actor.template}")
         except NotFound:
             return None
+
+
+def is_workers_fault(error: GreenroomError) -> bool:
+    """Whether the same may well succeed on another worker."""
+    return isinstance(error, Unavailable | Internal | ResourceExhausted) or error.reason == "STALLED"
+
+
+def _cancelled(op: Operation) -> Cancelled:
+    return Cancelled(f"operation {op.id} ({op.kind} of {op.key}) was cancelled; it is backed out")
+
+
+def _put_off(scope: asyncio.Timeout, seconds: float) -> None:
+    if not scope.expired():
+        scope.reschedule(clock.monotonic() + seconds)
 
 
 def _ids(actor: Actor, op: Operation) -> dict[str, Any]:

@@ -8,22 +8,25 @@ and `Recovery` (at start, and the janitor later) drives it on or back.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
+import msgspec
 import structlog
 from msgspec.structs import replace
 
 from greenroom.core import agentapi as api
 from greenroom.core import names
 from greenroom.core.agentapi import ActorStats
-from greenroom.core.commands import BeginDelete, BeginPause, BeginSuspend, Change, CreateActor, Outcome
+from greenroom.core.commands import BeginDelete, BeginPause, BeginSuspend, Change, CreateActor, Outcome, RequestCancel
 from greenroom.core.errors import (
     DeadlineExceeded,
     FailedPrecondition,
     InvalidArgument,
     LeaseHeld,
     NotFound,
+    Unavailable,
 )
 from greenroom.core.records import (
     Actor,
@@ -36,17 +39,24 @@ from greenroom.core.records import (
     PoolSpec,
     Template,
     TemplateSpec,
+    Worker,
+    WorkerState,
 )
 from greenroom.core.states import BOUND
 from greenroom.engine import clock
 from greenroom.engine.bindings import BindingTable, Wake
+from greenroom.engine.census import Census
 from greenroom.engine.config import EngineConfig
 from greenroom.engine.drivers import Drivers, Phases
+from greenroom.engine.follower import Follower
 from greenroom.engine.operations import Operations
 from greenroom.engine.port import DEFAULT_WAIT_S, ExecStream
 from greenroom.engine.recovery import Recovery
+from greenroom.engine.replicas import Replicas
 from greenroom.engine.streams import RemoteExec, merged_logs
 from greenroom.engine.templates import Preparer
+from greenroom.engine.trust import Trust
+from greenroom.engine.uploads import Uploads
 from greenroom.engine.wakes import Wakes
 from greenroom.engine.workers import WorkerHub
 from greenroom.snapshots.port import SnapshotStore
@@ -70,16 +80,41 @@ class Engine:
         self.drivers = Drivers(self)
         self.wakes = Wakes(self)
         self.preparer = Preparer(self)
+        self.trust = Trust(self)
+        self.uploads = Uploads(self)
+        self.census = Census(self)
         self.recovery = Recovery(self)
-        hub.listener = self.recovery
+        self.replicas = Replicas(self)
+        self.follower = Follower(self)
+        hub.listener = self.census
 
     async def start(self) -> None:
-        """Takes up what an earlier process left and starts the background loops."""
-        await self.recovery.adopt_operations()
+        """Takes up what an earlier process left and starts the background loops. When the store does not answer, that
+        is done as soon as it does."""
+        self.spawn(self.follower.loop(), "follower")
+        self.spawn(self.replicas.loop(), "replicas-loop")
+        try:
+            await self.recovery.adopt_operations()
+        except Unavailable as error:
+            log.warning("starts without the store, goes on when it answers", error=error.message)
+            self.spawn(self._adopt_later(), "adopt")
         self.spawn(self._idle_loop(), "idle-loop")
-        self.spawn(self.recovery.lease_loop(), "lease-loop")
+        self.spawn(self.census.heard_loop(), "heard-loop")
         self.spawn(self.recovery.janitor_loop(), "janitor-loop")
-        self.spawn(self.recovery.reconcile_loop(), "reconcile-loop")
+        self.spawn(self.census.reconcile_loop(), "reconcile-loop")
+
+    async def _adopt_later(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.retry_s)
+            try:
+                await self.recovery.adopt_operations()
+                return
+            except Unavailable:
+                continue
+
+    def reachable(self) -> tuple[str, ...] | None:
+        """The workers that this process can talk to; None when it is the only one: then it waits for the others."""
+        return None if self.config.exclusive else tuple(self.hub.connected())
 
     async def close(self) -> None:
         """Stops at once; what is under way stays behind as rows, for the next start. Who waits for it gets
@@ -117,6 +152,7 @@ class Engine:
         template: str,
         *,
         labels: Mapping[str, str] | None = None,
+        worker_selector: Mapping[str, str] | None = None,
         request_id: str = "",
         golden: bool = False,
     ) -> tuple[Actor, Operation]:
@@ -131,7 +167,9 @@ class Engine:
                 uid=self.new_id(),
                 template=template,
                 request_id=request_id,
+                request_digest=_digest(template, labels, worker_selector) if request_id else "",
                 labels=dict(labels or {}),
+                worker_selector=dict(worker_selector or {}),
                 golden=golden,
             )
         )
@@ -174,7 +212,7 @@ class Engine:
     ) -> Operation:
         """Begins a suspend, pause or delete as soon as no other operation holds the actor, and waits for its end."""
         # Requests in flight get a moment to end when a person asked; makers of room only pick actors without any.
-        grace_s = self.config.drain_grace_s if cause in ("api", "shutdown", "template") else 0.0
+        grace_s = self.config.drain_grace_s if cause in ("api", "shutdown", "drain", "template") else 0.0
         binding = self.bindings.drain(key)
         phases = Phases()
         try:
@@ -186,6 +224,8 @@ class Engine:
                     change = await self._begin(kind, key, request_id, cause, phases)
                     break
                 except LeaseHeld as held:
+                    if kind is BeginDelete:  # whatever is being done to it is not wanted any more
+                        await self.cancel_operation(held.metadata["operation"])
                     await self.ops.ended(held.metadata["operation"])
                     phases.end("turn")
             if change.outcome is Outcome.CHANGED:
@@ -213,7 +253,7 @@ class Engine:
             request_id=request_id,
             cause=cause,
             lease_ttl_s=self.config.lease_ttl_s,
-            deadline_s=self.config.operation_deadline_s,
+            deadline_s=self.config.deadline_s(kind.kind),
             **fields,
         )
         driver = {
@@ -276,6 +316,39 @@ class Engine:
         finally:
             waiting.cancel()
         return await self.store.get(Operation, operation_id)
+
+    async def cancel_operation(self, operation_id: str) -> Operation:
+        operation = await self.store.get(Operation, operation_id)
+        if operation.kind is OperationKind.PREPARE:
+            return await self.preparer.cancel(operation)
+        command = RequestCancel(key=operation.key, now=self.now(), operation_id=operation_id)
+        change = await self.ops.commit(command)
+        assert change.operation is not None
+        if (running := self.ops.running.get(operation_id)) is not None:
+            running.request_cancel()
+        return change.operation
+
+    # --- workers ------------------------------------------------------------------------------------------
+
+    async def drain_worker(self, name: str, *, undo: bool = False) -> Worker:
+        worker = await self.store.get(Worker, name)
+        wanted, message = (WorkerState.ACTIVE, "") if undo else (WorkerState.DRAINING, DRAINED)
+
+        def change(current: Worker) -> Worker | None:
+            return (
+                None if current.state is WorkerState.DISCONNECTED else replace(current, state=wanted, message=message)
+            )
+
+        written = await self.census.change_worker(name, change)
+        if written is None:
+            raise FailedPrecondition(
+                f"worker {name} is {worker.state}: nothing runs there that could be suspended; "
+                "its actors wake elsewhere once it counts as lost",
+                reason="WORKER_DISCONNECTED",
+            )
+        if not undo:
+            self.spawn(self.suspend_all([name], cause="drain"), f"drain-{name}")
+        return written
 
     # --- templates and pools ------------------------------------------------------------------------------
 
@@ -371,7 +444,7 @@ class Engine:
                     self._asked(BeginSuspend, binding.key, "", "idle")
             self.wakes.look_again()
 
-    async def suspend_all(self, workers: Sequence[str] | None = None) -> list[Operation]:
+    async def suspend_all(self, workers: Sequence[str] | None = None, *, cause: str = "shutdown") -> list[Operation]:
         """Suspends every actor that has a slot (on the given workers), after the operation that holds it, if one does;
         for a clean stop and for draining."""
         keys: list[Key] = []
@@ -384,7 +457,7 @@ class Engine:
 
         async def one(key: Key) -> Operation:
             async with turns:
-                return await self.suspend(key, cause="shutdown")
+                return await self.suspend(key, cause=cause)
 
         results = await asyncio.gather(*map(one, keys), return_exceptions=True)
         for key, result in zip(keys, results, strict=True):
@@ -393,6 +466,8 @@ class Engine:
         return [r for r in results if isinstance(r, Operation)]
 
 
+#: Message of a worker that somebody drains.
+DRAINED = "drained by request"
 #: Most workers of one pool on one machine, and most actors awake on one worker: what its memory could ever hold.
 MAX_REPLICAS = 64
 MAX_SLOTS = 10_000
@@ -402,3 +477,8 @@ _KIND_OF = {
     ActorState.SUSPENDED: OperationKind.SUSPEND,
     ActorState.PAUSED: OperationKind.PAUSE,
 }
+
+
+def _digest(*arguments: object) -> str:
+    """Of what was asked for, to tell a repeated request from another one with the same id."""
+    return hashlib.sha256(msgspec.json.encode(arguments, order="deterministic")).hexdigest()[:32]

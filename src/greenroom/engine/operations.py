@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
@@ -16,11 +15,16 @@ from msgspec.structs import replace
 
 from greenroom.core.commands import (
     ActorCommand,
+    BackOut,
     BeginDelete,
     BeginPause,
     BeginResume,
     BeginSuspend,
     Change,
+    FinishDelete,
+    FinishPause,
+    FinishResume,
+    FinishSuspend,
     OperationCommand,
     Outcome,
 )
@@ -34,6 +38,7 @@ from greenroom.core.errors import (
 )
 from greenroom.core.records import Failure, Operation, OperationState
 from greenroom.engine import clock
+from greenroom.engine.leases import LeaseKeeper, RunningOperation
 from greenroom.store.port import R
 
 if TYPE_CHECKING:
@@ -52,18 +57,11 @@ def failure_of(operation: Operation) -> GreenroomError:
     return rebuild(failure.code, failure.reason, failure.message, {**failure.metadata, "operation": operation.id})
 
 
-@dataclass(frozen=True, slots=True)
-class RunningOperation:
-    """An operation whose driver runs in this process."""
-
-    operation: Operation
-    task: asyncio.Task[Operation]
-
-
 class Operations:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._store = engine.store
+        self._leases = LeaseKeeper(engine)
         #: By operation id.
         self.running: dict[str, RunningOperation] = {}
         #: Ids of operations that somebody in this process is about to drive; the janitor leaves them alone.
@@ -120,6 +118,10 @@ class Operations:
         """`Store.apply`, again while the store does not answer (``store_away_s``). Every command is idempotent by its
         operation id and fenced, so it does not matter whether one whose reply was lost was carried out."""
         patient = isinstance(command, OperationCommand)
+        if isinstance(command, FinishResume | FinishSuspend | FinishPause | FinishDelete | BackOut):
+            running = self.running.get(command.operation_id)
+            if running is not None:
+                running.ending = True
         return await self.steadily(lambda: self._store.apply(replace(command, now=self._engine.now())), patient)
 
     async def read(self, cls: type[R], pk: str) -> R:
@@ -144,28 +146,33 @@ class Operations:
     async def begin(self, command: Begin, drive: Driver) -> Change:
         """Begins an operation and drives it in a task. Between the commit and the task nobody can come in between."""
         self._claimed.add(command.operation_id)
+        asked = clock.monotonic()
         try:
             change = await self.commit(command)
             op = change.operation
             if change.outcome is Outcome.CHANGED:
                 assert op is not None
-                self.track(op, drive(change))
+                self.track(op, drive(change), asked)
             elif op is not None and op.id == command.operation_id and op.state is OperationState.RUNNING:
                 await self._engine.recovery.take_up(op)  # begun by this very command, whose reply was lost
             return change
         finally:
             self._claimed.discard(command.operation_id)
 
-    def track(self, operation: Operation, work: Coroutine[Any, Any, Operation]) -> asyncio.Task[Operation]:
-        """Runs an operation's driver as a task that outlives its callers."""
-        task = self.spawn(work, f"operation-{operation.id}")
-        self.running[operation.id] = RunningOperation(operation, task)
-        task.add_done_callback(lambda _: self._untrack(operation.id, task))
-        return task
+    def track(self, operation: Operation, work: Coroutine[Any, Any, Operation], asked: float) -> None:
+        """Runs an operation's driver as a task that outlives its callers, and keeps its lease. ``asked``: loop time
+        before the lease was asked for."""
+        running = RunningOperation(operation, asked)
+        running.cancel_requested = operation.cancel_requested
+        running.task = self.spawn(work, f"operation-{operation.id}")
+        self.running[operation.id] = running
+        running.task.add_done_callback(lambda _: self._untrack(running))
+        self._leases.keep(running)
 
-    def _untrack(self, operation_id: str, task: asyncio.Task[Operation]) -> None:
-        if self.running[operation_id].task is task:
-            del self.running[operation_id]
+    def _untrack(self, running: RunningOperation) -> None:
+        running.release()
+        if self.running.get(running.operation.id) is running:
+            del self.running[running.operation.id]
 
     def claim(self, operation_id: str) -> bool:
         """Whether the caller may take the operation up: nobody in this process has it. `release` ends the claim."""

@@ -20,10 +20,12 @@ from msgspec.structs import replace
 from greenroom.core import agentapi as api
 from greenroom.core.errors import (
     AlreadyExists,
+    Cancelled,
     Conflict,
     DeadlineExceeded,
     FailedPrecondition,
     GreenroomError,
+    LeaseLost,
     NotFound,
     Unavailable,
 )
@@ -41,6 +43,7 @@ from greenroom.core.records import (
     TemplateSpec,
     TemplateState,
 )
+from greenroom.engine import clock
 from greenroom.engine.drivers import Phases
 from greenroom.engine.operations import failure_of
 
@@ -129,14 +132,24 @@ class Preparer:
             created_at=now,
             updated_at=now,
             deadline_at=now + self._engine.config.prepare_deadline_s,
+            owner=self._engine.config.owner,
+            generation=template.generation + 1,
+            held_until=now + self._engine.config.lease_ttl_s,
             phase="image",
             request_id=request_id,
         )
         self._ops.claim(op.id)
+        asked = clock.monotonic()
         try:
             op = await self._store.put(op)
-            template = await self._change(template, unchanged=True, state=TemplateState.PREPARING, operation=op.id)
-            self._ops.track(op, self._run(template, op))
+            template = await self._change(
+                template,
+                unchanged=True,
+                state=TemplateState.PREPARING,
+                operation=op.id,
+                generation=op.generation,
+            )
+            self._ops.track(op, self._run(template, op), asked)
         except Conflict as overtaken:  # by somebody else who applied it in the same moment
             await self._end(op, overtaken)
             template = await self._ops.read(Template, template.pk)
@@ -147,34 +160,102 @@ class Preparer:
 
     async def take_up(self, op: Operation) -> None:
         """Goes on with a preparation whose driver is gone: from its beginning, or only says how it ended. The caller
-        has claimed it (`Operations.claim`). Waits for no other operation: the caller may be about to take that up."""
+        has claimed it (`Operations.claim`). Waits for no other operation: the caller may be about to take that up.
+
+        Raises:
+            Conflict: another replica was quicker (reason ``OVERTAKEN``).
+        """
         try:
             template = await self._ops.read(Template, str(op.key))
         except NotFound:
             template = None
+        asked = clock.monotonic()
+        op = await self._take(op)
         if template is None or template.uid != op.uid:
             await self._end(op, _deleted(op))
         elif template.state is TemplateState.READY:
-            self._ops.track(op, self._tidy(template, op))
+            self._ops.track(op, self._tidy(template, op), asked)
         elif template.operation == op.id or template.state is TemplateState.PENDING:
-            template = await self._change(template, state=TemplateState.PREPARING, operation=op.id)
-            fresh = self._engine.now() + self._engine.config.prepare_deadline_s
-            op = await self._note(op, deadline_at=max(op.deadline_at, fresh))
-            self._ops.track(op, self._run(template, op))
+            template = await self._change(
+                template, state=TemplateState.PREPARING, operation=op.id, generation=op.generation
+            )
+            self._ops.track(op, self._run(template, op), asked)
         else:
             await self._end(op, _overtaken(template))
+
+    async def _take(self, op: Operation) -> Operation:
+        """Makes this process the one that drives it; whoever did so before finds that out by the generation."""
+
+        async def write() -> Operation:
+            current = await self._store.get(Operation, op.id)
+            if (current.owner, current.generation) == (self._engine.config.owner, op.generation + 1):
+                return current  # taken already, and the reply was lost
+            if (current.owner, current.held_until, current.state) != (op.owner, op.held_until, op.state):
+                raise Conflict(f"another process goes on with operation {op.id}", reason="OVERTAKEN")
+            now = self._engine.now()
+            return await self._store.put(
+                replace(
+                    current,
+                    owner=self._engine.config.owner,
+                    generation=current.generation + 1,
+                    takeovers=current.takeovers + 1,
+                    held_until=now + self._engine.config.lease_ttl_s,
+                    deadline_at=max(current.deadline_at, now + self._engine.config.prepare_deadline_s),
+                    updated_at=now,
+                )
+            )
+
+        return await self._against_others(write, op.id)
+
+    async def renew(self, op: Operation) -> Operation | None:
+        """Holds a preparation on; None when it has ended. Raises `LeaseLost` when it is another process's."""
+        for _ in range(WRITE_ATTEMPTS):
+            current = await self._store.get(Operation, op.id)
+            if current.state is not OperationState.RUNNING:
+                return None
+            now = self._engine.now()
+            if current.generation != op.generation or current.held_until <= now:
+                raise LeaseLost(f"operation {op.id} is held by {current.owner} now, or its hold has run out")
+            try:
+                return await self._store.put(replace(current, held_until=now + self._engine.config.lease_ttl_s))
+            except Conflict:
+                continue  # its own driver noted something
+        raise Conflict(f"operation {op.id} keeps changing")
+
+    async def cancel(self, op: Operation) -> Operation:
+        """Asks for a preparation to be given up: the template is FAILED then."""
+
+        async def write() -> Operation:
+            current = await self._store.get(Operation, op.id)
+            if current.state is not OperationState.RUNNING or current.cancel_requested:
+                return current
+            return await self._store.put(replace(current, cancel_requested=True, updated_at=self._engine.now()))
+
+        current = await self._against_others(write, op.id)
+        if (running := self._ops.running.get(op.id)) is not None:
+            running.request_cancel()
+        return current
 
     async def _run(self, template: Template, op: Operation) -> Operation:
         phases = Phases()
         error: GreenroomError | None = None
+        running = self._ops.running.get(op.id)
         try:
-            async with asyncio.timeout(max(0.0, op.deadline_at - self._engine.now())):
+            async with asyncio.timeout(max(0.0, op.deadline_at - self._engine.now())) as scope:
+                if running is not None:
+                    running.step = scope
+                    if running.cancel_requested:
+                        running.request_cancel()
                 await self._prepare(template, op, phases)
         except TimeoutError:
             error = DeadlineExceeded(
                 f"template {template.key} was not ready within {self._engine.config.prepare_deadline_s:g} s",
                 reason="OPERATION_DEADLINE",
             )
+            if running is not None and running.cancel_requested:
+                error = Cancelled(f"the preparation of template {template.key} was cancelled; apply it again")
+        except LeaseLost:
+            raise
         except GreenroomError as failed:
             error = failed
         if error is not None and error.reason != "OVERTAKEN":
@@ -200,7 +281,7 @@ class Preparer:
         await self._drop_golden(template)
         digest = await self._pull(op, spec, phases)
         phases.end("image")
-        await self._change(template, op, image_digest=digest)
+        template = await self._change(template, op, image_digest=digest)
 
         await self._note(op, phase="boot")
         await self._engine.create_actor(golden, template.name, golden=True)
@@ -223,7 +304,7 @@ class Preparer:
         try:
             async with asyncio.timeout(WORKER_WAIT_S):
                 while True:
-                    arrival = self._engine.recovery.arrival
+                    arrival = self._engine.census.arrival
                     for name, hello in self._engine.hub.connected().items():
                         if hello.pool == pool:
                             return name
@@ -389,7 +470,8 @@ class Preparer:
             if all(getattr(current, name) == value for name, value in fields.items()):
                 return current  # written already, and the reply was lost
             moved = (current.state, current.operation) != (template.state, template.operation)
-            if (op is not None and current.operation != op.id) or (unchanged and moved):
+            mine = op is None or (current.operation, current.generation) == (op.id, op.generation)
+            if not mine or (unchanged and moved):
                 raise _overtaken(template)
             since = current.state_since if fields.get("state", current.state) is current.state else self._engine.now()
             return await self._store.put(replace(current, **fields, state_since=since))
@@ -401,6 +483,8 @@ class Preparer:
 
         async def write() -> Operation:
             current = await self._store.get(Operation, op.id)
+            if current.generation != op.generation:
+                raise LeaseLost(f"operation {op.id} is held by {current.owner} now")
             return await self._store.put(replace(current, **fields, updated_at=self._engine.now()))
 
         return await self._against_others(write, op.id)
@@ -409,6 +493,8 @@ class Preparer:
         current = await self._ops.read(Operation, op.id)
         if current.state is not OperationState.RUNNING:
             return current
+        if (running := self._ops.running.get(op.id)) is not None:
+            running.ending = True
         failure = None
         if error is not None:
             failure = Failure(code=error.code, reason=error.reason, message=error.message, metadata=error.metadata)
@@ -425,7 +511,7 @@ class Preparer:
         for _ in range(WRITE_ATTEMPTS):
             try:
                 return await self._ops.steadily(write)
-            except Conflict as conflict:
+            except Conflict as conflict:  # also a lost lease is one
                 if conflict.reason != "VERSION_CONFLICT":
                     raise
         raise Conflict(f"{what} keeps changing")

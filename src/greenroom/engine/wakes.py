@@ -10,7 +10,7 @@ import structlog
 
 from greenroom.core.commands import BeginResume, BeginSuspend, Change, Outcome
 from greenroom.core.errors import GreenroomError, LeaseHeld, ResourceExhausted, Unavailable
-from greenroom.core.records import Actor, ActorState, Key, Operation, OperationState, Template
+from greenroom.core.records import Actor, ActorState, Key, Operation, OperationKind, OperationState, Template
 from greenroom.engine.bindings import Binding, Wake
 from greenroom.engine.capacity import CapacityQueue
 from greenroom.engine.drivers import Phases
@@ -86,8 +86,10 @@ class Wakes:
         if self._bindings.get(key) is not None:
             return None
         operation = await self.resume(key, "", "request", False)
-        if self._bindings.peek(key) is None and not operation.id:
-            await self._engine.recovery.rejoin(key)  # it runs, but its worker has not been heard yet
+        awake = operation.state is OperationState.DONE and self._bindings.peek(key) is None
+        if awake and not (operation.id and self._engine.config.exclusive):
+            # It runs, but this process was not told: another replica woke it, or its worker has not been heard yet.
+            await self._engine.follower.reach(key)
         return operation
 
     def being_woken(self, key: Key) -> bool:
@@ -158,8 +160,9 @@ class Wakes:
             request_id=request_id,
             cause=cause,
             lease_ttl_s=self._engine.config.lease_ttl_s,
-            deadline_s=self._engine.config.operation_deadline_s,
+            deadline_s=self._engine.config.deadline_s(OperationKind.RESUME),
             hold_crashed=not from_crash,
+            reachable=self._engine.reachable(),
         )
 
         async def drive(change: Change) -> Operation:
@@ -198,11 +201,12 @@ class Wakes:
     def _why_full(self, pool: str) -> str:
         if not any(hello.pool == pool for hello in self._engine.hub.connected().values()):
             return "it has no connected worker (`greenroom get workers` and the server's log tell more)"
-        return "every running actor has open requests"
+        return "every running actor has open requests, or a template that does not let it be suspended for another"
 
     def _evictable(self, pool: str) -> list[Binding]:
         workers = [name for name, hello in self._engine.hub.connected().items() if hello.pool == pool]
-        return [b for b in self._bindings.longest_idle(workers) if not self.being_woken(b.key)]
+        idle = self._bindings.longest_idle(workers)
+        return [b for b in idle if b.evictable and not self.being_woken(b.key)]
 
     def _evict(self, binding: Binding) -> asyncio.Task[None]:
         # Before anything is awaited the binding is marked, so nobody else picks it and no request slips in.

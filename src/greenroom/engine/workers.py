@@ -16,7 +16,9 @@ class WorkerListener(Protocol):
     """What the hub tells the engine. All are called on the engine's loop and return at once."""
 
     def worker_connected(self, hello: Hello) -> None: ...
-    def worker_heard(self, worker: str, heartbeat: Heartbeat) -> None: ...
+    def worker_heard(self, worker: str, heartbeat: Heartbeat) -> bool:
+        """Whether the heartbeat may be answered with a `Welcome`."""
+
     def worker_leaving(self, worker: str, boot_id: str) -> None: ...
     def worker_gone(self, worker: str, boot_id: str) -> None: ...
     def sandbox_exited(self, worker: str, event: SandboxExited) -> None: ...
@@ -46,6 +48,9 @@ class WorkerHub(Protocol):
 
     def connected(self) -> dict[str, Hello]:
         """The agents that are connected now, by worker name."""
+
+    def heard(self) -> dict[str, float]:
+        """When each of them was last heard (loop time)."""
 
     async def call(self, worker: str, call: AgentCall, on_progress: OnProgress | None = None) -> Record:
         """Sends a call and waits for its answer. A caller that is cancelled does not stop the work on the worker.

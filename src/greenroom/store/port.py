@@ -11,7 +11,8 @@ Two kinds of writes, both atomic and conditional, never read-then-overwrite in a
 
 A write is durable when the call returns. A cancelled call may or may not have happened: read again.
 
-What was written is published, after it is durable, to every `watch` of this process, in commit order.
+What was written, by this process or by another one that shares the store, is published, after it is durable, to every
+`watch`; for each record in the order in which it changed.
 """
 
 from __future__ import annotations
@@ -73,11 +74,13 @@ class EventType(enum.StrEnum):
 
 
 class Event(Record, frozen=True, kw_only=True):
-    """``sequence`` grows by one with every event of this process. Leases make no events."""
+    """``sequence`` grows by one with every event of this process; ``foreign``: another process has written it. Leases
+    make no events."""
 
     type: EventType
     record: Stored
     sequence: int = 0
+    foreign: bool = False
 
 
 class Store(Protocol):

@@ -43,6 +43,10 @@ class LocalHub:
     def connected(self) -> dict[str, Hello]:
         return {name: link.hello for name, link in self._links.items()}
 
+    def heard(self) -> dict[str, float]:
+        now = asyncio.get_running_loop().time()
+        return dict.fromkeys(self._links, now)  # who is in the same process is heard all the time
+
     async def call(self, worker: str, call: AgentCall, on_progress: OnProgress | None = None) -> Record:
         return await self._link(worker).send(call, _Reporter(on_progress))
 

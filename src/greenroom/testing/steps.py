@@ -210,6 +210,9 @@ class SteppedHub:
     def connected(self) -> dict[str, Hello]:
         return self._hub.connected()
 
+    def heard(self) -> dict[str, float]:
+        return self._hub.heard()
+
     async def call(self, worker: str, call: AgentCall, on_progress: OnProgress | None = None) -> Record:
         name = type(call).__name__
         return await self._gate.step(name, worker, lambda: self._hub.call(worker, call, on_progress))

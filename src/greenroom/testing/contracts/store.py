@@ -8,6 +8,7 @@ class TestMyStore(StoreContract):
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -326,22 +327,53 @@ class StoreContract:
     # idempotency
 
     async def test_a_repeated_request_gets_the_first_operation(self, world: World) -> None:
-        key = await world.create(request_id="r1")
+        key = await world.create(request_id="r1", request_digest="d1")
         before = await dump(world.store)
-        create = CreateActor(key=key, now=world.now, operation_id="other", uid="other", template="t", request_id="r1")
+        create = CreateActor(
+            key=key,
+            now=world.now,
+            operation_id="other",
+            uid="other",
+            template="t",
+            request_id="r1",
+            request_digest="d1",
+        )
         assert (await world.apply(create)).outcome is Outcome.REPEATED
         assert await dump(world.store) == before
-        op = await world.begin(BeginResume, key, request_id="r1")
-        again = await world.apply(world.begin_command(BeginResume, key, request_id="r1"))
-        assert again.outcome is Outcome.REPEATED and again.operation == op, "of another kind: another request"
+        op = await world.begin(BeginResume, key, request_id="r2")
+        again = await world.apply(world.begin_command(BeginResume, key, request_id="r2"))
+        assert again.outcome is Outcome.REPEATED and again.operation == op
         await world.finish(op)
         await world.do(BeginSuspend, key)
-        again = await world.apply(world.begin_command(BeginResume, key, request_id="r1"))
+        again = await world.apply(world.begin_command(BeginResume, key, request_id="r2"))
         assert again.outcome is Outcome.REPEATED and again.operation and again.operation.state is OperationState.DONE
         assert (await world.actor(key)).state is ActorState.SUSPENDED
-        await world.do(BeginDelete, key, request_id="r2")
-        gone = await world.apply(world.begin_command(BeginDelete, key, request_id="r2"))
+        await world.do(BeginDelete, key, request_id="r3")
+        gone = await world.apply(world.begin_command(BeginDelete, key, request_id="r3"))
         assert gone.outcome is Outcome.REPEATED and gone.actor is None
+
+    async def test_a_request_id_is_for_one_thing_only(self, world: World) -> None:
+        """In its namespace: kind, name and arguments must be those of the first time."""
+        key = await world.create(request_id="r1", request_digest="d1")
+        other = await world.create("b")
+        first = await world.begin(BeginResume, key, request_id="r2")
+        before = await dump(world.store)
+        create: dict[str, Any] = {"now": world.now, "operation_id": "new", "uid": "new", "template": "t"}
+        for command, used_by in (
+            (world.begin_command(BeginResume, key, request_id="r1"), "Create"),  # of another kind
+            (world.begin_command(BeginResume, other, request_id="r2"), first.id),  # of another actor
+            (CreateActor(key=Key("ns", "c"), request_id="r1", request_digest="d1", **create), "Create"),
+            (CreateActor(key=key, request_id="r1", request_digest="d2", **create), "other arguments"),
+            (CreateActor(key=key, request_id="r2", **create), first.id),
+        ):
+            with pytest.raises(InvalidArgument) as reused:
+                await world.apply(command)
+            assert reused.value.reason == "REQUEST_ID_REUSED"
+            assert used_by in f"{reused.value.message} {reused.value.metadata}"
+        assert await dump(world.store) == before
+        await world.store.put(template(namespace="ns2"))
+        elsewhere = CreateActor(key=Key("ns2", "a"), request_id="r1", request_digest="d2", **create)
+        assert (await world.apply(elsewhere)).outcome is Outcome.CHANGED, "another namespace, another request"
 
     async def test_a_command_whose_reply_was_lost_may_be_sent_again(self, world: World) -> None:
         create = CreateActor(key=Key("ns", "a"), now=1.0, operation_id="op-c", uid="u", template="t")

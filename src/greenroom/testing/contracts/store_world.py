@@ -157,8 +157,7 @@ class World:
             case OperationKind.RESUME:
                 return FinishResume(**step, endpoint=ENDPOINT, **fields)
             case OperationKind.SUSPEND:
-                made = snapshot(op.snapshot, actor=op.name, actor_uid=op.uid, generation=op.generation)
-                return FinishSuspend(**step, snapshot=made, **fields)
+                return FinishSuspend(**step, **{"snapshot": made_by(op)} | fields)
             case OperationKind.PAUSE:
                 return FinishPause(**step, **fields)
             case _:
@@ -235,6 +234,12 @@ def snapshot(name: str, /, **fields: Any) -> Snapshot:
     made |= {"scope": SnapshotScope.MEMORY, "backend": "sim", "fingerprint": "f1", "image_digest": "sha256:0"}
     made |= {"hostname": "x", "created_at": 1.0}
     return Snapshot(id=name, **made | fields)
+
+
+def made_by(op: Operation, **fields: Any) -> Snapshot:
+    """The snapshot that a suspend makes, of the moment at which it began."""
+    made: dict[str, Any] = {"actor": op.name, "actor_uid": op.uid, "generation": op.generation, "worker": op.worker}
+    return snapshot(op.snapshot, **made | {"namespace": op.namespace, "created_at": op.created_at} | fields)
 
 
 def operation(name: str, /, **fields: Any) -> Operation:

@@ -709,6 +709,7 @@ class Template(_message.Message):
     IMAGE_DIGEST_FIELD_NUMBER: _builtins.int
     GOLDEN_SNAPSHOT_FIELD_NUMBER: _builtins.int
     OPERATION_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     name: _builtins.str
     uid: _builtins.str
@@ -722,6 +723,8 @@ class Template(_message.Message):
     """what new actors wake from"""
     operation: _builtins.str
     """id of its latest preparation"""
+    generation: _builtins.int
+    """grows with every process that takes its preparation up"""
     @_builtins.property
     def spec(self) -> Global___TemplateSpec: ...
     @_builtins.property
@@ -744,10 +747,11 @@ class Template(_message.Message):
         image_digest: _builtins.str = ...,
         golden_snapshot: _builtins.str = ...,
         operation: _builtins.str = ...,
+        generation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "spec", b"spec", "state_since", b"state_since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "golden_snapshot", b"golden_snapshot", "image_digest", b"image_digest", "message", b"message", "name", b"name", "namespace", b"namespace", "operation", b"operation", "reason", b"reason", "spec", b"spec", "state", b"state", "state_since", b"state_since", "uid", b"uid", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "generation", b"generation", "golden_snapshot", b"golden_snapshot", "image_digest", b"image_digest", "message", b"message", "name", b"name", "namespace", b"namespace", "operation", b"operation", "reason", b"reason", "spec", b"spec", "state", b"state", "state_since", b"state_since", "uid", b"uid", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1050,6 +1054,7 @@ class Snapshot(_message.Message):
     GOLDEN_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     namespace: _builtins.str
     actor: _builtins.str
@@ -1068,6 +1073,8 @@ class Snapshot(_message.Message):
     version: _builtins.int
     size_bytes: _builtins.int
     """sum over `files`; output only"""
+    held: _builtins.bool
+    """the worker that made it keeps a copy on its own disk"""
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -1094,10 +1101,11 @@ class Snapshot(_message.Message):
         golden: _builtins.bool = ...,
         version: _builtins.int = ...,
         size_bytes: _builtins.int = ...,
+        held: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "actor_uid", b"actor_uid", "backend", b"backend", "created_at", b"created_at", "files", b"files", "fingerprint", b"fingerprint", "generation", b"generation", "golden", b"golden", "hostname", b"hostname", "id", b"id", "image_digest", b"image_digest", "namespace", b"namespace", "parent", b"parent", "scope", b"scope", "size_bytes", b"size_bytes", "state", b"state", "template", b"template", "version", b"version", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "actor_uid", b"actor_uid", "backend", b"backend", "created_at", b"created_at", "files", b"files", "fingerprint", b"fingerprint", "generation", b"generation", "golden", b"golden", "held", b"held", "hostname", b"hostname", "id", b"id", "image_digest", b"image_digest", "namespace", b"namespace", "parent", b"parent", "scope", b"scope", "size_bytes", b"size_bytes", "state", b"state", "template", b"template", "version", b"version", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,595 @@
+"""Which workers there are and what lives on them: workers that come, go and stay away, and every difference between
+what runs and what should.
+
+Truth about what runs is what a worker says when it is asked (its residents); truth about what *should* run are the
+records. Every difference is settled by a fenced call or a conditional write, so an old or repeated message changes
+nothing, and it does not matter how many replicas look. What a lost message would have told is found by asking again,
+every ``reconcile_s``.
+
+A worker counts as lost when *no* replica hears it any more, and by then it has frozen what runs on it, so an actor that
+wakes elsewhere is not alive twice. No clock is compared with another's for that; ``r`` is ``worker_return_s``:
+
+- Whoever hears a worker writes that down in its record (``last_seen``), a new value each time.
+- A heartbeat is answered only by a replica that knows that it was written down at most 0.4 r ago.
+- A worker whose heartbeats of the last 0.5 r (`replicas.ALONE_SHARE`) are all unanswered freezes what runs on it.
+- A worker is lost for a replica that has looked at its record all the while and seen no new value for r: its last
+  answered heartbeat was sent at most 0.4 r after that value was written, so it has been frozen for 0.1 r.
+- A replica that did not look for a while (it was away from the store, or did not run) begins to look anew.
+- What a worker froze goes on only by a `Thaw` that was decided after the worker was heard again (its ``epoch``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import structlog
+from msgspec.structs import replace
+
+from greenroom.core import agentapi as api
+from greenroom.core.commands import Crash, Outcome
+from greenroom.core.errors import (
+    AlreadyExists,
+    Conflict,
+    GreenroomError,
+    LeaseLost,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
+from greenroom.core.records import Actor, ActorState, Key, Template, Worker, WorkerState
+from greenroom.core.states import BUSY
+from greenroom.engine import clock
+from greenroom.engine.operations import closing
+from greenroom.store.port import R
+
+if TYPE_CHECKING:
+    from greenroom.engine.engine import Engine
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+#: Tries of a conditional write to a worker's record against others who write it.
+WRITE_ATTEMPTS = 100
+#: A worker that takes longer to say what runs on it is asked again later.
+LIST_TIMEOUT_S = 30.0
+#: All as shares of ``worker_return_s``. How often the workers' records are looked at:
+LOOK_SHARE = 1 / 16
+#: How old what is written down may be before it is written down again, if the worker was heard since:
+NOTE_SHARE = 0.1
+#: How old it may be for a heartbeat to be answered:
+BACKED_SHARE = 0.4
+#: How long the actors of a worker that wants to end may take to be suspended, before they are left as they are.
+SEE_OFF_PAUSE_S = 1.0
+
+
+class Census:
+    """Also the hub's listener (`greenroom.engine.workers.WorkerListener`)."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._store = engine.store
+        self._ops = engine.ops
+        #: Set, and replaced by a new one, whenever a worker has come.
+        self.arrival = asyncio.Event()
+        #: Workers that are away and may still come back in time: since when (loop time).
+        self._away: dict[str, float] = {}
+        self._comparing: dict[str, asyncio.Task[list[str]]] = {}
+        #: Workers whose residents have been compared since they connected.
+        self._welcomed: set[str] = set()
+        self._differed: dict[str, frozenset[tuple[str, int]]] = {}
+        self._leaving: set[str] = set()
+        #: ``last_seen`` of each worker, and when (loop time) this value was seen first, looking without a gap.
+        self._seen: dict[str, tuple[float, float]] = {}
+        self._looked_at = 0.0
+        #: It was written down after this (loop time) that the worker was heard.
+        self._backed: dict[str, float] = {}
+
+    # --- workers come and go ------------------------------------------------------------------------------
+
+    def worker_connected(self, hello: api.Hello) -> None:
+        if not self._ops.closed:
+            self._engine.spawn(self._welcome(hello), f"welcome-{hello.worker}")
+
+    def worker_heard(self, worker: str, heartbeat: api.Heartbeat) -> bool:
+        self._notice(worker, heartbeat)
+        backed = self._backed.get(worker)
+        limit_s = BACKED_SHARE * self._engine.config.worker_return_s
+        return backed is not None and clock.monotonic() - backed <= limit_s
+
+    def _notice(self, worker: str, heartbeat: api.Heartbeat) -> None:
+        """What it says lives there is compared with what this process routes to; the worker itself is asked before
+        anything is done about a difference."""
+        if self._ops.closed or worker in self._comparing or worker not in self._welcomed:
+            return
+        there = {(r.actor_uid, r.generation) for r in heartbeat.residents if r.state is api.ResidentState.RUNNING}
+        bound = {(b.uid, b.generation) for b in self._engine.bindings.all() if b.worker == worker}
+        # Once may be a message that crossed another; twice the same is worth a question.
+        differs = frozenset(there ^ bound)
+        if differs and differs == self._differed.get(worker):
+            self._engine.spawn(self._compare_quietly(worker), f"compare-{worker}")
+        self._differed[worker] = differs
+
+    def worker_leaving(self, worker: str, boot_id: str) -> None:
+        """Its agent was asked to end: its actors are suspended first, then it may go."""
+        if not self._ops.closed and worker not in self._leaving:
+            self._leaving.add(worker)
+            self._engine.spawn(self._see_off(worker, boot_id), f"see-off-{worker}")
+
+    def worker_gone(self, worker: str, boot_id: str) -> None:
+        self._welcomed.discard(worker)
+        if not self._ops.closed:
+            self._missing(worker)
+
+    def sandbox_exited(self, worker: str, event: api.SandboxExited) -> None:
+        if not self._ops.closed:
+            self._engine.spawn(self._exited(worker, event), f"exited-{event.actor_uid}")
+
+    async def _welcome(self, hello: api.Hello) -> None:
+        """Until it is done, or the connection has been replaced by another one."""
+        while self._engine.hub.connected().get(hello.worker) == hello:
+            try:
+                await self._register(hello)
+                under_way = await self._compare(hello.worker, anew=True)
+            except GreenroomError as error:
+                log.warning("worker not welcomed, tries again", worker=hello.worker, error=error.message)
+                await asyncio.sleep(self._engine.config.retry_s)
+                continue
+            self._welcomed.add(hello.worker)
+            self.arrival.set()
+            self.arrival = asyncio.Event()
+            self._engine.slot_freed(probe=True)
+            # An operation that had its answer before the worker went away does not notice what went with it.
+            self._engine.spawn(self._compare_after(under_way, hello.worker), f"compare-{hello.worker}")
+            self._engine.spawn(self._engine.recovery.unpublish(hello.worker), f"unpublish-{hello.worker}")
+            await self._engine.preparer.prewarm(hello)
+            return
+
+    async def _register(self, hello: api.Hello) -> None:
+        asked, now = clock.monotonic(), self._engine.now()
+        said: dict[str, Any] = {
+            "pool": hello.pool,
+            "backend": hello.backend,
+            "fingerprint": hello.fingerprint,
+            "capacity": hello.capacity,
+            "boot_id": hello.boot_id,
+            "memory_snapshots": hello.memory_snapshots,
+            "labels": hello.labels,
+            "images": hello.images,
+            "last_seen": now,
+            "message": "",
+        }
+        try:
+            await self._store.put(Worker(name=hello.worker, registered_at=now, **said))
+        except AlreadyExists:
+
+            def change(worker: Worker) -> Worker | None:
+                if self._engine.hub.connected().get(hello.worker) != hello:
+                    return None
+                draining = worker.state is WorkerState.DRAINING and hello.worker not in self._left(worker, hello)
+                state = WorkerState.DRAINING if draining else WorkerState.ACTIVE
+                return _heard(replace(worker, state=state, **said | {"last_seen": worker.last_seen}), now)
+
+            await self.change_worker(hello.worker, change)
+        self._backed[hello.worker] = asked
+
+    def _left(self, worker: Worker, hello: api.Hello) -> set[str]:
+        """A worker that was drained because its agent was to end is back with another agent: it takes actors again."""
+        return {worker.name} if worker.message == LEAVING and worker.boot_id != hello.boot_id else set()
+
+    async def change_worker(self, name: str, change: Callable[[Worker], Worker | None]) -> Worker | None:
+        """Changes a worker's record against whoever else writes it; what was written, or None when there is no such
+        worker or ``change`` says that there is nothing to write.
+
+        Raises:
+            Conflict: it keeps changing.
+        """
+
+        async def write() -> Worker | None:
+            worker = await self._store.get(Worker, name)
+            new = change(worker)
+            return None if new is None else worker if new == worker else await self._store.put(new)
+
+        for _ in range(WRITE_ATTEMPTS):
+            try:
+                return await self._ops.steadily(write)
+            except Conflict:
+                continue
+            except NotFound:
+                return None
+        raise Conflict(f"worker {name} keeps changing")
+
+    async def expect_all(self) -> None:
+        """At the start: workers of an earlier process that are not here (yet)."""
+        for worker in await self.all(Worker):
+            if worker.name not in self._engine.hub.connected():
+                if self._engine.config.exclusive:
+                    await self._mark_away(worker.name)
+                self._missing(worker.name)
+
+    def _missing(self, worker: str) -> None:
+        """A worker is away; however often it goes, one task waits for it."""
+        waiting = worker in self._away
+        self._away[worker] = clock.monotonic()
+        if not waiting:
+            self._engine.spawn(self._expect(worker), f"expect-{worker}")
+
+    async def _expect(self, worker: str) -> None:
+        """Waits for a worker that is away; when nobody hears it any more, its actors are lost."""
+        try:
+            marked = 0.0
+            while worker not in self._engine.hub.connected():
+                since = self._away[worker]
+                if since != marked:
+                    if self._engine.config.exclusive:
+                        await self._insist(lambda: self._mark_away(worker))
+                    marked = since
+                elif clock.monotonic() < since + self._engine.config.worker_return_s:
+                    await self.wait_for_worker(worker, since + self._engine.config.worker_return_s)
+                else:
+                    await self._insist(lambda: self._abandon_if_lost(worker))
+                    return
+        finally:
+            del self._away[worker]
+
+    async def _mark_away(self, worker: str) -> None:
+        def change(record: Worker) -> Worker | None:
+            if worker in self._engine.hub.connected() or record.state is WorkerState.DISCONNECTED:
+                return None
+            return replace(record, state=WorkerState.DISCONNECTED, last_seen=self._engine.now())
+
+        await self.change_worker(worker, change)
+
+    def _is_fresh(self, record: Worker) -> bool:
+        """Whether some replica may have heard it so lately that it does not count as lost."""
+        seen = self._seen.get(record.name)
+        if seen is None or seen[0] != record.last_seen:
+            return True
+        return clock.monotonic() < seen[1] + self._engine.config.worker_return_s
+
+    async def alive_elsewhere(self, worker: str) -> bool:
+        """Whether other replicas hear a worker that is not connected to this one."""
+        if self._engine.config.exclusive or worker in self._engine.hub.connected():
+            return False
+        try:
+            record = await self._ops.read(Worker, worker)
+        except NotFound:
+            return False
+        return record.state is not WorkerState.DISCONNECTED and self._is_fresh(record)
+
+    async def _abandon_if_lost(self, worker: str) -> None:
+        """A worker that did not come back to this process: lost, unless others hear it. What an operation holds there
+        is that operation's to settle, and looked at again by the next `_sweep`."""
+
+        def lost(record: Worker) -> Worker | None:
+            if worker in self._engine.hub.connected():
+                return None
+            if not self._engine.config.exclusive and self._is_fresh(record):
+                return None
+            return replace(record, state=WorkerState.DISCONNECTED)
+
+        if await self.change_worker(worker, lost) is None:
+            return
+        for actor in await self.all(Actor, worker=worker):
+            if worker in self._engine.hub.connected():
+                return
+            await self._crash(actor, actor.generation, "WorkerLost", f"worker {worker} went away and did not come back")
+
+    async def heard_loop(self) -> None:
+        """Writes down which workers this process hears, and finds those that nobody does."""
+        pause_s = self._engine.config.worker_return_s * LOOK_SHARE
+        while True:
+            began = clock.monotonic()
+            await asyncio.sleep(pause_s)
+            if clock.monotonic() - began > 2 * pause_s:  # this process did not run
+                self._seen.clear()
+            try:
+                await self._note_heard()
+            except Exception as error:  # whatever it is, the next round must come
+                self._seen.clear()
+                log.warning("workers not noted, tries again", error=str(error), exc_info=bug_of(error))
+
+    async def _note_heard(self) -> None:
+        asked, return_s = clock.monotonic(), self._engine.config.worker_return_s
+        workers = await self.all(Worker)
+        if clock.monotonic() - asked > 2 * return_s * LOOK_SHARE:
+            self._seen.clear()  # it took too long to count as looking without a gap
+        heard = self._engine.hub.heard()
+        for worker in workers:
+            self._engine.trust.noted(worker)
+            self._observe(worker, asked)
+            if asked - heard.get(worker.name, -return_s) < return_s * BACKED_SHARE:
+                due = asked - self._backed.get(worker.name, -return_s) >= return_s * NOTE_SHARE
+                if due or worker.state is WorkerState.DISCONNECTED:
+                    await self._note(worker.name)
+            elif worker.state is not WorkerState.DISCONNECTED and worker.name not in self._away:
+                await self._abandon_if_lost(worker.name)
+        self._looked_at = asked
+
+    def _observe(self, worker: Worker, asked: float) -> None:
+        seen = self._seen.get(worker.name)
+        if seen is None or seen[0] != worker.last_seen:
+            self._seen[worker.name] = (worker.last_seen, asked)
+        if seen is not None and seen[0] != worker.last_seen:  # others wrote it down, after the look before this one
+            self._backed[worker.name] = max(self._looked_at, self._backed.get(worker.name, self._looked_at))
+
+    async def _note(self, worker: str) -> None:
+        asked = clock.monotonic()
+        if await self.change_worker(worker, lambda w: _heard(w, self._engine.now())) is not None:
+            self._backed[worker] = asked
+
+    # --- workers that end ---------------------------------------------------------------------------------
+
+    async def _see_off(self, worker: str, boot_id: str) -> None:
+        """Suspends what runs on a worker whose agent was asked to end, uploads what is only there, and lets it go."""
+        try:
+            await self._insist(lambda: self._mark_leaving(worker, boot_id))
+            await self._engine.suspend_all([worker], cause="drain")
+            await self._engine.uploads.flush(worker)
+            if self._engine.hub.connected().get(worker, None) is not None:
+                awake = [a for a in await self.all(Actor, worker=worker)]
+                if not awake:
+                    await self._engine.hub.call(worker, api.Shutdown(wipe=True))
+                else:
+                    log.warning("worker ends with actors awake", worker=worker, actors=[str(a.key) for a in awake])
+        except GreenroomError as error:
+            log.warning("worker not seen off", worker=worker, error=error.message)
+        finally:
+            self._leaving.discard(worker)
+
+    async def _mark_leaving(self, worker: str, boot_id: str) -> None:
+        def change(record: Worker) -> Worker | None:
+            return replace(record, state=WorkerState.DRAINING, message=LEAVING) if record.boot_id == boot_id else None
+
+        await self.change_worker(worker, change)
+
+    async def wait_for_worker(self, worker: str, until: float) -> bool:
+        """Whether the worker is connected, waiting for it until ``until`` (monotonic seconds)."""
+        while worker not in self._engine.hub.connected():
+            try:
+                async with asyncio.timeout(until - clock.monotonic()):
+                    await self.arrival.wait()
+            except TimeoutError:
+                break
+        return worker in self._engine.hub.connected()
+
+    async def rejoin(self, key: Key) -> None:
+        """An actor that is RUNNING and that nobody can reach yet: waits for its worker and asks it.
+
+        Raises:
+            Unavailable: the worker is away (reason ``WORKER_DISCONNECTED``).
+        """
+        actor = await self._ops.read(Actor, str(key))
+        if actor.state is not ActorState.RUNNING:
+            return
+        if not await self.wait_for_worker(actor.worker, clock.monotonic() + self._engine.config.worker_return_s):
+            raise Unavailable(
+                f"actor {key} runs on worker {actor.worker}, which is away; it counts as lost if it does not come back",
+                reason="WORKER_DISCONNECTED",
+            )
+        await self._compare(actor.worker)
+
+    # --- what runs and what should ------------------------------------------------------------------------
+
+    async def _compare(self, worker: str, *, anew: bool = False) -> list[str]:
+        """Settles every difference between what runs on a worker and what should. One at a time per worker; who comes
+        meanwhile joins it, or (``anew``) waits for its end and begins another. Returns the operations that held an
+        actor there."""
+        task = self._comparing.get(worker)
+        while task is not None and anew:
+            await asyncio.wait({task})
+            task = self._comparing.get(worker)
+        if task is None:
+            task = self._ops.spawn(self._settle(worker), f"settle-{worker}")
+            self._comparing[worker] = task
+            task.add_done_callback(lambda _: self._comparing.pop(worker))
+        return await self._ops.attend(task)
+
+    async def _compare_quietly(self, worker: str) -> None:
+        try:
+            await self._compare(worker)
+        except GreenroomError as error:
+            log.info("worker not compared, the next sweep does", worker=worker, error=error.message)
+
+    async def _compare_after(self, operations: Collection[str], worker: str) -> None:
+        for operation_id in operations:
+            await self._ops.ended(operation_id)
+        if operations and worker in self._engine.hub.connected():
+            await self._compare(worker, anew=True)
+
+    async def _settle(self, worker: str) -> list[str]:
+        # First what should run and then what does: what begins in between is seen on the worker, and is no stray by the
+        # record that is read again; what ends in between has a newer generation than the record that was read.
+        actors = await self.all(Actor, worker=worker)
+        said = await self._residents(worker)
+        residents = {r.actor_uid: r for r in said.residents}
+        under_way: list[str] = []
+        for actor in actors:
+            resident = residents.pop(actor.uid, None)
+            if actor.state in BUSY:
+                under_way.append(actor.operation)  # it asks the worker itself
+            else:
+                await self._one(str(actor.key), self._confirm(actor, resident, said.epoch))
+        for resident in residents.values():
+            await self._one(f"{resident.namespace}/{resident.name}", self._discard_stray(worker, resident))
+        return [operation for operation in under_way if operation]
+
+    async def _residents(self, worker: str) -> api.Residents:
+        try:
+            async with asyncio.timeout(LIST_TIMEOUT_S):
+                said = await self._engine.hub.call(worker, api.ListResident())
+        except TimeoutError:
+            raise Unavailable(f"worker {worker} did not say within {LIST_TIMEOUT_S:g} s what runs on it") from None
+        assert isinstance(said, api.Residents)
+        return said
+
+    async def _one(self, actor: str, work: Awaitable[None]) -> None:
+        """One actor that can't be settled now does not keep the others from it; the next sweep tries it again."""
+        try:
+            await work
+        except GreenroomError as error:
+            log.warning("actor not settled, tries again", actor=actor, error=error.message)
+
+    async def _confirm(self, actor: Actor, resident: api.Resident | None, epoch: int) -> None:
+        if resident is None or resident.endpoint is None:
+            text = f"its sandbox was no longer there when worker {actor.worker} was asked"
+            await self._crash(actor, actor.generation, "SandboxLost", text)
+        else:
+            await self._reunite(actor, resident, epoch)
+
+    async def _reunite(self, actor: Actor, resident: api.Resident, epoch: int) -> None:
+        """An actor that is there: its sandbox is put into the state that the record says, and it is bound."""
+        ids: dict[str, Any] = {
+            "operation_id": f"reunite-{actor.uid}-{actor.generation}",
+            "actor_uid": actor.uid,
+            "generation": actor.generation,
+        }
+        frozen = resident.state is api.ResidentState.FROZEN
+        bound = self._engine.bindings.peek(actor.key)
+        try:
+            if actor.state is ActorState.PAUSED:
+                if not frozen:
+                    await self._engine.hub.call(actor.worker, api.Freeze(**ids))
+                return
+            if frozen:
+                # After the worker has said its epoch: had it been lost since, it would be in another.
+                if not await self._is_still(actor):
+                    return
+                await self._engine.hub.call(actor.worker, api.Thaw(**ids, epoch=epoch))
+            elif bound is not None and (bound.uid, bound.generation) == (actor.uid, actor.generation):
+                return
+        except LeaseLost:
+            return  # an operation has begun meanwhile
+        template = await self._ops.read(Template, f"{actor.namespace}/{actor.template}")
+        # Nothing is awaited between this look and the binding, so an operation that begins revokes it again.
+        if await self._is_still(actor) and not self._ops.busy(actor.uid):
+            self._engine.drivers.bind(replace(actor, endpoint=resident.endpoint), template)
+            log.info("actor goes on running", actor=str(actor.key), worker=actor.worker)
+
+    async def _is_still(self, actor: Actor) -> bool:
+        """Whether it is RUNNING in the incarnation that was read."""
+        current = await self._ops.read(Actor, str(actor.key))
+        return (current.uid, current.generation, current.state) == (actor.uid, actor.generation, ActorState.RUNNING)
+
+    async def _discard_stray(self, worker: str, resident: api.Resident) -> None:
+        """A sandbox that no record speaks of. The worker refuses, by generation, if that has changed."""
+        try:
+            actor = await self._ops.read(Actor, f"{resident.namespace}/{resident.name}")
+            if actor.uid == resident.actor_uid and actor.worker == worker:
+                return
+        except NotFound:
+            pass
+        log.info("discards a sandbox that no record speaks of", worker=worker, actor=resident.name)
+        call = api.Discard(
+            operation_id=f"stray-{resident.actor_uid}-{resident.generation}",
+            actor_uid=resident.actor_uid,
+            generation=resident.generation,
+        )
+        try:
+            await self._engine.hub.call(worker, call)
+        except LeaseLost:
+            pass  # it has been taken over meanwhile, and is none any more
+
+    async def _exited(self, worker: str, event: api.SandboxExited) -> None:
+        """A sandbox has ended by itself. An operation that holds the actor just now may have had its answer before
+        that; so the actor is looked at again when it has ended."""
+        while operation := await self._insist(lambda: self._record_exit(worker, event)):
+            await self._ops.ended(operation)
+            await asyncio.sleep(self._engine.config.retry_s)  # its driver may have given up; until it has a new one
+
+    async def _record_exit(self, worker: str, event: api.SandboxExited) -> str:
+        """Returns the operation that has to end first; "" when the exit is recorded, or does not matter any more."""
+        last = f"; its last lines:\n{event.last_lines}" if event.last_lines else ""
+        for actor in await self.all(Actor, uid=event.actor_uid):
+            if actor.worker == worker and actor.state in BUSY:
+                return actor.operation
+            if actor.worker == worker:
+                message = f"its process ended with status {event.code}{last}"
+                await self._crash(actor, event.generation, "Exited", message)
+        return ""
+
+    async def _crash(self, actor: Actor, generation: int, reason: str, message: str) -> None:
+        """Records that the incarnation of that generation, or an older one, is gone; a newer one is left alone."""
+        change = await self._ops.commit(
+            Crash(
+                operation_id=self._engine.new_id(),
+                key=actor.key,
+                now=self._engine.now(),
+                uid=actor.uid,
+                worker=actor.worker,
+                generation=generation,
+                reason=reason,
+                message=message,
+            )
+        )
+        current = change.actor
+        if change.outcome is Outcome.CHANGED:
+            log.warning("actor crashed", actor=str(actor.key), reason=reason)
+            self._engine.slot_freed()
+        if current is not None and current.state is ActorState.CRASHED:
+            self._engine.bindings.revoke(actor.key)
+
+    # --- loops --------------------------------------------------------------------------------------------
+
+    async def reconcile_loop(self) -> None:
+        """Finds what no message told: a sandbox that ended unheard, one that could not be ended, a worker that went."""
+        while True:
+            await asyncio.sleep(self._engine.config.reconcile_s)
+            try:
+                await self._sweep()
+            except Exception as error:
+                log.warning("sweep tries again", error=str(error), exc_info=bug_of(error))
+
+    async def _sweep(self) -> None:
+        connected = self._engine.hub.connected()
+        for worker in await self.all(Worker):
+            try:
+                if worker.name in connected:
+                    await self._compare(worker.name)
+                elif worker.name not in self._away:
+                    await self._abandon_if_lost(worker.name)
+            except GreenroomError as error:
+                log.warning("worker not compared, tries again", worker=worker.name, error=error.message)
+
+    # --- parts --------------------------------------------------------------------------------------------
+
+    async def all(self, cls: type[R], **where: str) -> list[R]:
+        """All pages of a list."""
+
+        async def pages() -> list[R]:
+            found: list[R] = []
+            while page := await self._store.list(cls, where=where, after=found[-1].pk if found else ""):
+                found += page
+            return found
+
+        return await self._ops.steadily(pages)
+
+    async def _insist(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Does what nobody else would do, until the store lets it."""
+        while True:
+            try:
+                return await work()
+            except (Unavailable, ResourceExhausted) as error:
+                if self._ops.closed:
+                    raise closing() from error
+                log.warning("tries again", error=error.message)
+            await asyncio.sleep(self._engine.config.retry_s)
+
+
+#: By how much ``last_seen`` grows at least with each new value.
+MIN_STEP_S = 0.001
+#: Message of a worker whose agent was asked to end.
+LEAVING = "its agent was asked to end"
+
+
+def _heard(worker: Worker, now: float) -> Worker:
+    """The worker as one that was just heard: with another ``last_seen`` than before, whatever the clock says."""
+    state = WorkerState.ACTIVE if worker.state is WorkerState.DISCONNECTED else worker.state
+    return replace(worker, last_seen=max(now, worker.last_seen + MIN_STEP_S), state=state)
+
+
+def bug_of(error: Exception) -> Exception | None:
+    """An error that nobody raised on purpose is logged with its traceback."""
+    return None if isinstance(error, GreenroomError) else error

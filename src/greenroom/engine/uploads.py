@@ -1,0 +1,93 @@
+"""Snapshots that a suspend left on the disk of their worker: brought to the snapshot store afterwards.
+
+A snapshot is ``LOCAL`` until `FinishUpload` is committed. Uploading is idempotent and a snapshot never changes, so any
+replica that is linked to the worker may do it, also two at a time. A worker that is gone for good takes what it had not
+uploaded with it: then the actor is CRASHED, says since when, and goes back to the snapshot before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import structlog
+
+from greenroom.core import agentapi as api
+from greenroom.core.commands import FinishUpload, LoseSnapshot
+from greenroom.core.errors import GreenroomError
+from greenroom.core.records import Key, Snapshot, SnapshotState, Worker
+
+if TYPE_CHECKING:
+    from greenroom.engine.engine import Engine
+
+log = structlog.get_logger(__name__)
+
+#: Uploads at a time from one replica: enough to fill a link, few enough to leave it usable.
+MAX_UPLOADS = 4
+
+
+class Uploads:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._ops = engine.ops
+        self._under_way: dict[str, asyncio.Task[None]] = {}
+        self._turns = asyncio.Semaphore(MAX_UPLOADS)
+
+    def begin(self, snapshot: Snapshot) -> asyncio.Task[None]:
+        """Uploads it; joins an upload that is under way. What fails is tried again by `sweep`."""
+        task = self._under_way.get(snapshot.id)
+        if task is None:
+            task = self._engine.spawn(self._upload(snapshot), f"upload-{snapshot.id}")
+            self._under_way[snapshot.id] = task
+            task.add_done_callback(lambda _: self._under_way.pop(snapshot.id))
+        return task
+
+    async def _upload(self, snapshot: Snapshot) -> None:
+        async with self._turns:
+            await self._engine.hub.call(snapshot.worker, api.Upload(snapshot_id=snapshot.id))
+        await self._ops.commit(FinishUpload(key=_key(snapshot), now=self._engine.now(), snapshot_id=snapshot.id))
+        log.info("snapshot uploaded", snapshot=snapshot.id, worker=snapshot.worker)
+
+    async def sweep(self) -> None:
+        """Uploads what is still local, and gives up what is lost."""
+        local = await self._engine.census.all(Snapshot, state=SnapshotState.LOCAL)
+        if not local:
+            return
+        workers = {w.name: w for w in await self._engine.census.all(Worker)}
+        for snapshot in local:
+            if snapshot.worker in self._engine.hub.connected():
+                self.begin(snapshot)
+            elif self.is_gone(workers.get(snapshot.worker)):
+                await self._lose(snapshot)
+
+    async def flush(self, worker: str) -> None:
+        """Uploads everything that is only on that worker, before it ends for good. Raises what an upload fails with."""
+        for snapshot in await self._engine.census.all(Snapshot, state=SnapshotState.LOCAL):
+            if snapshot.worker == worker:
+                await self._ops.attend(self.begin(snapshot))
+
+    def is_gone(self, worker: Worker | None) -> bool:
+        """Whether a worker has been away for so long that its disk counts as lost."""
+        return worker is None or worker.last_seen + self._engine.config.worker_gone_s < self._engine.now()
+
+    async def _lose(self, snapshot: Snapshot) -> None:
+        message = (
+            f"snapshot {snapshot.id} was on worker {snapshot.worker} only, which has been away for more than "
+            f"{self._engine.config.worker_gone_s:g} s"
+        )
+        log.error("snapshot lost", snapshot=snapshot.id, actor=f"{snapshot.namespace}/{snapshot.actor}")
+        lose = LoseSnapshot(
+            key=_key(snapshot),
+            now=self._engine.now(),
+            operation_id=self._engine.new_id(),
+            snapshot_id=snapshot.id,
+            message=message,
+        )
+        try:
+            await self._ops.commit(lose)
+        except GreenroomError as error:
+            log.warning("lost snapshot not recorded, tries again", snapshot=snapshot.id, error=error.message)
+
+
+def _key(snapshot: Snapshot) -> Key:
+    return Key(snapshot.namespace, snapshot.actor)
