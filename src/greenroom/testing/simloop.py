@@ -125,6 +125,7 @@ class SimLoop(asyncio.BaseEventLoop):
     """
 
     def __init__(self, seed: int | str, *, pace: Pace = AT_ONCE, limit: int = 1_000_000) -> None:
+        self._running = self._ended = self._stop = False
         super().__init__()
         self._random = random.Random(f"loop {seed}")
         self._pace = pace
@@ -133,7 +134,6 @@ class SimLoop(asyncio.BaseEventLoop):
         self._timers: list[tuple[float, float, int, asyncio.TimerHandle]] = []
         #: Processes with something ready, running, busy or paused.
         self._active: list[Process] = []
-        self._running = self._ended = self._stop = False
         self.numbers = itertools.count(1)
         self.steps = 0
         #: What was reported to the loop's exception handler: exceptions in callbacks, and those that nobody fetched.

@@ -43,6 +43,8 @@ SLOW_ONE_IN = 100
 REDIAL_S = 1.0
 #: How long an agent waits for the answer to its hello.
 HELLO_S = 2.0
+#: While it is alone it looks this often for what runs, in seconds.
+SCAN_S = 0.2
 
 Reply = Callable[[Link, Any, Record | GreenroomError], None]
 
@@ -56,11 +58,7 @@ class Directory(Protocol):
 
 
 class Agent:
-    """One agent process on a machine.
-
-    Attributes:
-        said: the hello that it last said.
-    """
+    """One agent process on a machine."""
 
     def __init__(
         self,
@@ -85,8 +83,6 @@ class Agent:
         self._fence = Fence(self.worker, cast(Journal, machine.journal), self._resident_generation, self._still_holds)
         self._links: dict[str, Link] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        #: When it last said something that some replica answered.
-        self._heard = network.loop.time()
         self._welcome = Welcome()
         self.leaving = False
 
@@ -123,16 +119,15 @@ class Agent:
         loop = self.network.loop
         link = Link(self.network, self, replica)
         self._links[replica] = link
-        self.said = self.hello()
-        loop.call_later(self.network.latency(), self._knock, link, self.said, context=loop.main.context)
+        loop.call_later(self.network.latency(), self._knock, link, context=loop.main.context)
         loop.call_later(HELLO_S, self._redial_unless_welcomed, link)
 
-    def _knock(self, link: Link, hello: Hello) -> None:
+    def _knock(self, link: Link) -> None:
         """On the network: whoever has the replica's name now gets it."""
         hub = self.directory.hub(link.replica)
         if hub is not None and link.agent_open and self.network.reaches(link.replica, self.worker):
             link.hub = hub
-            self.network.loop.call_soon(hub.accept, link, hello, context=hub.process.context)
+            self.network.loop.call_soon(hub.accept, link, link.hello, context=hub.process.context)
 
     def _redial_unless_welcomed(self, link: Link) -> None:
         if not link.hub_open:
@@ -146,40 +141,61 @@ class Agent:
         if self._links.get(link.replica) is link:
             self.network.loop.call_later(self._random.random() * REDIAL_S, self._dial, link.replica)
 
-    def welcomed(self, link: Link, welcome: Welcome, sent_at: float) -> None:
+    def welcomed(self, link: Link, welcome: Welcome) -> None:
+        """The answer to its hello, or to a heartbeat."""
         if not link.agent_open:
             return
-        link.agent_heard = max(link.agent_heard, sent_at)
-        self._heard = max(self._heard, sent_at)
         self._welcome = welcome
+        self.machine.alone_s = welcome.alone_s
+        sent_at = link.unanswered.pop(welcome.beat, None)
+        if sent_at is not None:
+            self.machine.answered_at = max(self.machine.answered_at, sent_at)
         if not link.beats:
             link.beats = True
             self.network.loop.call_later(welcome.heartbeat_s, self._beat, link)
 
     def _beat(self, link: Link) -> None:
-        loop, every_s = self.network.loop, self._welcome.heartbeat_s
-        if not link.agent_open or link.hub is None:
+        loop = self.network.loop
+        if not link.agent_open or link.hub is None or self._is_dead(link):
             return
-        if loop.time() - link.agent_heard > DEAD_AFTER * every_s:
-            self.hung_up(link)
-            return
-        link.up(link.hub.heard, link, api.Heartbeat(boot_id=self.boot_id, residents=self._list()), loop.time())
-        loop.call_later(every_s, self._beat, link)
+        link.beaten += 1
+        link.unanswered[link.beaten] = loop.time()
+        beat = api.Heartbeat(boot_id=self.boot_id, beat=link.beaten, residents=self._list())
+        link.up(link.hub.beat, link, beat)
+        loop.call_later(self._welcome.heartbeat_s, self._beat, link)
+
+    def _is_dead(self, link: Link) -> bool:
+        """What keepalive messages of the transport tell: nobody is there any more, or has not been for a while."""
+        now = self.network.loop.time()
+        if self.network.reaches(link.replica, self.worker):
+            link.agent_heard = now
+            if self.directory.hub(link.replica) is link.hub:
+                return False
+        elif now - link.agent_heard <= DEAD_AFTER * self._welcome.heartbeat_s:
+            return False
+        self.hung_up(link)
+        return True
+
+    # --- alone --------------------------------------------------------------------------------------------
 
     def alone(self) -> bool:
-        """Whether it has heard no replica for so long that its actors may count as lost."""
-        return 0 < self._welcome.alone_s < self.network.loop.time() - self._heard
+        """Whether no heartbeat has been answered for so long that its actors may count as lost."""
+        machine = self.machine
+        return 0 < machine.alone_s <= self.network.loop.time() - machine.answered_at
 
     def _mind_being_alone(self) -> None:
-        """Freezes what runs when nobody has been heard for too long."""
-        loop, alone_s = self.network.loop, self._welcome.alone_s
+        """Freezes what runs while it is alone."""
+        loop, machine = self.network.loop, self.machine
+        wait_s = 1.0 if not machine.alone_s else machine.answered_at + machine.alone_s - loop.time()
         if self.alone():
-            for sandbox in self.machine.sandboxes.values():
-                if not sandbox.frozen:
-                    self.trace(self.worker, "freezes, being alone,", sandbox.identity.name)
-                    sandbox.freeze()
-        wait_s = self._heard + alone_s - loop.time() if alone_s else 1.0
-        loop.call_later(max(wait_s, 0.1) + 0.001, self._mind_being_alone)
+            wait_s = SCAN_S
+            running = [s for s in machine.sandboxes.values() if not s.frozen]
+            if running:
+                machine.epoch += 1
+            for sandbox in running:
+                self.trace(self.worker, "freezes, being alone,", sandbox.identity.name)
+                sandbox.freeze()
+        loop.call_later(wait_s, self._mind_being_alone)
 
     # --- calls --------------------------------------------------------------------------------------------
 
@@ -226,7 +242,7 @@ class Agent:
                 await self._work(QUICK_S)
                 return api.Prepared(image_digest=f"sha256:{call.image}", size_bytes=1)
             case api.ListResident():
-                return api.Residents(residents=self._list())
+                return api.Residents(epoch=self.machine.epoch, residents=self._list())
             case api.Warm() | api.Shutdown():
                 return api.Done()
             case _:
@@ -371,6 +387,8 @@ class Agent:
         return api.Done(phases=phases)
 
     async def _thaw(self, call: api.Thaw) -> api.Started:
+        if call.epoch != -1 and (call.epoch != self.machine.epoch or self.alone()):
+            raise FailedPrecondition("what you know of it is from before it was frozen", reason="STALE_EPOCH")
         sandbox = self._resident(call.actor_uid)
         self.machine.staged.pop(call.actor_uid, None)
         phases = await self._work(QUICK_S)
@@ -381,8 +399,7 @@ class Agent:
     def _go_on(self, sandbox: Sandbox) -> None:
         if sandbox.gone:
             raise NotFound(f"actor {sandbox.uid} has ended", reason="NOT_RESIDENT")
-        if not self.alone():
-            self.machine.thaw(sandbox)
+        self.machine.thaw(sandbox)
 
     # --- sleep --------------------------------------------------------------------------------------------
 

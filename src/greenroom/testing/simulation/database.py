@@ -1,7 +1,7 @@
 """The real store in memory, as replicas of a control plane see it over a network: late, and sometimes not at all.
 
 Each replica has a clock of its own and one change feed. What it wrote itself comes back on the feed soon, what others
-wrote comes later; each of the two in the order of the commits, but not the one in the order of the other.
+wrote comes later; for each record in the order of the commits, and in no order between different records.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ STORE = "store"
 FEED_DELAY_S = 0.05
 #: The same while a feed lags.
 FEED_LAG_S = 5.0
+#: The smallest time between two changes of one record.
+TICK_S = 1e-6
 
 
 def at_once(work: Coroutine[Any, Any, T]) -> T:
@@ -97,7 +99,8 @@ class Feed:
         self._database = database
         self._watchers: list[weakref.ref[Watcher]] = []
         self._sequence = 0
-        self._last = {True: 0.0, False: 0.0}
+        #: When the latest change of each record comes.
+        self._last: dict[tuple[type[Stored], str], float] = {}
         self.lag_until = 0.0
         database.feeds.append(self)
 
@@ -114,17 +117,20 @@ class Feed:
         delay = network.latency()
         if not own:
             delay += network.random.random() * (FEED_LAG_S if loop.time() < self.lag_until else FEED_DELAY_S)
-        self._last[own] = when = max(self._last[own], loop.time() + delay)
-        loop.call_at(when, self._arrive, effects, context=self.process.context)
+        when = loop.time() + delay
+        keys = [(type(record), record.pk) for _, record in effects]
+        when = max([when, *(self._last[key] + TICK_S for key in keys if key in self._last)])
+        self._last.update(dict.fromkeys(keys, when))
+        loop.call_at(when, self._arrive, effects, own, context=self.process.context)
 
-    def _arrive(self, effects: Effects) -> None:
+    def _arrive(self, effects: Effects, own: bool) -> None:
         if not self._network.reaches(self.process.name, STORE):
             self.cut()  # what comes meanwhile is lost, so it has a gap
             return
         self._watchers = [ref for ref in self._watchers if ref() is not None]
         for kind, record in effects:
             self._sequence += 1
-            event = Event(type=kind, record=record, sequence=self._sequence)
+            event = Event(type=kind, record=record, sequence=self._sequence, foreign=not own)
             for ref in self._watchers:
                 if (watcher := ref()) is not None:
                     watcher.push(event)

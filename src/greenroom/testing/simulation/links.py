@@ -11,6 +11,8 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
 from greenroom.core.agentapi import AgentCall, Exec, Heartbeat, Hello, Logs, SandboxExited, Welcome
 from greenroom.core.errors import GreenroomError, Unavailable, rebuild
 from greenroom.core.records import Record
@@ -38,10 +40,12 @@ class Link:
         #: Whether the agent's, and the replica's, end is open.
         self.agent_open = True
         self.hub_open = False
-        #: When the agent last sent something that was answered (or when it dialled), and when the replica last heard
-        #: it.
-        self.agent_heard = network.loop.time()
-        self.hub_heard = 0.0
+        self.hello = agent.hello()
+        #: When the replica last heard the agent, and when the agent could last have reached the replica.
+        self.hub_heard = self.agent_heard = network.loop.time()
+        #: When the agent sent its heartbeats that are not answered yet, by number.
+        self.unanswered: dict[int, float] = {}
+        self.beaten = 0
         #: Whether the agent has begun to say that it lives.
         self.beats = False
         self._last_up = self._last_down = 0.0
@@ -101,7 +105,10 @@ class SimHub:
     # --- the engine's side --------------------------------------------------------------------------------
 
     def connected(self) -> dict[str, Hello]:
-        return {name: link.agent.said for name, link in self._links.items()}
+        return {name: link.hello for name, link in self._links.items()}
+
+    def heard(self) -> dict[str, float]:
+        return {name: link.hub_heard for name, link in self._links.items()}
 
     def open(self, worker: str, call: Exec | Logs) -> CallStream:
         raise _disconnected(worker)
@@ -177,19 +184,19 @@ class SimHub:
         if old is not None:
             self._close(old, replaced=True)
         self._trace(self.process.name, "hello", hello.worker, hello.boot_id)
-        link.down(link.agent.welcomed, link, self.welcome, self.network.loop.time())
+        link.down(link.agent.welcomed, link, self.welcome)
         self._look_after(link)
         if self.listener is not None:
             self.listener.worker_connected(hello)
 
-    def heard(self, link: Link, heartbeat: Heartbeat, sent_at: float) -> None:
+    def beat(self, link: Link, heartbeat: Heartbeat) -> None:
+        """An agent says that it lives."""
         if not link.hub_open:
             link.down(link.agent.hung_up, link)
             return
         link.hub_heard = self.network.loop.time()
-        link.down(link.agent.welcomed, link, self.welcome, sent_at)
-        if self.listener is not None:
-            self.listener.worker_heard(link.agent.worker, heartbeat)
+        if self.listener is not None and self.listener.worker_heard(link.agent.worker, heartbeat):
+            link.down(link.agent.welcomed, link, replace(self.welcome, beat=heartbeat.beat))
 
     def exited(self, link: Link, event: SandboxExited) -> None:
         if link.hub_open and self.listener is not None:

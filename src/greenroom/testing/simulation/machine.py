@@ -139,6 +139,9 @@ class Machine:
         sandboxes: by actor uid.
         staged: snapshots that were written and not published, by actor uid.
         held: snapshots that are kept here until they are uploaded, by id.
+        alone_s: what the control plane last said of it.
+        answered_at: when the last heartbeat was sent that was answered.
+        epoch: how often an agent here has frozen what ran because it was alone.
     """
 
     def __init__(self, loop: SimLoop, name: str, capacity: int, watch: Watch, register: dict[str, Sandbox]) -> None:
@@ -156,6 +159,9 @@ class Machine:
         self.journal = MemoryJournal()
         self.staged: dict[str, tuple[Snapshot, int]] = {}
         self.held: dict[str, tuple[Snapshot, int]] = {}
+        self.alone_s = 0.0
+        self.answered_at = 0.0
+        self.epoch = 0
 
     def boot(self) -> None:
         self.up = True

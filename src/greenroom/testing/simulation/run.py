@@ -123,7 +123,10 @@ class Simulation:
             return
         self._processes += 1
         bits = random.Random(f"ids {self.seed} {self._processes}").getrandbits
-        config = replace(self.plan.clocks, owner=f"{name}-{self._processes}", randbits=bits)
+        owner = f"{name}/{self._processes}"
+        config = replace(
+            self.plan.clocks, owner=owner, replica=name, link=name, exclusive=self.plan.replicas == 1, randbits=bits
+        )
         skew_s = self._random.uniform(-SKEW_S, SKEW_S)
         replica = Replica(
             name, self.network, self.database, self.bucket, config, skew_s, self.sandboxes, self.oracle, self.trace
