@@ -208,10 +208,9 @@ class Agent:
         task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, link: Link, call: AgentCall, pending: Any, reply: Reply) -> None:
-        if isinstance(call, api.ActorCall):
-            self.machine.watch.call_arrived(self.worker, call)
+        stale = isinstance(call, api.ActorCall) and self.machine.watch.call_arrived(self.worker, call)
         try:
-            reply(link, pending, await self._handle(call))
+            reply(link, pending, await self._handle(call, stale))
         except GreenroomError as error:
             reply(link, pending, error)
 
@@ -219,7 +218,7 @@ class Agent:
         """It is about to change a sandbox."""
         self.machine.watch.call_acts(self.worker, call)
 
-    async def _handle(self, call: AgentCall) -> Record:
+    async def _handle(self, call: AgentCall, stale: bool) -> Record:
         match call:
             case api.Start() | api.Restore():
                 return await self._fence.run(call, lambda: self._wake(call))
@@ -228,7 +227,7 @@ class Agent:
             case api.Publish():
                 return await self._fence.run(call, lambda: self._publish(call))
             case api.Discard():
-                return await self._fence.run(call, lambda: self._discard(call))
+                return await self._fence.run(call, lambda: self._discard(call, stale))
             case api.Freeze():
                 return await self._fence.run(call, lambda: self._freeze(call))
             case api.Thaw():
@@ -271,7 +270,7 @@ class Agent:
             case api.Freeze():
                 return sandbox is not None and sandbox.frozen
             case api.Publish():
-                return False
+                return call.hold and call.snapshot_id in self.machine.held
             case _:
                 return sandbox is None and staged is None
 
@@ -371,8 +370,9 @@ class Agent:
             self.machine.remove(sandbox)
         self.machine.staged.pop(uid, None)
 
-    async def _discard(self, call: api.Discard) -> api.Done:
-        self._acts(call)
+    async def _discard(self, call: api.Discard, stale: bool) -> api.Done:
+        if stale:  # one that has begun ends before what comes after it begins
+            self._acts(call)
         await self._end(call.actor_uid)
         return api.Done()
 
@@ -430,6 +430,8 @@ class Agent:
         return api.Checkpointed(size_bytes=8, phases=phases)
 
     async def _publish(self, call: api.Publish) -> api.Published:
+        if call.hold and call.snapshot_id in self.machine.held:
+            return api.Published(snapshot=self.machine.held[call.snapshot_id][0])
         staged = self.machine.staged.get(call.actor_uid)
         if staged is None or staged[0].id != call.snapshot_id:
             raise NotFound(f"worker {self.worker} has no files of {call.snapshot_id}", reason="NOT_STAGED")

@@ -16,6 +16,7 @@ from greenroom.store.memory import MemoryStore
 from greenroom.store.port import KEPT_OPERATIONS, MAX_PAGE, Event, EventType, Free, R, Stored, W
 from greenroom.store.watch import Watcher
 from greenroom.testing.simloop import Process
+from greenroom.testing.simulation.faults import HEAVY
 from greenroom.testing.simulation.network import Network
 from greenroom.testing.simulation.trace import Trace
 
@@ -164,7 +165,7 @@ class SimStore:
     async def apply(self, command: ActorCommand) -> Change:
         what = f"{type(command).__name__} {command.key}"
         act = lambda: self._database.do(self._me, what, self._memory.apply(command), command)  # noqa: E731
-        return await self._network.ask(STORE, act, _away)
+        return await self._network.ask(STORE, act, _away, weight=HEAVY)
 
     async def put(self, record: W) -> W:
         return await self._ask(f"put {type(record).__name__} {record.pk}", lambda: self._memory.put(record))

@@ -50,6 +50,9 @@ AT_CALL = (*AT_ASK, Fault.AGENT_BEFORE, Fault.AGENT_AFTER)
 #: To parts of the world.
 OF_PARTS = tuple(fault for fault in Fault if fault not in AT_CALL)
 
+#: Weight of a step that changes something.
+HEAVY = 5.0
+
 _DEADLY = frozenset({Fault.CRASH_BEFORE, Fault.CRASH_AFTER, Fault.AGENT_BEFORE, Fault.AGENT_AFTER})
 
 
@@ -63,6 +66,9 @@ class Chosen:
 
 class Injector:
     """Asked at every step of a replica whether it goes wrong.
+
+    Most steps are looks at the same few records again and again. Those that change something are more likely to go wrong
+    (`HEAVY`).
 
     Args:
         rate: share of steps that do, while there is `trouble`.
@@ -86,14 +92,14 @@ class Injector:
         """From now on steps are counted, from 1, and that one goes wrong."""
         self._chosen, self.steps = chosen, 0
 
-    def at(self, possible: tuple[Fault, ...]) -> Fault | None:
-        """The fault of the step that is being taken."""
+    def at(self, possible: tuple[Fault, ...], weight: float = 1.0) -> Fault | None:
+        """The fault of the step that is being taken. ``weight``: how likely it is compared with others."""
         if self._chosen is not None:
             self.steps += 1
             if self.steps == self._chosen.step and self._chosen.fault in possible:
                 return self._hit(self._chosen.fault)
             return None
-        if not self.trouble or self._random.random() >= self._rate:
+        if not self.trouble or self._random.random() >= self._rate * weight:
             return None
         dies = self._random.random() < self._deadly
         among = [f for f in possible if (f in _DEADLY) is dies and f not in self._without]

@@ -18,7 +18,7 @@ from greenroom.core.errors import GreenroomError, Unavailable, rebuild
 from greenroom.core.records import Record
 from greenroom.engine.workers import CallStream, OnProgress, WorkerListener
 from greenroom.testing.simloop import Process
-from greenroom.testing.simulation.faults import AT_CALL, Fault
+from greenroom.testing.simulation.faults import AT_CALL, HEAVY, Fault
 from greenroom.testing.simulation.network import Network
 from greenroom.testing.simulation.trace import Trace
 
@@ -131,7 +131,7 @@ class SimHub:
         """With what goes wrong. A call that is lost, or its answer, is noticed when the connection breaks of it."""
         network, loop = self.network, self.network.loop
         handle, answered = link.agent.called, self._answered
-        match network.faults.at(AT_CALL):
+        match network.faults.at(AT_CALL, HEAVY):
             case None:
                 link.down(handle, link, call, pending, answered)
             case Fault.SLOW:

@@ -78,14 +78,15 @@ class Network:
         act: Callable[[], T],
         failure: Callable[[], GreenroomError],
         possible: tuple[Fault, ...] = AT_ASK,
+        weight: float = 1.0,
     ) -> T:
         """Has ``act`` done by ``to``, at once when the question arrives there, and returns what it returned or raises
         what it raised; or ``failure()``: then it may have been done, or may be done yet. ``possible``: what may go
-        wrong."""
+        wrong, ``weight``: how likely."""
         loop, process = self.loop, self.loop.current()
         answer: asyncio.Future[T] = loop.create_future()
         ask = _Ask(self, to, process, act, failure, answer)
-        fault = self.faults.at(possible)
+        fault = self.faults.at(possible, weight)
         there = self.latency()
         match fault:
             case None:

@@ -109,8 +109,8 @@ class Oracle:
     #: How operations ended, by (kind, end); crashes by reason; and what else is worth to be seen.
     ends: Counter[str] = field(default_factory=Counter)
     writes: int = 0
-    #: The highest generation of any call that has reached a machine, by machine and actor.
-    seen: dict[tuple[str, str], int] = field(default_factory=dict)
+    #: The call of the highest generation that has reached a machine, by machine and actor.
+    seen: dict[tuple[str, str], ActorCall] = field(default_factory=dict)
     #: Actors with more than one running sandbox.
     suspects: dict[str, Key] = field(default_factory=dict)
     #: What does not hold. The first one ends the simulation.
@@ -186,7 +186,8 @@ class Oracle:
             return
         if isinstance(before, Operation):
             self._version(before, op)
-            if before.state is not OperationState.RUNNING:
+            again = op.kind is OperationKind.PREPARE and (op.state, op.error) == (before.state, before.error)
+            if before.state is not OperationState.RUNNING and not again:
                 raise self.broken(f"an operation that has ended was changed: {before} -> {op}")
             if op.generation < before.generation:
                 raise self.broken(f"the generation went back: {before} -> {op}")
@@ -322,14 +323,21 @@ class Oracle:
 
     # --- sandboxes ----------------------------------------------------------------------------------------
 
-    def call_arrived(self, machine: str, call: ActorCall) -> None:
+    def call_arrived(self, machine: str, call: ActorCall) -> bool:
+        """Whether its owner has been followed by another one, as far as this machine has seen."""
         key = (machine, call.actor_uid)
-        self.seen[key] = max(self.seen.get(key, 0), call.generation)
+        seen = self.seen.get(key)
+        if seen is None or call.generation >= seen.generation:
+            self.seen[key] = call
+            return False
+        return True
 
     def call_acts(self, machine: str, call: ActorCall) -> None:
-        """It is about to change a sandbox."""
-        if call.generation < (seen := self.seen.get((machine, call.actor_uid), 0)):
-            raise self.broken(f"a stale owner changes a sandbox on {machine}, which has seen generation {seen}: {call}")
+        """It is about to change a sandbox. Who goes on with an operation may have joined the call of the owner before."""
+        seen = self.seen[machine, call.actor_uid]
+        joined = (type(seen), seen.operation_id) == (type(call), call.operation_id)
+        if call.generation < seen.generation and not joined:
+            raise self.broken(f"a stale owner changes a sandbox on {machine}, which has seen {seen}: {call}")
 
     def runs(self, sandbox: Sandbox) -> None:
         """A sandbox runs from this instant."""

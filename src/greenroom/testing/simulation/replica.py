@@ -112,9 +112,11 @@ class Replica:
             else:
                 self.loop.call_later(self.network.latency(), _settle, answer, result, None, context=client.context)
 
-        self.loop.call_later(
-            self.network.latency(), self.loop.start, self.process, serve(), what, context=self.process.context
-        )
+        def arrive() -> None:
+            if self.alive:
+                self.loop.start(self.process, serve(), what)
+
+        self.loop.call_later(self.network.latency(), arrive, context=self.loop.main.context)
         try:
             return await answer
         finally:

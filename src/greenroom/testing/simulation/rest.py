@@ -50,7 +50,7 @@ async def problems(
     actors = await list_all(store, Actor)
     found = [f"under way: {o}" for o in await list_all(store, Operation, where={"state": OperationState.RUNNING})]
     found += [f"in between: {a}" for a in actors if a.state in states.BUSY]
-    found += [f"not started: {r.name}" for r in replicas if not r.started]
+    found += [f"not started: {r.name}" for r in replicas if not (r.alive and r.started)]
     found += [f"driven by {r.name}: {o}" for r in replicas for o in r.engine.ops.running]
     found += _sandboxes(actors, machines) + _bindings(actors, replicas)
     found += await _snapshots(store, actors, machines, bucket)
@@ -89,13 +89,11 @@ async def _snapshots(
 ) -> list[str]:
     """What is stored is what has a record, and each record is wanted by somebody."""
     records = {s.id: s for s in await list_all(store, Snapshot)}
-    held = {i for m in machines.values() for i in m.held}
     present = {i for i, s in records.items() if s.state is not SnapshotState.LOCAL}
     wanted = {i for a in actors for i in (a.snapshot, a.previous_snapshot) if i}
     wanted |= {t.golden_snapshot for t in await list_all(store, Template) if t.golden_snapshot}
     return (
-        [f"stored or recorded, but not both: {i}" for i in set(bucket.stored) ^ present]
-        + [f"held without a record: {i}" for i in held - set(records)]
-        + [f"still held: {i}" for i in held & present]
+        [f"recorded, but not stored: {i}" for i in present - set(bucket.stored)]
+        + [f"still to be uploaded: {s}" for s in records.values() if s.state is SnapshotState.LOCAL]
         + [f"wanted by nobody: {records[i]}" for i in set(records) - wanted if records[i].state != "Corrupt"]
     )

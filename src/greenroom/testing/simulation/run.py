@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import structlog
@@ -40,6 +41,8 @@ SETUP_S = 60.0
 RESTART_S = 1.0
 #: Clocks of replicas differ by up to this much.
 SKEW_S = 0.5
+#: How often somebody tries to use an actor in the end.
+USES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,18 +260,20 @@ class Simulation:
         self.oracle.audit()
 
     async def _use(self, actor: Actor) -> None:
-        replica = self._random.choice(self.replicas_alive())
-        for last in (False, True):
+        """Somebody uses it, and tries again when it was just being put to sleep."""
+        for attempt in range(USES):
+            replica = self._random.choice(self.replicas_alive())
             try:
-                self.oracle.answered(await replica.ask("request", lambda: replica.request(actor.key)))
+                self.oracle.answered(await replica.ask("request", partial(replica.request, actor.key)))
                 return
             except GreenroomError as error:
                 self.trace("refused", actor.key, error.reason, error.message)
-                if last or error.reason != "ACTOR_CRASHED":
-                    if error.reason in ("SNAPSHOT_CORRUPT", "NO_CAPACITY"):
-                        return  # nothing good is left of it; every other actor is in use
+                if error.reason in ("SNAPSHOT_CORRUPT", "NO_CAPACITY"):
+                    return  # nothing good is left of it; every other actor is in use
+                if error.reason == "ACTOR_CRASHED":
+                    await replica.ask("resume", partial(replica.engine.resume, actor.key))
+                elif error.reason != "UNAVAILABLE" or attempt == USES - 1:
                     raise self.oracle.broken(f"{actor.key} can't be used: {error.reason}: {error.message}") from error
-            await replica.ask("resume", lambda: replica.engine.resume(actor.key))
 
     def run(self) -> Report:
         """Raises:

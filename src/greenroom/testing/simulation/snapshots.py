@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from greenroom.core.errors import Conflict, DataLoss, NotFound, Unavailable
 from greenroom.core.records import FileDigest, Snapshot, SnapshotState
-from greenroom.testing.simulation.faults import AT_ASK, Fault
+from greenroom.testing.simulation.faults import AT_ASK, HEAVY, Fault
 from greenroom.testing.simulation.network import Network
 from greenroom.testing.simulation.trace import Trace
 
@@ -34,7 +34,7 @@ class Bucket:
 
     async def ask(self, what: str, act: Callable[[], T], possible: tuple[Fault, ...] = AT_ASK) -> T:
         self.trace(self.network.loop.current().name, "snapshots", what)
-        return await self.network.ask(SNAPSHOTS, act, _away, possible)
+        return await self.network.ask(SNAPSHOTS, act, _away, possible, HEAVY)
 
     async def publish(self, snapshot: Snapshot, count: int) -> Snapshot:
         """See `greenroom.snapshots.port.SnapshotStore.publish`."""
