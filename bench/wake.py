@@ -36,7 +36,7 @@ from typing import Any
 import uvloop
 from _kit import WORK, conditions, percentile, report, say
 
-from greenroom.agent.agent import sandbox_class
+from greenroom.agent.classes import sandbox_class
 from greenroom.api import convert
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
 from greenroom.core.agentapi import Identity

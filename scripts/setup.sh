@@ -2,6 +2,7 @@
 # Makes everything that Greenroom needs, inside this directory where it can:
 #   .venv        virtual environment with the pinned, hash-checked packages of requirements/
 #   .tools/bin   runsc (gVisor), and with --test the Docker registry that the tests pull from
+#   .tools/postgres  with --test the PostgreSQL server that the tests start
 #
 # usage: scripts/setup.sh [--test]
 #
@@ -22,7 +23,7 @@ want=runtime
 case "${1-}" in
   '') ;;
   --test) want=dev ;;
-  *) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  *) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -61,6 +62,26 @@ runsc_done() {
 
 registry_done() { [ -x "$TOOLS/bin/docker-registry" ] || command -v docker-registry >/dev/null; }
 
+# A server of PostgreSQL 15 or newer: Debian's package, installed or unpacked by this script, or another one on PATH.
+postgres_done() {
+  local found
+  for found in "$TOOLS"/postgres/usr/lib/postgresql/*/bin/postgres /usr/lib/postgresql/*/bin/postgres \
+    "$(command -v postgres || true)"; do
+    postgres_good "$found" && return
+  done
+  return 1
+}
+
+postgres_good() { # $1 runs and is new enough
+  local version
+  [ -x "$1" ] && version=$(LD_LIBRARY_PATH=$(postgres_libraries "$1") "$1" --version 2>/dev/null | grep -oE '[0-9]+' | head -n 1) &&
+    [ "${version:-0}" -ge 15 ]
+}
+
+postgres_libraries() { # of a server that this script unpacked: those that the system lacks are beside it
+  case "$1" in "$TOOLS"/postgres/*) (cd "$TOOLS/postgres/usr/lib" && echo "$PWD"/*-linux-gnu*) ;; esac
+}
+
 # --- Debian packages without touching the system's apt ----------------------------------------------------------
 
 # Mirrors of the Debian main archive among the machine's own apt sources, best first. apt itself reads them (one-line
@@ -72,10 +93,11 @@ debian_mirrors() { # $1: code name
     sed -nE "s,^'([^']+)/dists/($1|stable|oldstable|oldoldstable)/main/binary-[^']*'.*,\1,p" | grep -v '^cdrom:' | awk '!seen[$0]++'
 }
 
-# Unpacks one Debian package below .tools/apt/root. apt checks the archive's signature against Debian's keyring and
-# the package against the signed index; its lists and cache live below .tools/apt, the system's stay as they are.
-fetch_deb() { # $1: mirror, $2: suite, $3: package
-  local state=$TOOLS/apt/$2 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+# Unpacks one Debian package below .tools/apt/root, and with --with-libraries what it needs and the system lacks. apt
+# checks the archive's signature against Debian's keyring and the packages against the signed index; its lists and cache
+# live below .tools/apt, the system's stay as they are.
+fetch_deb() { # $1: mirror, $2: suite, $3: package, $4: --with-libraries or nothing
+  local state=$TOOLS/apt/$2 keyring=/usr/share/keyrings/debian-archive-keyring.gpg packages=$3 deb
   [ -e "$keyring" ] || keyring=${keyring%.gpg}.pgp
   [ -e "$keyring" ] || die "no Debian keyring at $keyring: apt-get install debian-archive-keyring"
   mkdir -p "$state/lists/partial" "$state/cache/archives/partial"
@@ -84,9 +106,15 @@ fetch_deb() { # $1: mirror, $2: suite, $3: package
     -o Dir::State::lists="$state/lists" -o Dir::State::status=/var/lib/dpkg/status -o Dir::Cache="$state/cache"
     -o APT::Sandbox::User= -o APT::Update::Error-Mode=any -o Acquire::Retries=2)
   "${apt[@]}" update || return 1
+  if [ "${4-}" = --with-libraries ]; then
+    # What a just-in-time compiler would need is left out (LLVM): it is not used, and most of the bytes.
+    packages=$("${apt[@]}" -s --no-install-recommends install "$3/$2" | sed -nE 's/^Inst ([^ ]+) .*/\1/p' |
+      grep -E "^(${3}|lib.*)\$" | grep -vE '^lib(llvm|z3|edit|bsd|md).*|-perl$') || return 1
+  fi
   rm -rf "$state/deb" "$TOOLS/apt/root" && mkdir -p "$state/deb" "$TOOLS/apt/root"
-  (cd "$state/deb" && "${apt[@]}" download "$3/$2") || return 1
-  dpkg -x "$state/deb/$3"_*.deb "$TOOLS/apt/root"
+  # shellcheck disable=SC2086  # words are wanted
+  (cd "$state/deb" && "${apt[@]}" download $(printf "%s/$2 " $packages)) || return 1
+  for deb in "$state/deb"/*.deb; do dpkg -x "$deb" "$TOOLS/apt/root"; done
 }
 
 # Into .tools/bin by rename, so that a program there is always a whole one.
@@ -95,6 +123,34 @@ install_tool() { # $1: file below .tools/apt/root
   install -m 755 "$TOOLS/apt/root/$1" "$TOOLS/bin/.new"
   mv -f "$TOOLS/bin/.new" "$TOOLS/bin/$(basename "$1")"
   rm -rf "$TOOLS/apt"
+}
+
+# A whole tree, because PostgreSQL finds its parts by their place beside its programs. Readable by all: it refuses to run
+# as root, so tests run it as somebody else.
+install_postgres() {
+  local tree=$TOOLS/apt/root
+  rm -rf "$tree/usr/share/doc" "$tree/usr/share/man" "$tree/usr/share/locale" "$TOOLS/postgres"
+  # Some libraries are in /lib of their package, which is /usr/lib on every Debian since 12.
+  [ ! -d "$tree/lib" ] || cp -a "$tree/lib/." "$tree/usr/lib/"
+  chmod -R a+rX "$tree/usr"
+  rm -rf "$TOOLS/.postgres.new" && mkdir -p "$TOOLS/.postgres.new"
+  mv "$tree/usr" "$TOOLS/.postgres.new/usr" && mv "$TOOLS/.postgres.new" "$TOOLS/postgres"
+  rm -rf "$TOOLS/apt"
+}
+
+# Tries every mirror until one has a PostgreSQL server: the one of this Debian.
+fetch_postgres() {
+  local mirror package
+  case "$codename" in bookworm) package=postgresql-15 ;; *) package=postgresql-17 ;; esac
+  for mirror in $(debian_mirrors "$codename"); do
+    say "fetching $package from $codename at $mirror"
+    if fetch_deb "$mirror" "$codename" "$package" --with-libraries; then
+      install_postgres
+      postgres_done && return
+    fi
+    say "no usable $package in $codename at $mirror"
+  done
+  die "could not get $package: apt's sources name no reachable Debian mirror that has it"
 }
 
 # Tries every mirror and suite until one has the package. A suite that is retired leaves the mirrors, so runsc falls
@@ -118,7 +174,7 @@ fetch_tool() { # $1: package, $2: file in it, $3...: suites
 
 # Not the one of .venv itself, which is first on PATH for whoever followed the README, and about to be removed.
 python=${PYTHON:-$(PATH=${PATH//$ROOT\/.venv\/bin:/} command -v python3 || true)}
-plan=() skipped=() do_apt='' do_venv='' do_runsc='' do_registry=''
+plan=() skipped=() do_apt='' do_venv='' do_runsc='' do_registry='' do_postgres=''
 
 if ! venv_done; then
   do_venv=1
@@ -141,6 +197,10 @@ fi
 if [ "$want" = dev ] && ! registry_done; then
   if is_debian; then do_registry=1; plan+=("docker-registry from Debian $codename, signature-checked, into .tools/bin (tests only)")
   else skipped+=("docker-registry: this is not Debian; tests of registries need one on PATH"); fi
+fi
+if [ "$want" = dev ] && ! postgres_done; then
+  if is_debian; then do_postgres=1; plan+=("PostgreSQL's server from Debian $codename, signature-checked, into .tools/postgres (tests only)")
+  else skipped+=("PostgreSQL: this is not Debian; tests of that store need a server of version 15 or newer on PATH"); fi
 fi
 
 for item in "${skipped[@]}"; do say "left out: $item (greenroom doctor tells more)"; done
@@ -175,4 +235,5 @@ if [ -n "$do_venv" ] && ! venv_done; then
 fi
 if [ -n "$do_runsc" ] && ! runsc_done; then fetch_tool runsc usr/bin/runsc "$codename-backports" trixie; fi
 if [ -n "$do_registry" ] && ! registry_done; then fetch_tool docker-registry usr/bin/docker-registry "$codename"; fi
+if [ -n "$do_postgres" ] && ! postgres_done; then fetch_postgres; fi
 say "done"

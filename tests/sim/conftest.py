@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from greenroom.store.memory import MemoryStore
+from greenroom.store.port import Store
+from greenroom.store.sqlite import SqliteStore
 from greenroom.testing.world import SimWorld
 
 
@@ -29,3 +32,13 @@ def make_world(place: Path) -> Callable[..., Any]:
             yield world
 
     return make
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def any_store(request: pytest.FixtureRequest, place: Path) -> Store:
+    """An empty store of each kind. The world that it is given to closes it."""
+    match request.param:
+        case "memory":
+            return MemoryStore()
+        case _:
+            return await SqliteStore.open(place / "store")

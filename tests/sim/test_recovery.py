@@ -543,7 +543,7 @@ async def test_a_failed_publication_leaves_the_actor_as_it_was(
     if paused:
         await world.engine.pause(key)
 
-    async def full(snapshot: Snapshot, source: Any) -> Snapshot:
+    async def full(snapshot: Snapshot, source: Any, progress: Any = None) -> Snapshot:
         raise ResourceExhausted("no room for snapshots", reason="DISK_FULL")
 
     monkeypatch.setattr(world.snapshots, "publish", full)
@@ -654,10 +654,10 @@ async def test_a_snapshot_published_after_the_suspend_had_failed_is_removed(make
         key, actor = await running(world, "a")
         publish = world.snapshots.publish
 
-        async def slowly(snapshot: Snapshot, source: Any) -> Snapshot:
+        async def slowly(snapshot: Snapshot, source: Any, progress: Any = None) -> Snapshot:
             world.hub.disconnect(actor.worker)
             await reached(world, key, ActorState.CRASHED)
-            return await publish(snapshot, source)
+            return await publish(snapshot, source, progress)
 
         world.snapshots.publish = slowly  # type: ignore[method-assign]
         operation = await world.engine.suspend(key)

@@ -16,6 +16,7 @@ import pytest
 from greenroom.core.errors import GreenroomError, NotFound, Unavailable
 from greenroom.core.records import ActorState, Key, Operation, OperationState, Template, TemplateState
 from greenroom.engine.operations import failure_of
+from greenroom.store.port import Store
 from greenroom.testing.contracts.store_world import list_all
 from greenroom.testing.steps import Fault
 from greenroom.testing.world import NAMESPACE, SimWorld
@@ -162,9 +163,11 @@ class Outcome:
 
 @pytest.mark.parametrize("fault", list(Fault))
 @pytest.mark.parametrize("operation", list(OPERATIONS))
-async def test_every_step_of_an_operation(make_world: Callable[..., Any], operation: str, fault: Fault) -> None:
+async def test_every_step_of_an_operation(
+    make_world: Callable[..., Any], any_store: Store, operation: str, fault: Fault
+) -> None:
     make, act = OPERATIONS[operation]
-    async with make_world() as world:
+    async with make_world(store=any_store) as world:
         assert (await world.apply()).state is TemplateState.READY
         asleep, awake = await sleeping(world, "asleep"), await running(world, "awake")
         for number in range(1, MOST_STEPS):
@@ -202,8 +205,10 @@ async def exists(world: SimWorld, key: Key) -> bool:
 
 
 @pytest.mark.parametrize("fault", list(Fault))
-async def test_every_step_of_the_preparation_of_a_template(make_world: Callable[..., Any], fault: Fault) -> None:
-    async with make_world() as world:
+async def test_every_step_of_the_preparation_of_a_template(
+    make_world: Callable[..., Any], any_store: Store, fault: Fault
+) -> None:
+    async with make_world(store=any_store) as world:
         for number in range(1, MOST_STEPS):
             name = f"t-{number}"
             outcome = await with_a_fault(world, number, fault, lambda name=name: world.apply(name))
@@ -222,8 +227,10 @@ async def test_every_step_of_the_preparation_of_a_template(make_world: Callable[
 
 
 @pytest.mark.parametrize("fault", list(Fault))
-async def test_every_step_of_the_deletion_of_a_template(make_world: Callable[..., Any], fault: Fault) -> None:
-    async with make_world() as world:
+async def test_every_step_of_the_deletion_of_a_template(
+    make_world: Callable[..., Any], any_store: Store, fault: Fault
+) -> None:
+    async with make_world(store=any_store) as world:
         for number in range(1, MOST_STEPS):
             name = f"t-{number}"
             key = (await world.apply(name)).key

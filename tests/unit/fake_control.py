@@ -45,6 +45,7 @@ from greenroom.core.records import (
     TemplateSpec,
     TemplateState,
     Worker,
+    WorkerState,
 )
 from greenroom.engine.bindings import BindingTable, Wake
 from greenroom.store.memory import MemoryStore
@@ -54,15 +55,17 @@ INFO = ServerInfo(backends=("sim",), gateway_url="http://127.0.0.1:8880", domain
 
 
 class FakeControl:
-    """``gate``: closed, started operations stay under way. ``fail``: what the next operation fails with. ``log_lines``:
-    what every actor has written; more can come while it is followed."""
+    """``gate``: closed, started operations stay under way until they are cancelled. ``fail``: what the next operation
+    fails with. ``refuse``: what the next mutation is refused with. ``log_lines``: what every actor has written; more
+    can come while it is followed."""
 
-    def __init__(self) -> None:
-        self.store = MemoryStore()
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        self.store = MemoryStore(clock)
         self.bindings = BindingTable()
         self.gate = asyncio.Event()
         self.gate.set()
         self.fail: Failure | None = None
+        self.refuse: GreenroomError | None = None
         self.log_lines: list[bytes] = [b"one\n", b"two\n", b"three\n"]
         self.more_logs = asyncio.Event()
         self.killed: list[tuple[str, ...]] = []
@@ -71,6 +74,8 @@ class FakeControl:
         self.explode = False
         self._sessions: list[FakeExec] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._cancels: dict[str, asyncio.Event] = {}
+        self.stuck: set[str] = set()  # operations that no gate lets go on
         self._ids = itertools.count(1)
 
     async def wake(self, key: Key) -> Wake:
@@ -79,7 +84,13 @@ class FakeControl:
     # --- actors ---
 
     async def create_actor(
-        self, key: Key, template: str, *, labels: Mapping[str, str] | None = None, request_id: str = ""
+        self,
+        key: Key,
+        template: str,
+        *,
+        labels: Mapping[str, str] | None = None,
+        worker_selector: Mapping[str, str] | None = None,
+        request_id: str = "",
     ) -> tuple[Actor, Operation]:
         change = await self.store.apply(
             lc.CreateActor(
@@ -90,6 +101,7 @@ class FakeControl:
                 template=template,
                 request_id=request_id,
                 labels=dict(labels or {}),
+                worker_selector=dict(worker_selector or {}),
             )
         )
         assert change.actor is not None and change.operation is not None
@@ -112,6 +124,9 @@ class FakeControl:
     ) -> Operation:
         if self.explode:
             raise ZeroDivisionError("a secret of the server")
+        refusal, self.refuse = self.refuse, None
+        if refusal is not None:
+            raise refusal
         change = await self.store.apply(
             command(
                 key=key,
@@ -147,10 +162,27 @@ class FakeControl:
             cause="already",
         )
 
-    async def _drive(self, op: Operation) -> None:
-        await self.gate.wait()
-        base = {"key": op.key, "now": time.time(), "operation_id": op.id, "generation": op.generation}
+    async def _turn(self, op: Operation) -> Failure | None:
+        """Waits until the gate is open, or until it is cancelled; what it is to fail with."""
+        cancelled = self._cancels.setdefault(op.id, asyncio.Event())
+        gate = asyncio.Event() if op.id in self.stuck else self.gate
+        waits = [asyncio.ensure_future(event.wait()) for event in (gate, cancelled)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+            del self._cancels[op.id]
+        if cancelled.is_set():
+            return Failure(
+                code="CANCELLED", reason="OPERATION_CANCELLED", message=f"{op.kind} of {op.key} was given up"
+            )
         failure, self.fail = self.fail, None
+        return failure
+
+    async def _drive(self, op: Operation) -> None:
+        failure = await self._turn(op)
+        base = {"key": op.key, "now": time.time(), "operation_id": op.id, "generation": op.generation}
         if failure is not None:
             assert op.from_state is not None
             to = ActorState.DELETING if op.kind is OperationKind.DELETE else op.from_state
@@ -219,9 +251,9 @@ class FakeControl:
         for done in (1 << 20, 3 << 20):
             layer = LayerProgress(digest=DIGEST, done_bytes=done, total_bytes=3 << 20)
             op = await self.store.put(replace(op, layers=(layer,)))
-        await self.gate.wait()
+        failure = await self._turn(op)
         now = time.time()
-        failure, self.fail = self.fail, None
+        op = await self.store.get(Operation, op.id)
         if failure is not None:
             await self.store.put(
                 replace(template, state=TemplateState.FAILED, reason=failure.reason, message=failure.message)
@@ -274,6 +306,30 @@ class FakeControl:
                     if isinstance(record, Operation) and record.id == operation_id:
                         op = record
         return op
+
+    async def cancel_operation(self, operation_id: str) -> Operation:
+        op = await self.store.get(Operation, operation_id)
+        if op.kind is OperationKind.PREPARE:
+            if op.state is OperationState.RUNNING and not op.cancel_requested:
+                op = await self.store.put(replace(op, cancel_requested=True))
+        else:
+            change = await self.store.apply(lc.RequestCancel(key=op.key, now=time.time(), operation_id=op.id))
+            assert change.operation is not None
+            op = change.operation
+        if op.id in self._cancels:
+            self._cancels[op.id].set()
+        return op
+
+    async def drain_worker(self, name: str, *, undo: bool = False) -> Worker:
+        worker = await self.store.get(Worker, name)
+        state = WorkerState.ACTIVE if undo else WorkerState.DRAINING
+        if worker.state is not state:
+            worker = await self.store.put(replace(worker, state=state))
+        if not undo:
+            for actor in await self.store.list(Actor, where={"worker": name}):
+                if actor.state in (ActorState.RUNNING, ActorState.PAUSED):
+                    await self.suspend(actor.key, wait_s=0)
+        return worker
 
     # --- inside an actor ---
 
@@ -359,6 +415,10 @@ class FakeControl:
     def _kill(self, argv: tuple[str, ...]) -> None:
         self.killed.append(argv)
         self.kills.set()
+
+    def drive(self, op: Operation) -> None:
+        """Ends an operation that a test has begun by itself."""
+        self._spawn(self._drive(op))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -447,9 +507,9 @@ class FakeExec:
 
 
 @contextlib.asynccontextmanager
-async def serving(directory: Path) -> AsyncIterator[tuple[FakeControl, str]]:
+async def serving(directory: Path, clock: Callable[[], float] | None = None) -> AsyncIterator[tuple[FakeControl, str]]:
     """For tests on asyncio: server and test share the loop."""
-    control = FakeControl()
+    control = FakeControl(clock)
     server = ApiServer(control, info=INFO)
     address = f"unix:{directory}/run/api.sock"
     await server.start([address])
@@ -477,15 +537,19 @@ class ThreadedServer:
 
 
 @contextlib.contextmanager
-def threaded(directory: Path) -> Iterator[ThreadedServer]:
+def threaded(
+    directory: Path,
+    furnish: Callable[[FakeControl], Coroutine[Any, Any, None]] = FakeControl.furnish,
+    clock: Callable[[], float] | None = None,
+) -> Iterator[ThreadedServer]:
     started: list[ThreadedServer] = []
     ready, done = threading.Event(), []
 
     async def main() -> None:
         stop = asyncio.Event()
         done.append(stop)
-        async with serving(directory) as (control, address):
-            await control.furnish()
+        async with serving(directory, clock) as (control, address):
+            await furnish(control)
             started.append(ThreadedServer(control, address, asyncio.get_running_loop()))
             ready.set()
             await stop.wait()

@@ -16,13 +16,16 @@ from greenroom.api import convert
 from greenroom.api._gen.greenroom.v1alpha1 import resources_pb2 as pb
 from greenroom.core.agentapi import ActorStats
 from greenroom.core.errors import InvalidArgument
+from greenroom.core.explanation import Explanation
 from greenroom.core.records import (
     Actor,
     ActorState,
+    Durability,
     Endpoint,
     Failure,
     FileDigest,
     LayerProgress,
+    Lease,
     OnCrash,
     Operation,
     OperationKind,
@@ -32,6 +35,8 @@ from greenroom.core.records import (
     PoolSpec,
     Probe,
     Record,
+    Rejection,
+    Replica,
     Resources,
     Snapshot,
     SnapshotScope,
@@ -46,6 +51,18 @@ from greenroom.core.records import (
 times = st.floats(0, 4e9).map(lambda seconds: round(seconds, 6))
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 texts = st.dictionaries(words, words, max_size=3)
+ACTOR = Actor(namespace="n", name="a", uid="u", template="t", state=ActorState.RUNNING, created_at=1.0, state_since=2.0)
+OPERATION = Operation(
+    id="o",
+    kind=OperationKind.CRASH,
+    namespace="n",
+    name="a",
+    uid="u",
+    created_at=1.0,
+    updated_at=1.0,
+    deadline_at=1.0,
+    to_state=ActorState.CRASHED,
+)
 strategies = st.one_of(
     st.builds(
         Actor,
@@ -53,6 +70,8 @@ strategies = st.one_of(
         endpoint=st.none() | st.builds(Endpoint, port=st.integers(0, 65535), path=words),
         resumed_at=st.none() | times,
         unsaved_since=st.none() | times,
+        durable_at=st.none() | times,
+        worker_selector=texts,
         created_at=times,
         state_since=times,
         labels=texts,
@@ -72,6 +91,9 @@ strategies = st.one_of(
             resources=st.builds(Resources, memory_bytes=st.integers(0, 2**60), cpus=times, pids=st.integers(0, 2**40)),
             idle_timeout_s=times,
             on_crash=st.sampled_from(OnCrash),
+            durability=st.sampled_from(Durability),
+            evictable=st.booleans(),
+            worker_selector=texts,
             pool=words,
         ),
         state=st.sampled_from(TemplateState),
@@ -96,6 +118,29 @@ strategies = st.one_of(
         state=st.sampled_from(WorkerState),
         memory_snapshots=st.booleans(),
         last_seen=times,
+        labels=texts,
+        images=st.lists(words, max_size=2).map(tuple),
+        failures=st.integers(0, 1000),
+        quarantined_until=times,
+    ),
+    st.builds(
+        Replica,
+        name=words,
+        incarnation=words,
+        link=words,
+        started_at=times,
+        seen_at=times,
+        uses=st.dictionaries(words, times, max_size=2),
+    ),
+    st.builds(
+        Explanation,
+        actor=st.just(ACTOR),
+        read_at=times,
+        operations=st.just((OPERATION,)),
+        older_operations=st.integers(0, 10_000),
+        lease=st.none() | st.builds(Lease, uid=words, owner=words, operation=words, expires_at=times),
+        wakes_on=st.lists(words, max_size=2).map(tuple),
+        rejected=st.lists(st.builds(Rejection, worker=words, why=words), max_size=2).map(tuple),
     ),
     st.builds(
         Snapshot,
@@ -120,6 +165,15 @@ strategies = st.one_of(
         phases=st.lists(st.builds(PhaseTime, name=words, seconds=times), max_size=2).map(tuple),
         layers=st.lists(st.builds(LayerProgress, digest=words, phase=words), max_size=2).map(tuple),
         attempts=st.integers(0, 100),
+        to_state=st.none() | st.sampled_from(ActorState),
+        owner=words,
+        takeovers=st.integers(0, 100),
+        rejected=st.lists(st.builds(Rejection, worker=words, why=words), max_size=2).map(tuple),
+        done_bytes=st.integers(0, 2**60),
+        total_bytes=st.integers(0, 2**60),
+        cancel_requested=st.booleans(),
+        request_digest=words,
+        held_until=times,
         created_at=times,
         updated_at=times,
         deadline_at=times,
@@ -142,7 +196,21 @@ def test_there_and_back(record: Record) -> None:
 
 
 @pytest.mark.parametrize(
-    "cls", [Actor, Template, TemplateSpec, Pool, PoolSpec, Worker, Snapshot, Operation, ActorStats]
+    "cls",
+    [
+        Actor,
+        Template,
+        TemplateSpec,
+        Pool,
+        PoolSpec,
+        Worker,
+        Replica,
+        Snapshot,
+        Operation,
+        Lease,
+        Explanation,
+        ActorStats,
+    ],
 )
 def test_every_field_of_the_records_has_one_in_the_message(cls: type[Record]) -> None:
     message = getattr(pb, cls.__name__)

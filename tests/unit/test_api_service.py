@@ -18,11 +18,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from greenroom.api import convert, errors
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
 from greenroom.api._gen.greenroom.v1alpha1 import resources_pb2 as res
-from greenroom.api.client import AioClient
+from greenroom.api.client import AioClient, Client
 from greenroom.api.server import ApiServer
 from greenroom.core.errors import (
     BY_CODE,
     AlreadyExists,
+    Cancelled,
     DeadlineExceeded,
     FailedPrecondition,
     GreenroomError,
@@ -32,6 +33,7 @@ from greenroom.core.errors import (
     NotFound,
     ResourceExhausted,
     Unavailable,
+    rebuild,
 )
 from greenroom.core.records import Actor, ActorState, Failure, Operation, OperationState, Template, TemplateSpec
 
@@ -170,6 +172,10 @@ async def test_lists_go_page_by_page_and_filter(rig: Rig) -> None:
         (pb.CreateActorRequest(name="a", namespace="No", template="counter"), "namespace"),
         (pb.CreateActorRequest(name="a", template="counter", labels={"a b": "c"}), "label"),
         (pb.CreateActorRequest(name="a", template="counter", request_id="x" * 129), "request_id"),
+        (
+            pb.CreateActorRequest(name="a", template="counter", worker_selector={"gpu": "a b"}),
+            "worker selector gpu=a b",
+        ),
     ],
 )
 async def test_bad_requests_are_refused(rig: Rig, call: Any, says: str) -> None:
@@ -297,8 +303,9 @@ async def test_apply_template_waits_and_shows_progress(rig: Rig) -> None:
     again = await rig.client.templates.ApplyTemplate(apply)
     assert again.template.state == res.TEMPLATE_STATE_READY and not again.HasField("operation")
     # fields that another client leaves out have their defaults
-    stored = await rig.control.store.get(Template, "default/t")
-    assert stored.spec.idle_timeout_s == 300.0 and stored.spec.pool == "default"
+    await rig.client.templates.ApplyTemplate(pb.ApplyTemplateRequest(name="u", spec=res.TemplateSpec(image="x")))
+    stored = await rig.control.store.get(Template, "default/u")
+    assert stored.spec == TemplateSpec(image="x", ports=())  # no default is as empty as no ports
 
 
 async def test_specs_are_validated_by_the_server(rig: Rig) -> None:
@@ -310,6 +317,12 @@ async def test_specs_are_validated_by_the_server(rig: Rig) -> None:
         await rig.client.pools.ApplyPool(pb.ApplyPoolRequest(name="p", spec=res.PoolSpec(replicas=65)))
     with pytest.raises(InvalidArgument, match="image"):
         await rig.client.templates.ApplyTemplate(pb.ApplyTemplateRequest(name="t"))
+    bad = res.TemplateSpec(image="x", worker_selector={"zone": "a b"})
+    with pytest.raises(InvalidArgument, match=r"spec\.worker_selector\.zone: label zone=a b is not valid"):
+        await rig.client.templates.ApplyTemplate(pb.ApplyTemplateRequest(name="t", spec=bad))
+    bad = res.TemplateSpec(image="x", worker_selector={f"k{n}": "v" for n in range(65)})
+    with pytest.raises(InvalidArgument, match=r"spec\.worker_selector: at most 64 labels"):
+        await rig.client.templates.ApplyTemplate(pb.ApplyTemplateRequest(name="t", spec=bad))
     future = res.TemplateSpec(image="x")
     future.on_crash = 99  # type: ignore[assignment]
     with pytest.raises(InvalidArgument, match="does not know value 99"):
@@ -363,7 +376,7 @@ async def test_watch_of_everything_and_of_nonsense(rig: Rig) -> None:
 def test_every_error_survives_the_wire() -> None:
     for cls in [*BY_CODE.values(), LeaseHeld]:
         sent = cls("it broke", reason="" if cls is LeaseHeld else "SOME_REASON", metadata={"k": "v"})
-        if isinstance(sent, ResourceExhausted):
+        if isinstance(sent, ResourceExhausted | Unavailable):
             sent.retry_after_s = 2.5
         raw = errors.to_status(sent).SerializeToString()
         code = getattr(grpc.StatusCode, sent.code)
@@ -373,8 +386,43 @@ def test_every_error_survives_the_wire() -> None:
         got = errors.from_rpc_error(rpc_error, "unix:/x")
         assert type(got) is cls
         assert (got.message, got.reason, got.metadata) == ("it broke", sent.reason, {"k": "v"})
-        if isinstance(got, ResourceExhausted):
+        if isinstance(got, ResourceExhausted | Unavailable):
             assert got.retry_after_s == 2.5
+
+
+def test_an_error_that_is_stored_comes_back_whole() -> None:
+    for error, retry_after_s in (
+        (ResourceExhausted("full", retry_after_s=0.25), 0.25),
+        (Unavailable("away", metadata={"k": "v"}, retry_after_s=12.0), 12.0),
+        (Unavailable("away"), 0.0),
+    ):
+        again = rebuild(error.code, error.reason, error.message, error.facts())
+        assert isinstance(again, ResourceExhausted | Unavailable) and type(again) is type(error)
+        assert again.retry_after_s == retry_after_s and again.facts() == error.facts()
+    assert Unavailable("away").facts() == {}
+    assert NotFound("x", metadata={"k": "v"}).facts() == {"k": "v"}
+
+
+async def test_errors_over_a_real_connection(rig: Rig) -> None:
+    await rig.create("a")
+    held = {"holder": "server-1", "operation": "op-7", "until": "1700000000.000"}
+    for sent in (
+        LeaseHeld("held", metadata=held),
+        Unavailable("the store does not answer", reason="STORE_AWAY", retry_after_s=2.5),
+        Unavailable("nobody knows for how long"),
+        Cancelled("given up"),
+    ):
+        for blocking in (False, True):
+            rig.control.refuse = sent
+            with pytest.raises(GreenroomError) as caught:
+                if blocking:
+                    with Client(rig.client.address) as client:
+                        await asyncio.to_thread(client.actors.ResumeActor, request())
+                else:
+                    await rig.client.actors.ResumeActor(request())
+            got = caught.value
+            assert type(got) is type(sent) and (got.reason, got.metadata) == (sent.reason, sent.metadata)
+            assert getattr(got, "retry_after_s", None) == getattr(sent, "retry_after_s", None)
 
 
 async def test_a_bug_in_the_server_tells_no_secrets(rig: Rig) -> None:

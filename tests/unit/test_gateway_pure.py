@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from greenroom.core.errors import (
+    Cancelled,
     DeadlineExceeded,
     FailedPrecondition,
     Internal,
+    LeaseHeld,
     NotFound,
     ResourceExhausted,
     Unavailable,
@@ -386,7 +388,12 @@ def test_timing_in_full() -> None:
         (FailedPrecondition("x", reason="ACTOR_CRASHED"), 503, ""),
         (FailedPrecondition("x", reason="TEMPLATE_NOT_READY"), 503, ""),
         (FailedPrecondition("x", reason="OTHER"), 502, ""),
+        (ResourceExhausted("x", retry_after_s=0.0), 503, "1"),
         (Unavailable("x"), 503, "1"),
+        (Unavailable("x", retry_after_s=0.2), 503, "1"),
+        (Unavailable("x", retry_after_s=7.1), 503, "8"),
+        (Cancelled("x"), 503, ""),
+        (LeaseHeld("x"), 502, ""),
         (DeadlineExceeded("x"), 504, ""),
         (Internal("x", reason="we\r\nird"), 502, ""),
     ],

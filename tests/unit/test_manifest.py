@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from greenroom.cli import manifest, quantity
 from greenroom.cli.manifest import ManifestError
-from greenroom.core.records import OnCrash, Pool, PoolSpec, Probe, Resources, Template, TemplateSpec, TemplateState
+from greenroom.core.records import (
+    Durability,
+    OnCrash,
+    Pool,
+    PoolSpec,
+    Probe,
+    Resources,
+    Template,
+    TemplateSpec,
+    TemplateState,
+)
 
 FULL = """\
 # a comment
@@ -35,6 +45,11 @@ spec:
   pool: big
   idleTimeout: 5m
   onCrash: restore-last
+  durability: local
+  evictable: false
+  workerSelector:
+    example.org/gpu: a100
+    zone: ""
 ---
 ---
 kind: WorkerPool
@@ -56,6 +71,9 @@ SPEC = TemplateSpec(
     pool="big",
     idle_timeout_s=300.0,
     on_crash=OnCrash.RESTORE_LAST,
+    durability=Durability.LOCAL,
+    evictable=False,
+    worker_selector={"example.org/gpu": "a100", "zone": ""},
 )
 
 
@@ -128,7 +146,12 @@ def test_directory_and_json(tmp_path: Path) -> None:
         ("  ports: ['80']\n", 6, "spec.ports[0]: must be a whole number, not a string"),
         ("  idleTimeout: -5m\n", 6, "spec.idleTimeout: '-5m' is not a duration"),
         ("  idleTimeout: yes\n", 6, "spec.idleTimeout: must be a duration, not true or false"),
-        ("  onCrash: explode\n", 6, "spec.onCrash: must be one of hold, restore-last"),
+        ("  onCrash: explode\n", 6, "spec.onCrash: must be one of hold, restore-last, boot, not 'explode'"),
+        ("  durability: maybe\n", 6, "spec.durability: must be one of local, acked-after-upload, not 'maybe'"),
+        ("  evictable: 'no'\n", 6, "spec.evictable: must be true or false, not a string"),
+        ("  workerSelector: [gpu]\n", 6, "spec.workerSelector: must be a mapping (name: value), not a list"),
+        ("  workerSelector:\n    gpu: 1\n", 7, 'spec.workerSelector.gpu: must be a string: write "1"'),
+        ("  workerSelector:\n    gpu: a b\n", 7, "spec.workerSelector.gpu: label gpu=a b is not valid"),
         ("  pool: Big\n", 6, "spec.pool: pool name 'Big' is not a DNS label"),
         ("  workdir: srv\n", 6, "spec.workdir: must be an absolute path"),
         ("  image: y\n", 6, "spec.image: is there twice"),
@@ -192,6 +215,7 @@ def test_what_is_shown_can_be_applied_again(tmp_path: Path) -> None:
     assert manifest.to_document(made)["status"] == {
         "state": "Ready",
         "stateSince": "1970-01-01T00:00:02.000Z",
+        "generation": 0,
         "version": 0,
     }
     (none,) = manifest.load([write(tmp_path, template("  ports: []\n"))])

@@ -44,8 +44,11 @@ def test_the_examples_in_the_docstrings_run(server: ThreadedServer, module: obje
 
 
 def test_life(server: ThreadedServer) -> None:
-    actor = Actor.create("counter", labels={"a": "b"})
+    actor = Actor.create("counter", labels={"a": "b"}, worker_selector={"gpu": "a100"})
     assert actor.name.startswith("counter-") and actor.info().labels == {"a": "b"}
+    assert actor.info().worker_selector == {"gpu": "a100"}
+    actor.kill()
+    actor = Actor.create("counter")
     actor.resume()
     assert actor.info().state is ActorState.RUNNING
     actor.pause()
@@ -114,6 +117,18 @@ def test_with_suspends_and_does_not_hide_errors(server: ThreadedServer) -> None:
         actor.kill()
 
 
+def test_an_error_says_when_to_come_again(server: ThreadedServer) -> None:
+    actor = Actor.create("counter")
+    for sent in (Unavailable("the store is away", retry_after_s=12.5), ResourceExhausted("full", retry_after_s=3.0)):
+        # What an operation failed with, and what was refused before there was one.
+        stored = Failure(code=sent.code, reason=sent.reason, message=sent.message, metadata=sent.facts())
+        for server.control.fail, server.control.refuse in ((stored, None), (None, sent)):
+            with pytest.raises(type(sent), match=sent.message) as caught:
+                actor.resume()
+            assert isinstance(caught.value, Unavailable | ResourceExhausted)
+            assert caught.value.retry_after_s == sent.retry_after_s
+
+
 def test_url_and_headers(server: ThreadedServer) -> None:
     actor = Actor.create("counter", "a")
     assert actor.url() == "http://a.default.actors.localhost:8880"
@@ -140,6 +155,9 @@ async def test_asyncio(tmp_path: Path) -> None:
         assert (await actor.info()).state is ActorState.SUSPENDED
 
         again = await AsyncActor.get_or_create(actor.name, "counter", server=address)
+        async with await AsyncActor.get_or_create("new", "counter", worker_selector={"a": "b"}, server=address) as new:
+            assert (await new.info()).worker_selector == {"a": "b"}
+        await new.close()
         running = asyncio.create_task(again.commands.run("sleep 60"))
         await control.started.wait()
         running.cancel()

@@ -8,13 +8,8 @@ ended by itself.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hashlib
 import os
-import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, assert_never
@@ -22,92 +17,48 @@ from typing import Protocol, assert_never
 import msgspec
 import structlog
 
-from greenroom.agent import readiness
-from greenroom.agent.fence import Fence
+from greenroom.agent.alone import AloneWatch
+from greenroom.agent.classes import Classes
+from greenroom.agent.fence import Fence, from_os
+from greenroom.agent.held import Held
 from greenroom.agent.journal import Journal
 from greenroom.agent.logs import LogFiles
+from greenroom.agent.progress import Marks, Reporter, Reports
+from greenroom.agent.residents import Lodger, Residents
 from greenroom.agent.staging import Staging
-from greenroom.agent.warm import MAX_CLASSES, WarmPool
+from greenroom.agent.waking import Waker
+from greenroom.agent.warm import WarmPool
 from greenroom.core import agentapi as api
-from greenroom.core.agentapi import AgentCall, Identity, Resident, ResidentState
-from greenroom.core.errors import (
-    FailedPrecondition,
-    GreenroomError,
-    NotFound,
-    Unimplemented,
-)
-from greenroom.core.records import (
-    Endpoint,
-    LayerProgress,
-    PhaseTime,
-    Record,
-    Snapshot,
-    SnapshotScope,
-    TemplateSpec,
-)
-from greenroom.images.config import resolve_user
-from greenroom.images.port import Image, ImageConfig, ImageStore
-from greenroom.sandbox.port import Backend, BackendProbe, ExecSession, ExecSpec, SandboxClass, Warmer
+from greenroom.core.agentapi import AgentCall, ResidentState
+from greenroom.core.errors import FailedPrecondition, GreenroomError, NotFound
+from greenroom.core.records import Record, SnapshotScope
+from greenroom.images.port import ImageStore
+from greenroom.sandbox.port import Backend, BackendProbe, ExecSession, ExecSpec, Warmer
 from greenroom.snapshots.port import SnapshotStore
 
 log = structlog.get_logger(__name__)
 
-#: Lines of output that an error or a crash report quotes.
-QUOTED_LINES = 20
-#: Wakes at a time per core: more raise every wake's latency and hardly the throughput (measured: 2 on 2 cores reach
-#: 85 % of the best throughput at a third of the latency of 8).
-WAKES_PER_CORE = 1
-#: Progress reports per second and call.
-PROGRESS_INTERVAL_S = 0.1
 #: Warm sandboxes that one agent keeps unless told otherwise: what the cores can use at once, and as many for a burst.
 DEFAULT_WARM = 2 * (os.cpu_count() or 1)
 
 
-class Reporter(Protocol):
-    """What a running call may send besides its answer."""
+class Link(Protocol):
+    """One way to one replica of the control plane, whatever carries it. Neither method waits."""
 
-    def progress(self, progress: api.Progress) -> None: ...
-    async def data(self, channel: int, data: bytes) -> None: ...
-    def input(self) -> AsyncIterator[bytes]: ...
-
-
-@dataclass(slots=True)
-class _Resident:
-    identity: Identity
-    sid: str
-    state: ResidentState
-    endpoint: Endpoint
-    operation_id: str
-    watcher: asyncio.Task[None] | None = None
+    def exited(self, event: api.SandboxExited) -> None: ...
+    def leaving(self, leaving: api.Leaving) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class AgentConfig:
+    """``labels``: what this worker is to those who choose one."""
+
     worker: str
     pool: str
     capacity: int
     state_dir: Path
     warm: int = DEFAULT_WARM
-
-
-@dataclass(slots=True)
-class _Marks:
-    """Phases of one call: each mark ends the phase that began at the mark before."""
-
-    at: float = field(default_factory=time.monotonic)
-    phases: list[PhaseTime] = field(default_factory=list)
-
-    def end(self, name: str) -> None:
-        now = time.monotonic()
-        self.phases.append(PhaseTime(name=name, seconds=now - self.at))
-        self.at = now
-
-    def took(self, phases: tuple[PhaseTime, ...], rest: str) -> None:
-        """Takes over the phases that a part measured itself; what is left since the last mark is ``rest``."""
-        now = time.monotonic()
-        spent = sum(p.seconds for p in phases)
-        self.phases += [*phases, PhaseTime(name=rest, seconds=max(0.0, now - self.at - spent))]
-        self.at = now
+    labels: dict[str, str] = field(default_factory=dict)
 
 
 class Agent:
@@ -116,15 +67,16 @@ class Agent:
     def __init__(self, config: AgentConfig, backend: Backend, images: ImageStore, snapshots: SnapshotStore) -> None:
         self._config = config
         self._backend = backend
-        self._images = images
         self._snapshots = snapshots
-        self._residents: dict[str, _Resident] = {}
-        self._classes: dict[bytes, SandboxClass] = {}
-        self._admission = asyncio.Semaphore(max(1, WAKES_PER_CORE * (os.cpu_count() or 1)))
+        self._classes = Classes(images, needs_image=backend.capabilities.needs_image)
         self._boot_id = uuid.uuid4().hex
         self._warm: WarmPool | None = None
-        #: Set by the link: where events go.
-        self.on_exit: Callable[[api.SandboxExited], None] = lambda event: None
+        #: The links that are up; each adds and removes itself.
+        self.links: set[Link] = set()
+        #: Whether this agent has been asked to end, and waits for its actors to be suspended.
+        self.is_leaving = False
+        #: Where events go.
+        self.on_exit = self._tell_exit
         #: Resolves when the control plane asked this agent to end.
         self.shutdown: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
@@ -136,24 +88,59 @@ class Agent:
         Raises:
             FailedPrecondition: the backend can't run here.
         """
-        root = self._config.state_dir
+        config, root = self._config, self._config.state_dir
         for name in ("cache", "logs"):
             (root / name).mkdir(parents=True, exist_ok=True)
         self._journal = Journal(root / "journal")
-        self._fence = Fence(self._config.worker, self._journal, self._resident_generation, self._still_holds)
         self._staging = Staging(root / "staging")
+        self._held = Held(root / "held", config.worker, self._snapshots)
+        await self._held.open()
         self._logs = LogFiles(root / "logs")
-        self._probe: BackendProbe = await self._backend.open(root / "sandboxes", self._config.worker)
+        self._residents = Residents(
+            config.worker,
+            self._backend,
+            self._logs,
+            self._staging,
+            self._journal.generation,
+            lambda event: self.on_exit(event),
+        )
+        self._fence = Fence(config.worker, self._journal, self._residents.generation, self._still_holds)
+        self._probe: BackendProbe = await self._backend.open(root / "sandboxes", config.worker)
         for found in await self._backend.reconcile():
-            identity = found.owner
-            generation = max(identity.generation, self._journal.generation(identity.uid))
-            identity = msgspec.structs.replace(identity, generation=generation)
-            self._settle_in(identity, found.sid, found.endpoint, found.log_fifo, found.state, "")
-            log.info("took over a running actor", actor=f"{identity.namespace}/{identity.name}", sid=found.sid)
-        self._staging.keep_only(self._residents)
-        if isinstance(self._backend, Warmer) and self._config.warm > 0:
-            self._warm = WarmPool(self._backend, self._config.warm)
+            self._residents.take_over(found)
+        self._staging.keep_only(self._residents.uids())
+        if isinstance(self._backend, Warmer) and config.warm > 0:
+            self._warm = WarmPool(self._backend, config.warm)
             self._warm.start()
+        self._waker = Waker(
+            config.worker,
+            self._backend,
+            self._probe.fingerprint,
+            classes=self._classes,
+            snapshots=self._snapshots,
+            held=self._held,
+            cache=root / "cache",
+            residents=self._residents,
+            logs=self._logs,
+            warm=self._warm,
+        )
+        self._alone = AloneWatch(root / "welcome.json", self._running, self._freeze_alone)
+        self._alone.start()
+
+    async def close(self, *, wipe: bool) -> None:
+        """Ends the agent. Residents go on running, for the next agent process to find, unless ``wipe``. What is held
+        here is never wiped: it may be all that is left of actors that sleep."""
+        await self._alone.close()
+        await self._fence.close()
+        await self._held.close()
+        await self._residents.close()
+        if self._warm:
+            await self._warm.close()
+        self._logs.close()
+        await self._backend.close(keep_running=not wipe)
+        self._journal.close()
+
+    # --- what is said and heard without a call ------------------------------------------------------------
 
     def hello(self) -> api.Hello:
         return api.Hello(
@@ -165,21 +152,32 @@ class Agent:
             boot_id=self._boot_id,
             memory_snapshots=self._backend.capabilities.scope is SnapshotScope.MEMORY,
             freeze=True,
-            residents=self._list(),
+            residents=self._residents.listed(),
+            labels=self._config.labels,
+            images=self._classes.digests(),
         )
 
-    async def close(self, *, wipe: bool) -> None:
-        """Ends the agent. Residents go on running, for the next agent process to find, unless ``wipe``."""
-        await self._fence.close()
-        watchers = [r.watcher for r in self._residents.values() if r.watcher]
-        for watcher in watchers:
-            watcher.cancel()
-        await asyncio.gather(*watchers, return_exceptions=True)
-        if self._warm:
-            await self._warm.close()
-        self._logs.close()
-        await self._backend.close(keep_running=not wipe)
-        self._journal.close()
+    def heartbeat(self) -> api.Heartbeat:
+        return api.Heartbeat(boot_id=self._boot_id, residents=self._residents.listed(), images=self._classes.digests())
+
+    def heard(self, welcome: api.Welcome, at: float) -> None:
+        """A replica has answered what was sent to it at ``at`` (the loop's clock, seconds)."""
+        self._alone.heard(welcome, at)
+
+    def leave(self) -> None:
+        """Tells every replica that is connected, and each that will be, that this agent is to end; it goes on working
+        until it is told to (`shutdown`)."""
+        self.is_leaving = True
+        for link in [*self.links]:
+            link.leaving(self.farewell())
+
+    def farewell(self) -> api.Leaving:
+        return api.Leaving(boot_id=self._boot_id)
+
+    def _tell_exit(self, event: api.SandboxExited) -> None:
+        # Without a link the event is not lost: the next HELLO lists the residents, and this one is missing there.
+        for link in [*self.links]:
+            link.exited(event)
 
     # --- calls --------------------------------------------------------------------------------------------
 
@@ -189,28 +187,39 @@ class Agent:
             case api.Start() | api.Restore():
                 return await self._fence.run(call, lambda: self._wake(call, reporter))
             case api.Checkpoint():
-                return await self._fence.run(call, lambda: self._checkpoint(call))
+                return await self._fence.run(call, lambda: self._checkpoint(call, reporter))
             case api.Publish():
-                return await self._fence.run(call, lambda: self._publish(call))
+                return await self._fence.run(call, lambda: self._publish(call, reporter))
             case api.Discard():
                 return await self._fence.run(call, lambda: self._discard(call))
             case api.Freeze():
                 return await self._fence.run(call, lambda: self._freeze(call))
             case api.Thaw():
+                self._check_epoch(call)
                 return await self._fence.run(call, lambda: self._thaw(call))
             case api.Upload() | api.Release():
-                raise Unimplemented("snapshots are not held on workers yet")
+                try:
+                    return (
+                        await self._upload(call, reporter)
+                        if isinstance(call, api.Upload)
+                        else await self._release(call)
+                    )
+                except OSError as error:
+                    raise from_os(error) from error
             case api.Prepare():
-                image = await self._image(call.image, reporter)
+                with Reports(reporter, quiet_s=0.0) as reports:  # people watch it from the start
+                    image = await self._classes.image(call.image, reports)
                 return api.Prepared(image_digest=image.digest, size_bytes=image.size_bytes)
             case api.Warm():
                 if self._warm:
-                    self._warm.want(await self._class_of(call.image_digest, call.spec, reporter))
+                    with Reports(reporter) as reports:
+                        self._warm.want(await self._classes.of(call.image_digest, call.spec, reports))
                 return api.Done()
             case api.ListResident():
-                return api.Residents(residents=self._list())
+                _ = self._alone.alone  # whether it has just become so is in the epoch
+                return api.Residents(residents=self._residents.listed(), epoch=self._alone.epoch)
             case api.Stats():
-                return await self._backend.stats(self._resident(call.actor_uid).sid)
+                return await self._backend.stats(self._residents.get(call.actor_uid).sid)
             case api.Exec():
                 return await self._exec(call, reporter)
             case api.Logs():
@@ -226,7 +235,7 @@ class Agent:
 
     def _still_holds(self, call: api.ActorCall) -> bool:
         """Whether what the recorded answer of this call speaks of is still so."""
-        resident = self._residents.get(call.actor_uid)
+        resident = self._residents.find(call.actor_uid)
         match call:
             case api.Start() | api.Restore() | api.Thaw():
                 if resident is None or resident.state is not ResidentState.RUNNING:
@@ -239,236 +248,25 @@ class Agent:
             case api.Freeze():
                 return resident is not None and resident.state is ResidentState.FROZEN
             case api.Publish():
-                return False  # only the snapshot store knows, and asking it again is publishing again
+                # Only the snapshot store knows about the others, and asking it again is publishing again.
+                return call.hold and call.snapshot_id in self._held
             case _:
                 return resident is None and not self._staging.holds(call.actor_uid)
 
-    # --- wake ---------------------------------------------------------------------------------------------
-
     async def _wake(self, call: api.Start | api.Restore, reporter: Reporter) -> api.Started:
-        marks = _Marks()
-        if isinstance(call, api.Restore):
-            self._check_runs_here(call.snapshot)
-        await self._end_resident(call.actor_uid)  # of an earlier operation that was backed out
-        cls = await self._class_of(call.image_digest, call.spec, reporter)
-        if self._warm:
-            self._warm.want(cls)
-        return await self._wake_in(call, cls, marks)
-
-    async def _wake_in(self, call: api.Start | api.Restore, cls: SandboxClass, marks: _Marks) -> api.Started:
-        marks.end("prepare")
-        verify: asyncio.Task[None] | None = None
-        if isinstance(call, api.Restore):
-            source = await self._snapshots.fetch(call.snapshot, self._config.state_dir / "cache")
-            marks.end("fetch")
-        try:
-            async with self._admitted():
-                if isinstance(call, api.Restore):
-                    # Reading the digests takes as long as the sandbox takes to load; nobody can reach the actor before
-                    # both are done, so they run side by side.
-                    verify = asyncio.create_task(self._snapshots.verify(call.snapshot, source))
-                    running = await self._backend.restore(cls, call.identity, source, call.snapshot.hostname)
-                else:
-                    running = await self._backend.start(cls, call.identity)
-        except BaseException:
-            if verify is not None:
-                await asyncio.gather(verify)  # a corrupt snapshot explains why it could not be loaded
-            raise
-        marks.took(running.phases, "sandbox")
-        self._settle_in(
-            call.identity, running.sid, running.endpoint, running.log_fifo, ResidentState.STARTING, call.operation_id
-        )
-        try:
-            if verify is not None:
-                await verify
-                marks.end("verify")
-            if not isinstance(call, api.Restore) or call.snapshot.scope is SnapshotScope.DATA:
-                await self._wait_ready(call, running.sid, running.endpoint)
-                marks.end("ready")
-        except BaseException:
-            await asyncio.shield(self._end_resident(call.actor_uid))
-            raise
-        resident = self._residents.get(call.actor_uid)
-        if resident is None or resident.sid != running.sid:
-            raise FailedPrecondition(
-                f"the actor's process ended while it was waking{self._quote(call.actor_uid)}", reason="ACTOR_EXITED"
-            )
-        resident.state = ResidentState.RUNNING
-        return api.Started(endpoint=running.endpoint, phases=tuple(marks.phases), warm=running.warm)
-
-    @asynccontextmanager
-    async def _admitted(self) -> AsyncIterator[None]:
-        """As many sandboxes at a time are loaded as there are cores, and no warm ones are made meanwhile. Booting is
-        the actor's own time and holds up nobody."""
-        async with self._admission:
-            with self._warm or contextlib.nullcontext():
-                yield
-
-    def _check_runs_here(self, snapshot: Snapshot) -> None:
-        fits = snapshot.backend == self._backend.name and (
-            snapshot.scope is SnapshotScope.DATA or snapshot.fingerprint == self._probe.fingerprint
-        )
-        if not fits:
-            raise FailedPrecondition(
-                f"snapshot {snapshot.id} was made by {snapshot.backend} ({snapshot.fingerprint}) and can't run on "
-                f"worker {self._config.worker}, which is {self._backend.name} ({self._probe.fingerprint})",
-                reason="NO_COMPATIBLE_WORKER",
-            )
-
-    async def _class_of(self, image_digest: str, spec: TemplateSpec, reporter: Reporter) -> SandboxClass:
-        key = image_digest.encode() + msgspec.json.encode(spec)
-        cls = self._classes.get(key)
-        if cls is None:
-            cls = sandbox_class(await self._pinned_image(image_digest, spec, reporter), spec)
-            if len(self._classes) >= MAX_CLASSES:
-                self._classes.clear()
-            self._classes[key] = cls
-        return cls
-
-    async def _pinned_image(self, digest: str, spec: TemplateSpec, reporter: Reporter) -> Image:
-        """The image that the template was made from, pulled first where it is not on this worker."""
-        if not self._backend.capabilities.needs_image:
-            return _no_image(spec.image)
-        try:
-            return await self._images.get(digest)
-        except NotFound:
-            image = await self._image(spec.image, reporter)
-        if image.digest != digest:
-            raise FailedPrecondition(
-                f"image {spec.image} is {image.digest} now, but the template was made from {digest}, which this worker "
-                "does not have; name the digest in the template, or make a new template",
-                reason="IMAGE_MOVED",
-            )
-        return image
-
-    async def _image(self, reference: str, reporter: Reporter) -> Image:
-        if not self._backend.capabilities.needs_image:
-            return _no_image(reference)
-        last = 0.0
-
-        def report(phase: str, layers: tuple[LayerProgress, ...]) -> None:
-            nonlocal last
-            if (now := time.monotonic()) - last >= PROGRESS_INTERVAL_S:
-                last = now
-                reporter.progress(api.Progress(phase=phase, layers=layers))
-
-        return await self._images.prepare(reference, report)
-
-    async def _wait_ready(self, call: api.Start | api.Restore, sid: str, endpoint: Endpoint) -> None:
-        """Until the probe answers, or the process ends."""
-        probe = call.spec.readyz
-        if probe.port and endpoint.port and not endpoint.path and probe.port != call.spec.ports[0]:
-            endpoint = msgspec.structs.replace(endpoint, port=probe.port)
-        ready = asyncio.create_task(readiness.wait_ready(endpoint, probe, call.identity))
-        exited = asyncio.create_task(self._backend.wait(sid))
-        try:
-            await asyncio.wait({ready, exited}, return_when=asyncio.FIRST_COMPLETED)
-            if ready.done():
-                await ready
-                return
-            raise FailedPrecondition(
-                f"the actor's process ended with status {exited.result()} before it was ready"
-                f"{self._quote(call.actor_uid)}",
-                reason="ACTOR_EXITED",
-            )
-        except GreenroomError as error:
-            if error.reason == "NOT_READY":
-                error.message += self._quote(call.actor_uid)
-            raise
-        finally:
-            ready.cancel()
-            exited.cancel()
-            await asyncio.gather(ready, exited, return_exceptions=True)
-
-    def _quote(self, actor_uid: str) -> str:
-        lines = self._logs.tail(actor_uid, QUOTED_LINES).decode(errors="replace").strip()
-        return f"; its last lines:\n{lines}" if lines else "; it wrote nothing"
-
-    # --- residents ----------------------------------------------------------------------------------------
-
-    def _settle_in(
-        self,
-        identity: Identity,
-        sid: str,
-        endpoint: Endpoint,
-        fifo: Path | None,
-        state: ResidentState,
-        operation_id: str,
-    ) -> None:
-        resident = _Resident(identity, sid, state, endpoint, operation_id)
-        self._residents[identity.uid] = resident
-        self._logs.attach(identity.uid, identity.generation, fifo)
-        self._look_after(resident)
-
-    def _look_after(self, resident: _Resident) -> None:
-        resident.watcher = asyncio.create_task(self._watch(resident), name=f"watch-{resident.sid}")
-
-    async def _watch(self, resident: _Resident) -> None:
-        """Tells the control plane when a resident ends by itself."""
-        code = await self._backend.wait(resident.sid)
-        uid = resident.identity.uid
-        if self._residents.get(uid) is not resident:
-            return
-        del self._residents[uid]
-        self._logs.detach(uid)
-        last = self._logs.tail(uid, QUOTED_LINES).decode(errors="replace")
-        log.warning("actor ended by itself", actor=resident.identity.name, code=code)
-        if resident.state is not ResidentState.STARTING:
-            generation = max(resident.identity.generation, self._journal.generation(uid))
-            self.on_exit(api.SandboxExited(actor_uid=uid, generation=generation, code=code, last_lines=last))
-        try:
-            await self._backend.destroy(resident.sid)
-        except GreenroomError as error:
-            log.error("what an ended actor left could not be removed", sid=resident.sid, error=error.message)
-
-    async def _end_resident(self, uid: str) -> None:
-        """Destroys the actor's sandbox and drops what is staged of it; neither has to be there."""
-        resident = self._residents.get(uid)
-        if resident is not None:
-            if resident.watcher:
-                resident.watcher.cancel()
-            try:
-                await self._backend.destroy(resident.sid)
-            except BaseException:
-                self._look_after(resident)  # it may live still: whoever asks next must find it
-                raise
-            if self._residents.get(uid) is resident:
-                del self._residents[uid]
-            self._logs.detach(uid)
-        await self._drop_staged(uid)
-
-    def _resident_generation(self, uid: str) -> int:
-        resident = self._residents.get(uid)
-        return resident.identity.generation if resident else 0
-
-    def _resident(self, uid: str) -> _Resident:
-        resident = self._residents.get(uid)
-        if resident is None:
-            raise NotFound(f"actor {uid} does not run on worker {self._config.worker}", reason="NOT_RESIDENT")
-        return resident
-
-    def _list(self) -> tuple[Resident, ...]:
-        return tuple(
-            Resident(
-                actor_uid=uid,
-                namespace=r.identity.namespace,
-                name=r.identity.name,
-                generation=self._fence.generation(uid),
-                state=r.state,
-                endpoint=r.endpoint,
-                operation_id=r.operation_id,
-            )
-            for uid, r in self._residents.items()
-        )
+        with Reports(reporter) as reports:
+            return await self._waker.wake(call, reports)
 
     # --- sleep --------------------------------------------------------------------------------------------
 
-    async def _checkpoint(self, call: api.Checkpoint) -> api.Checkpointed:
-        resident = self._resident(call.actor_uid)
+    async def _checkpoint(self, call: api.Checkpoint, reporter: Reporter) -> api.Checkpointed:
+        resident = self._residents.get(call.actor_uid)
         dest = await asyncio.to_thread(self._staging.begin, call.actor_uid, call.snapshot.id)
-        marks = _Marks()
+        marks = Marks()
         try:
-            phases = await self._backend.checkpoint(resident.sid, dest)
+            with Reports(reporter) as reports:
+                async with reports.growing(dest, "checkpoint"):
+                    phases = await self._backend.checkpoint(resident.sid, dest)
             marks.took(phases, "staging")
             snapshot = msgspec.structs.replace(
                 call.snapshot,
@@ -487,58 +285,95 @@ class Agent:
         resident.operation_id = call.operation_id
         return api.Checkpointed(size_bytes=size, phases=tuple(marks.phases))
 
-    async def _undo_checkpoint(self, resident: _Resident) -> None:
+    async def _undo_checkpoint(self, resident: Lodger) -> None:
         """After a failure the sandbox runs, also one that was frozen before."""
-        await self._drop_staged(resident.identity.uid)
+        await self._staging.clear(resident.identity.uid)
         try:
             resident.endpoint = await self._backend.thaw(resident.sid)
             resident.state = ResidentState.RUNNING
         except GreenroomError as error:  # the next call about it finds that out too; what failed first says more
             log.error("could not thaw after a failed checkpoint", sid=resident.sid, error=error.message)
 
-    async def _publish(self, call: api.Publish) -> api.Published:
+    async def _publish(self, call: api.Publish, reporter: Reporter) -> api.Published:
+        marks = Marks()
         snapshot = self._staging.find(call.actor_uid, call.snapshot_id)
         if snapshot is None:
+            if call.hold and call.snapshot_id in self._held:  # an agent that died had kept it already
+                return api.Published(snapshot=await self._held.manifest(call.snapshot_id))
             raise NotFound(
                 f"worker {self._config.worker} has no files of snapshot {call.snapshot_id}", reason="NOT_STAGED"
             )
-        marks = _Marks()
-        published = await self._snapshots.publish(snapshot, self._staging.path(call.actor_uid, call.snapshot_id))
+        source = self._staging.path(call.actor_uid, call.snapshot_id)
+        publish = self._held.keep if call.hold else self._snapshots.publish
+        with Reports(reporter) as reports:
+            published = await publish(snapshot, source, lambda done, total: reports.bytes("publish", done, total))
         marks.end("publish")
         return api.Published(snapshot=published, phases=tuple(marks.phases))
 
+    async def _upload(self, call: api.Upload, reporter: Reporter) -> api.Published:
+        marks = Marks()
+        with Reports(reporter) as reports:
+            published = await self._held.upload(
+                call.snapshot_id, lambda done, total: reports.bytes("upload", done, total)
+            )
+        marks.end("upload")
+        return api.Published(snapshot=published, phases=tuple(marks.phases))
+
+    async def _release(self, call: api.Release) -> api.Done:
+        await self._held.release(call.snapshot_id)
+        return api.Done()
+
     async def _discard(self, call: api.Discard) -> api.Done:
-        marks = _Marks()
-        await self._end_resident(call.actor_uid)
+        marks = Marks()
+        await self._residents.end(call.actor_uid)
         if call.forget:
             await asyncio.to_thread(self._logs.forget, call.actor_uid)
         marks.end("discard")
         return api.Done(phases=tuple(marks.phases))
 
-    async def _drop_staged(self, actor_uid: str) -> None:
-        if self._staging.holds(actor_uid):  # mostly not, and a look is cheaper than a thread
-            await asyncio.to_thread(self._staging.drop, actor_uid)
-
     async def _freeze(self, call: api.Freeze) -> api.Done:
-        resident, marks = self._resident(call.actor_uid), _Marks()
-        await self._drop_staged(call.actor_uid)
+        resident, marks = self._residents.get(call.actor_uid), Marks()
+        await self._staging.clear(call.actor_uid)
         await self._backend.freeze(resident.sid)
         resident.state = ResidentState.FROZEN
         marks.end("freeze")
         return api.Done(phases=tuple(marks.phases))
 
     async def _thaw(self, call: api.Thaw) -> api.Started:
-        resident, marks = self._resident(call.actor_uid), _Marks()
-        await self._drop_staged(call.actor_uid)  # from here on it is older than the actor
+        resident, marks = self._residents.get(call.actor_uid), Marks()
+        await self._staging.clear(call.actor_uid)  # from here on it is older than the actor
         resident.endpoint = await self._backend.thaw(resident.sid)
         resident.state = ResidentState.RUNNING
         marks.end("thaw")
         return api.Started(endpoint=resident.endpoint, phases=tuple(marks.phases), warm=True)
 
+    def _check_epoch(self, call: api.Thaw) -> None:
+        if call.epoch >= 0 and (self._alone.alone or call.epoch != self._alone.epoch):
+            raise FailedPrecondition(
+                f"worker {self._config.worker} has been alone since that was decided (epoch {self._alone.epoch}, not "
+                f"{call.epoch}); read the actor's record again",
+                reason="STALE_EPOCH",
+            )
+
+    # --- alone --------------------------------------------------------------------------------------------
+
+    def _running(self) -> list[str]:
+        return [r.identity.uid for r in self._residents if r.state is ResidentState.RUNNING]
+
+    async def _freeze_alone(self, uid: str) -> None:
+        async def freeze() -> None:
+            resident = self._residents.find(uid)
+            if self._alone.alone and resident is not None and resident.state is ResidentState.RUNNING:
+                await self._backend.freeze(resident.sid)
+                resident.state = ResidentState.FROZEN
+                log.warning("froze an actor", actor=f"{resident.identity.namespace}/{resident.identity.name}")
+
+        await self._fence.aside(uid, freeze)
+
     # --- exec ---------------------------------------------------------------------------------------------
 
     async def _exec(self, call: api.Exec, reporter: Reporter) -> api.Exited:
-        resident = self._resident(call.actor_uid)
+        resident = self._residents.get(call.actor_uid)
         spec = ExecSpec(argv=call.argv, env=tuple(call.env.items()), cwd=call.cwd, timeout_s=call.timeout_s)
         session = await self._backend.exec(resident.sid, spec)
         feeder = asyncio.create_task(_feed(session, reporter))
@@ -550,36 +385,6 @@ class Agent:
             feeder.cancel()
             await asyncio.gather(feeder, return_exceptions=True)
             await session.kill()
-
-
-def sandbox_class(image: Image, spec: TemplateSpec) -> SandboxClass:
-    """Image and template merged, as Kubernetes does: a command replaces entrypoint and arguments of the image."""
-    config = image.config
-    argv = (*spec.command, *spec.args) if spec.command else (*config.entrypoint, *(spec.args or config.cmd))
-    if not argv:
-        raise FailedPrecondition(
-            f"image {spec.image} has no entrypoint and the template no command; set spec.command",
-            reason="COMMAND_NOT_FOUND",
-        )
-    uid, gid = resolve_user(image.rootfs, spec.user or config.user)
-    return SandboxClass(
-        rootfs=image.rootfs,
-        image_digest=image.digest,
-        argv=argv,
-        env=tuple({**dict(config.env), **spec.env}.items()),
-        cwd=spec.workdir or config.workdir or "/",
-        uid=uid,
-        gid=gid,
-        port=spec.ports[0] if spec.ports else 0,
-        resources=spec.resources,
-    )
-
-
-def _no_image(reference: str) -> Image:
-    """For backends that run no image: whatever the template names."""
-    digest = f"sha256:{hashlib.sha256(reference.encode()).hexdigest()}"
-    config = ImageConfig(entrypoint=("none",))
-    return Image(reference=reference, digest=digest, rootfs=Path("/"), config=config, size_bytes=0)
 
 
 async def _feed(session: ExecSession, reporter: Reporter) -> None:

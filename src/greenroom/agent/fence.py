@@ -8,11 +8,14 @@ For every call, in this order:
    until it has stopped: who sends another call has given the first one up. Only a `Discard` is left to end by itself.
 3. *Once.* A call that is in the journal is answered from it, if what it speaks of still exists.
 4. *Do, record, answer.* A caller that goes away stops nothing.
+
+What the agent does about an actor of its own accord takes its turn among the calls (`Fence.aside`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -29,16 +32,24 @@ Work = Callable[[], Coroutine[Any, Any, Record]]
 
 @dataclass(slots=True)
 class _Running:
-    """A call under way for an actor."""
+    """A call under way for an actor; None: what the agent does of its own accord, which takes milliseconds."""
 
-    call: api.ActorCall
-    task: asyncio.Task[Record]
+    call: api.ActorCall | None
+    task: asyncio.Task[Any]
     stopped: bool = False  # once: a second cancellation would cut its cleaning up short
 
     def stop(self) -> None:
-        if not self.stopped and not isinstance(self.call, api.Discard):
+        if not self.stopped and self.call is not None and not isinstance(self.call, api.Discard):
             self.stopped = True
             self.task.cancel()
+
+    def same(self, call: api.ActorCall) -> bool:
+        return (
+            self.call is not None
+            and type(self.call) is type(call)
+            and self.call.operation_id == call.operation_id
+            and not self.stopped
+        )
 
 
 class Fence:
@@ -77,8 +88,7 @@ class Fence:
         if isinstance(call, api.Discard):
             self._journal.end_operation(uid, call.operation_id)
         while (running := self._running.get(uid)) is not None:
-            same = type(running.call) is type(call) and running.call.operation_id == call.operation_id
-            if same and not running.stopped:
+            if running.same(call):
                 return await self._outcome(running.task, call)
             running.stop()
             await asyncio.wait({running.task})
@@ -88,9 +98,25 @@ class Fence:
             answer: Record = msgspec.json.decode(recorded, type=api.ANSWERS[name])
             return answer
         task = asyncio.create_task(self._do(call, name, work), name=f"{name}-{uid}")
-        self._running[uid] = _Running(call, task)
-        task.add_done_callback(lambda done: self._ended(uid, done))
+        self._begun(uid, call, task)
         return await self._outcome(task, call)
+
+    async def aside(self, actor_uid: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Does ``work`` about an actor when no call about it is under way. It stops none and waits for its turn; calls
+        that come meanwhile wait for its end. Nothing is done once the agent ends.
+
+        Raises:
+            GreenroomError: what ``work`` raises.
+        """
+        while (running := self._running.get(actor_uid)) is not None:
+            await asyncio.wait({running.task})
+        if self._closing:
+            return
+        task = asyncio.create_task(work(), name=f"aside-{actor_uid}")
+        self._begun(actor_uid, None, task)
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.result()
 
     async def close(self) -> None:
         """Stops what is under way; whoever waits for it is told that the worker is gone."""
@@ -117,6 +143,10 @@ class Fence:
                 f"this {type(call).__name__} comes too late"
             )
 
+    def _begun(self, uid: str, call: api.ActorCall | None, task: asyncio.Task[Any]) -> None:
+        self._running[uid] = _Running(call, task)
+        task.add_done_callback(lambda done: self._ended(uid, done))
+
     async def _outcome(self, task: asyncio.Task[Record], call: api.ActorCall) -> Record:
         try:
             return await asyncio.shield(task)
@@ -131,7 +161,7 @@ class Fence:
     def _gone(self) -> Unavailable:
         return Unavailable(f"worker {self._worker} ends", reason="WORKER_DISCONNECTED")
 
-    def _ended(self, uid: str, task: asyncio.Task[Record]) -> None:
+    def _ended(self, uid: str, task: asyncio.Task[Any]) -> None:
         if (running := self._running.get(uid)) and running.task is task:
             del self._running[uid]
         if not task.cancelled():
@@ -142,12 +172,13 @@ class Fence:
             answer = await work()
             self._journal.record(call.operation_id, name, msgspec.json.encode(answer))
         except OSError as error:
-            raise _from_os(error) from error
+            raise from_os(error) from error
         return answer
 
 
-def _from_os(error: OSError) -> GreenroomError:
-    if error.errno == 28:  # ENOSPC
+def from_os(error: OSError) -> GreenroomError:
+    """What a failure of the worker's own disk is to others."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceExhausted(
             f"the worker's disk is full ({error.filename or error}); delete actors or images, or add space",
             reason="DISK_FULL",

@@ -1,4 +1,4 @@
-"""The agent's end of the link: keeps one stream to the control plane open and feeds its calls to the agent.
+"""The agent's end of one link: keeps a stream to a replica of the control plane open and feeds its calls to the agent.
 
 When the stream breaks the agent goes on as it is (residents run, calls are finished and recorded) and connects again;
 the control plane then asks once more for what it has no answer to.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -38,67 +38,147 @@ KEEPALIVE = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
+#: Heartbeats are not sent more often, whatever the control plane asks for: each costs it a write.
+MIN_HEARTBEAT_S = 0.05
+#: Part of the time between heartbeats by which it varies, so that those of many workers spread.
+HEARTBEAT_JITTER = 0.1
+#: Heartbeats that may wait for their answer; a peer that answers none (an older one) gets no more.
+MAX_UNANSWERED = 100
+#: How long what waits to be sent may take when the link is closed.
+FLUSH_S = 1.0
 
 _encode = msgspec.json.Encoder().encode
 _decode_call = msgspec.json.Decoder(api.AgentCall).decode
+_decode_welcome = msgspec.json.Decoder(api.Welcome).decode
 
 
 class AgentLink:
-    def __init__(self, agent: Agent, target: str) -> None:
-        """``target``: a gRPC address, for example ``unix:/run/greenroom/agents.sock``."""
-        self._agent = agent
-        self._target = target
-        self._connection: _Connection | None = None
-        agent.on_exit = self._exited
+    """``target``: a gRPC address, for example ``unix:/run/greenroom/agents.sock``. ``on_welcome`` hears of every
+    `Welcome`. ``elsewhere``: another link that leads to the same replica just now, which this one then leaves alone,
+    because a replica takes one link of each worker."""
 
-    async def run(self) -> None:
-        """Connects, again and again, until cancelled."""
+    def __init__(
+        self,
+        agent: Agent,
+        target: str,
+        on_welcome: Callable[[AgentLink], None] = lambda link: None,
+        elsewhere: Callable[[AgentLink], AgentLink | None] = lambda link: None,
+    ) -> None:
+        self.target = target
+        #: What was heard last on this link, also while it is down.
+        self.welcome = api.Welcome()
+        #: Set while there is no connection to a replica that has answered.
+        self.down = asyncio.Event()
+        self.down.set()
+        self._agent = agent
+        self._on_welcome = on_welcome
+        self._elsewhere = elsewhere
+        self._connection: _Connection | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_up(self) -> bool:
+        return not self.down.is_set()
+
+    def start(self) -> None:
+        """Connects, again and again, until `close`."""
+        self._task = asyncio.create_task(self._run(), name=f"link-{self.target}")
+
+    async def close(self) -> None:
+        """What waits to be sent is sent first."""
+        if self._connection is not None and self._connection.welcomed:
+            # Not by cancelling its task: what was written and not yet read at the other end would be lost.
+            self._connection.finish()
+            await asyncio.wait({self._connection.ended}, timeout=FLUSH_S)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
         pause = FIRST_PAUSE_S
         while True:
-            async with grpc.aio.insecure_channel(self._target, options=KEEPALIVE) as channel:
-                connection = _Connection(self._agent, link_pb2_grpc.AgentLinkStub(channel).Connect())
-                self._connection = connection
-                try:
-                    await connection.run()
-                except grpc.aio.AioRpcError as error:
-                    log.debug("no link to the control plane", error=error.details())
-                finally:
-                    self._connection = None
-            pause = FIRST_PAUSE_S if connection.welcomed else min(pause * 2, LAST_PAUSE_S)
+            while (other := self._elsewhere(self)) is not None:
+                await other.down.wait()
+            try:
+                welcomed = await self._connect()
+            except Exception:  # one replica that makes trouble is not all of them
+                log.exception("a link failed in a way nobody thought of", target=self.target)
+                welcomed = False
+            pause = FIRST_PAUSE_S if welcomed else min(pause * 2, LAST_PAUSE_S)
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))
 
-    def _exited(self, event: api.SandboxExited) -> None:
-        # Without a connection the event is not lost: the next HELLO lists the residents, and this one is missing there.
-        if self._connection:
-            self._connection.send(Frame(kind=Frame.EVENT, body=_encode(event)))
+    async def _connect(self) -> bool:
+        """One connection from its beginning to its end; returns whether it was welcomed."""
+        async with grpc.aio.insecure_channel(self.target, options=KEEPALIVE) as channel:
+            connection = _Connection(self._agent, self, link_pb2_grpc.AgentLinkStub(channel).Connect())
+            self._connection = connection
+            try:
+                await connection.run()
+            except grpc.aio.AioRpcError as error:
+                log.debug("no link to the control plane", target=self.target, error=error.details())
+            finally:
+                self._connection = None
+                self.down.set()
+        return connection.welcomed
+
+    def heard(self, welcome: api.Welcome, sent_at: float) -> None:
+        if not self.is_up:
+            log.info("linked to the control plane", target=self.target, replica=welcome.replica)
+        self.welcome = welcome
+        self.down.clear()
+        self._agent.heard(welcome, sent_at)
+        self._on_welcome(self)
 
 
 class _Connection:
-    """One stream. Calls run as tasks of their own and outlive it."""
+    """One stream; see `greenroom.agent.agent.Link`. Calls run as tasks of their own and outlive it."""
 
-    def __init__(self, agent: Agent, stream: Any) -> None:
+    def __init__(self, agent: Agent, link: AgentLink, stream: Any) -> None:
         self._agent = agent
+        self._link = link
         self._stream = stream
         self._out: asyncio.Queue[link_pb2.Frame | None] = asyncio.Queue()
         self._open: dict[int, _Reporter] = {}
+        #: When what awaits a WELCOME was sent (the loop's clock), by the number of the heartbeat; HELLO is 0.
+        self._unanswered: dict[int, float] = {}
+        self._tasks: list[asyncio.Task[None]] = []
         self.welcomed = False
         self.closed = False
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def finish(self) -> None:
+        """Sends what waits, then says that nothing more comes; the other end then ends the stream."""
+        self._out.put_nowait(None)
 
     def send(self, frame: link_pb2.Frame) -> None:
         if not self.closed:
             self._out.put_nowait(frame)
 
+    def exited(self, event: api.SandboxExited) -> None:
+        self.send(Frame(kind=Frame.EVENT, body=_encode(event)))
+
+    def leaving(self, leaving: api.Leaving) -> None:
+        if self.welcomed:  # else it is said on being welcome
+            self.send(Frame(kind=Frame.LEAVING, body=_encode(leaving)))
+
     async def run(self) -> None:
-        hello = Frame(kind=Frame.HELLO, body=_encode(self._agent.hello()))
-        await self._stream.write(Frames(frames=[hello]))
-        writer = asyncio.create_task(self._write())
+        # Before it is said who lives here: what happens from then on is an event.
+        self._agent.links.add(self)
         try:
+            self._unanswered[0] = asyncio.get_running_loop().time()
+            hello = Frame(kind=Frame.HELLO, body=_encode(self._agent.hello()))
+            await self._stream.write(Frames(frames=[hello]))
+            self._tasks.append(asyncio.create_task(self._write()))
             while (message := await self._stream.read()) is not grpc.aio.EOF:
                 for frame in message.frames:
                     self._receive(frame)
         finally:
+            self._agent.links.discard(self)
             self.closed = True
-            writer.cancel()
+            self.ended.set_result(None)
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
             for reporter in list(self._open.values()):
                 if reporter.streaming:
                     reporter.task.cancel()
@@ -107,12 +187,23 @@ class _Connection:
     async def _write(self) -> None:
         while (frames := await gather_frames(self._out)) is not None:
             await self._stream.write(Frames(frames=frames))
+        await self._stream.done_writing()
+
+    async def _beat(self) -> None:
+        """Says that the agent lives, as often as the control plane wants to hear it."""
+        number = 0
+        while True:
+            every = max(self._link.welcome.heartbeat_s, MIN_HEARTBEAT_S)
+            await asyncio.sleep(every * random.uniform(1 - HEARTBEAT_JITTER, 1))
+            if len(self._unanswered) < MAX_UNANSWERED:
+                number += 1
+                self._unanswered[number] = asyncio.get_running_loop().time()
+                self.send(Frame(kind=Frame.HEARTBEAT, id=number, body=_encode(self._agent.heartbeat())))
 
     def _receive(self, frame: link_pb2.Frame) -> None:
         match frame.kind:
             case Frame.WELCOME:
-                self.welcomed = True
-                log.info("linked to the control plane")
+                self._welcome(frame)
             case Frame.CALL:
                 call = _decode_call(frame.body)
                 reporter = _Reporter(self, frame.id, streaming=isinstance(call, api.Exec | api.Logs))
@@ -120,6 +211,18 @@ class _Connection:
                 reporter.task = asyncio.create_task(self._serve(frame.id, call, reporter))
             case Frame.DATA | Frame.CREDIT | Frame.CANCEL if frame.id in self._open:
                 self._open[frame.id].receive(frame)
+
+    def _welcome(self, frame: link_pb2.Frame) -> None:
+        welcome = _decode_welcome(frame.body) if frame.body else api.Welcome()
+        # It was alive when it got what it answers. When that was only it knows, but it was after this was sent; when
+        # the answer came proves less: it may have been on the way for long.
+        sent_at = self._unanswered.pop(frame.id, float("-inf"))
+        first, self.welcomed = not self.welcomed, True
+        self._link.heard(welcome, sent_at)
+        if first:
+            self._tasks.append(asyncio.create_task(self._beat()))
+            if self._agent.is_leaving:
+                self.leaving(self._agent.farewell())
 
     async def _serve(self, number: int, call: api.AgentCall, reporter: _Reporter) -> None:
         try:
@@ -142,7 +245,7 @@ class _Connection:
 
 
 class _Reporter:
-    """See `greenroom.agent.agent.Reporter`."""
+    """See `greenroom.agent.progress.Reporter`."""
 
     task: asyncio.Task[None]
 

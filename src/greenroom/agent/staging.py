@@ -9,6 +9,7 @@ or ended, so one that is there is never older than the sandbox.
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -53,6 +54,11 @@ class Staging:
 
     def drop(self, actor_uid: str) -> None:
         shutil.rmtree(self._root / actor_uid, ignore_errors=True)
+
+    async def clear(self, actor_uid: str) -> None:
+        """As `drop`, off the loop."""
+        if self.holds(actor_uid):  # mostly not, and a look is cheaper than a thread
+            await asyncio.to_thread(self.drop, actor_uid)
 
     def keep_only(self, actor_uids: Collection[str]) -> None:
         """Drops what belongs to nobody of these, whatever it is."""

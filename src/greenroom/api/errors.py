@@ -1,7 +1,8 @@
 """`GreenroomError` <-> gRPC status, both ways, without loss.
 
 An error travels as its status code and message, and in the trailing metadata as a ``google.rpc.Status`` with an
-``ErrorInfo`` (reason, domain ``greenroom.dev``, metadata) and, for `ResourceExhausted`, a ``RetryInfo``.
+``ErrorInfo`` (reason, domain ``greenroom.dev``, metadata) and, for `ResourceExhausted`, and for `Unavailable` when it
+is known, a ``RetryInfo``.
 Source: https://google.aip.dev/193 and google/rpc/error_details.proto.
 
 grpcio-status offers the same packing; it is not used because it adds a dependency for ten lines.
@@ -42,7 +43,7 @@ def to_status(error: GreenroomError) -> Status:
         message = message[:MAX_MESSAGE_CHARS] + " [cut]"
     status = Status(code=code, message=message)
     _pack(status, ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_bounded(error.metadata)))
-    if isinstance(error, ResourceExhausted):
+    if isinstance(error, ResourceExhausted) or (isinstance(error, Unavailable) and error.retry_after_s > 0):
         _pack(status, RetryInfo(retry_delay=convert.duration(max(error.retry_after_s, 0.0))))
     return status
 
@@ -117,7 +118,7 @@ def _from_status(status: Status, code: grpc.StatusCode) -> GreenroomError:
     for detail in status.details:
         _ = detail.Unpack(info) or detail.Unpack(retry)
     error = rebuild(code.name, info.reason, status.message, dict(info.metadata))
-    if isinstance(error, ResourceExhausted) and retry.HasField("retry_delay"):
+    if isinstance(error, ResourceExhausted | Unavailable) and retry.HasField("retry_delay"):
         error.retry_after_s = convert.seconds(retry.retry_delay)
     return error
 

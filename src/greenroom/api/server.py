@@ -28,7 +28,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from greenroom.api import service
+from greenroom.api import actors, fleet, service, system
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2_grpc as pb_grpc
 from greenroom.api.client import MAX_MESSAGE_BYTES
@@ -54,6 +54,17 @@ SERVER_OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
 ]
+
+
+SERVICES = (
+    actors.Actors,
+    fleet.Templates,
+    fleet.Pools,
+    fleet.Workers,
+    fleet.Snapshots,
+    system.Operations,
+    system.System,
+)
 
 
 class ApiServer:
@@ -111,7 +122,7 @@ class ApiServer:
 
     def _register(self, server: grpc.aio.Server) -> None:
         control, streams = self._control, self._streams
-        for kind in service.SERVICES:
+        for kind in SERVICES:
             _add(kind(control, streams, self._info), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*_service_names(), health.SERVICE_NAME, reflection.SERVICE_NAME), server)

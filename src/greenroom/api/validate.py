@@ -36,6 +36,7 @@ _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 #: As Kubernetes': an optional DNS prefix, then at most 63 word characters.
 _LABEL_KEY = re.compile(r"([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
+LABEL_RULE = "use letters, digits, '-', '_' and '.', at most 63 characters, starting and ending with a letter or digit"
 
 
 class Violation(NamedTuple):
@@ -98,6 +99,7 @@ def _template(spec: TemplateSpec) -> Iterator[Violation]:
     yield from _between(("resources", "cpus"), spec.resources.cpus, 0.001, MAX_CPUS)
     yield from _between(("resources", "pids"), spec.resources.pids, 1, MAX_PIDS)
     yield from _name(("pool",), "pool", spec.pool)
+    yield from _selector(spec.worker_selector)
     yield from _between(("idle_timeout_s",), spec.idle_timeout_s, 0, MAX_DURATION_S)
 
 
@@ -138,6 +140,14 @@ def _argument(path: tuple[str | int, ...], value: str) -> Iterator[Violation]:
         yield Violation(path, f"at most {MAX_ARGUMENT_BYTES} bytes")
 
 
+def _selector(wanted: Mapping[str, str]) -> Iterator[Violation]:
+    if len(wanted) > MAX_LABELS:
+        yield Violation(("worker_selector",), f"at most {MAX_LABELS} labels")
+    for key, value in wanted.items():
+        if not _is_label(key, value):
+            yield Violation(("worker_selector", key), f"label {key}={value} is not valid: {LABEL_RULE}")
+
+
 def _name(path: tuple[str | int, ...], kind: str, name: str) -> Iterator[Violation]:
     try:
         check_label(kind, name)
@@ -145,18 +155,19 @@ def _name(path: tuple[str | int, ...], kind: str, name: str) -> Iterator[Violati
         yield Violation(path, error.message)
 
 
-def labels(given: Mapping[str, str]) -> dict[str, str]:
-    """Raises `InvalidArgument` (reason ``INVALID_LABEL``) unless they are labels as Kubernetes has them."""
+def labels(given: Mapping[str, str], what: str = "label") -> dict[str, str]:
+    """Raises `InvalidArgument` (reason ``INVALID_LABEL``) unless they are labels as Kubernetes has them. ``what``: how
+    the message calls one of them."""
     if len(given) > MAX_LABELS:
-        raise InvalidArgument(f"{len(given)} labels are too many: at most {MAX_LABELS}", reason="INVALID_LABEL")
+        raise InvalidArgument(f"{len(given)} {what}s are too many: at most {MAX_LABELS}", reason="INVALID_LABEL")
     for key, value in given.items():
-        if not _LABEL_KEY.fullmatch(key) or not _LABEL_VALUE.fullmatch(value):
-            raise InvalidArgument(
-                f"label {key}={value} is not valid: use letters, digits, '-', '_' and '.', at most 63 characters, "
-                "starting and ending with a letter or digit",
-                reason="INVALID_LABEL",
-            )
+        if not _is_label(key, value):
+            raise InvalidArgument(f"{what} {key}={value} is not valid: {LABEL_RULE}", reason="INVALID_LABEL")
     return dict(given)
+
+
+def _is_label(key: str, value: str) -> bool:
+    return _LABEL_KEY.fullmatch(key) is not None and _LABEL_VALUE.fullmatch(value) is not None
 
 
 def request_id(given: str) -> str:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
-import grpc
 
-from greenroom.api import convert, errors
+from greenroom.api import convert
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
 from greenroom.api.client import Client
 from greenroom.cli import kinds
 from greenroom.cli.app import INTERRUPTED, Settings, common, duration, pair, settings
+from greenroom.cli.follow import Patience
 from greenroom.cli.kinds import Kind
 from greenroom.cli.output import clean
 from greenroom.core.errors import GreenroomError, rebuild
@@ -39,8 +39,18 @@ def create() -> None:
 @click.option(
     "-l", "--label", "labels", type=pair, metavar="KEY=VALUE", multiple=True, help="Label to attach; repeatable."
 )
+@click.option(
+    "--worker-selector",
+    "selector",
+    type=pair,
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Label that its worker must have, beside those that the template asks for; repeatable.",
+)
 @common
-def create_actor(name: str, template: str, labels: Sequence[tuple[str, str]]) -> None:
+def create_actor(
+    name: str, template: str, labels: Sequence[tuple[str, str]], selector: Sequence[tuple[str, str]]
+) -> None:
     """Makes an actor, asleep. It wakes when a request or a command for it comes."""
     options = settings()
     request = pb.CreateActorRequest(
@@ -48,6 +58,7 @@ def create_actor(name: str, template: str, labels: Sequence[tuple[str, str]]) ->
         name=name,
         template=template,
         labels=dict(labels),
+        worker_selector=dict(selector),
         request_id=secrets.token_hex(16),
     )
     with options.connect() as client:
@@ -75,7 +86,7 @@ def _waiting(command: Any) -> Any:
 @common
 def resume(names: tuple[str, ...], wait: bool, timeout: float) -> None:
     """Wakes actors; crashed ones go back to their last snapshot."""
-    change("ResumeActor", "resumed", "running already", _actors(names), wait, timeout)
+    change("ResumeActor", "resumed", "running already", plain_names(names), wait, timeout)
 
 
 @click.command()
@@ -84,7 +95,7 @@ def resume(names: tuple[str, ...], wait: bool, timeout: float) -> None:
 @common
 def suspend(names: tuple[str, ...], wait: bool, timeout: float) -> None:
     """Saves actors' memory and files, and frees their place on the worker."""
-    change("SuspendActor", "suspended", "suspended already", _actors(names), wait, timeout)
+    change("SuspendActor", "suspended", "suspended already", plain_names(names), wait, timeout)
 
 
 @click.command()
@@ -93,7 +104,7 @@ def suspend(names: tuple[str, ...], wait: bool, timeout: float) -> None:
 @common
 def pause(names: tuple[str, ...], wait: bool, timeout: float) -> None:
     """Freezes actors where they are: quick to wake, but they keep their place."""
-    change("PauseActor", "paused", "paused already", _actors(names), wait, timeout)
+    change("PauseActor", "paused", "paused already", plain_names(names), wait, timeout)
 
 
 @click.command()
@@ -127,7 +138,7 @@ def _delete(client: Client, options: Settings, kind: Kind, name: str) -> None:
         client.pools.DeletePool(pb.DeletePoolRequest(name=name), timeout=options.read_timeout_s)
 
 
-def _actors(names: tuple[str, ...]) -> list[str]:
+def plain_names(names: tuple[str, ...]) -> list[str]:
     """``NAME`` or ``actor/NAME``."""
     plain = []
     for name in names:
@@ -141,50 +152,63 @@ def _actors(names: tuple[str, ...]) -> list[str]:
 def change(method: str, done: str, already: str, names: list[str], wait: bool, timeout_s: float) -> None:
     """Starts the operations together and reports each; exits with the code of the first that failed."""
     options = settings()
-    wait_s = timeout_s if wait else NO_WAIT_S
     code = 0
     with options.connect() as client:
-        call = getattr(client.actors, method)
         for start in range(0, len(names), MAX_AT_ONCE):
-            batch = names[start : start + MAX_AT_ONCE]
-            futures = [
-                call.future(
-                    pb.ActorRequest(
-                        namespace=options.namespace,
-                        name=name,
-                        request_id=secrets.token_hex(16),
-                        wait=convert.duration(wait_s),
-                    ),
-                    timeout=options.request_timeout_s or wait_s + CALL_MARGIN_S,
-                )
-                for name in batch
-            ]
-            for position, (name, future) in enumerate(zip(batch, futures, strict=True)):
-                try:
-                    operation = convert.from_message(Operation, _result(future, client.address))
-                    reported = _report(operation, f"actor/{name}", done, already, wait)
-                    code = code or reported
-                    if method == "ResumeActor" and operation.state is OperationState.DONE:
-                        _say_if_gone_back(client, options, name)
-                except GreenroomError as error:
-                    if error.reason == "STILL_WAITING" and not wait:
-                        click.echo(f"actor/{name} begun")
-                        continue
-                    code = code or error.exit_code
-                    click.echo(f"error: {error.message}", err=True)
-                    if error.reason == "SERVER_NOT_RUNNING":
-                        raise SystemExit(code) from None
-                except KeyboardInterrupt:
-                    _interrupted(client, options, batch[position:])
+            left = names[start : start + MAX_AT_ONCE]  # those that are not reported yet
+            try:
+                failed = _change(client, options, method, (done, already), left, wait, timeout_s)
+            except KeyboardInterrupt:
+                _interrupted(client, options, left)
+            code = code or failed
     if code:
         raise SystemExit(code)
 
 
-def _result(future: Any, address: str) -> Any:
-    try:
-        return future.result()
-    except grpc.RpcError as error:
-        raise errors.from_rpc_error(error, address) from None
+def _change(
+    client: Client,
+    options: Settings,
+    method: str,
+    words: tuple[str, str],
+    left: list[str],
+    wait: bool,
+    timeout_s: float,
+) -> int:
+    """As `change`, for those of ``left``, which loses who is reported. Returns the code of the first that failed."""
+    wait_s = timeout_s if wait else NO_WAIT_S
+    code = 0
+    call = getattr(client.actors, method)
+    futures = [
+        call.future(
+            pb.ActorRequest(
+                namespace=options.namespace,
+                name=name,
+                request_id=secrets.token_hex(16),
+                wait=convert.duration(wait_s),
+            ),
+            timeout=options.request_timeout_s or wait_s + CALL_MARGIN_S,
+        )
+        for name in left
+    ]
+    waiting = list(zip(left, futures, strict=True))
+    patience = Patience(client, options.namespace)
+    for name, future in waiting:
+        try:
+            operation = convert.from_message(Operation, patience.result(future, waiting if wait else ()))
+            reported = _report(operation, f"actor/{name}", *words, wait)
+            code = code or reported
+            if method == "ResumeActor" and operation.state is OperationState.DONE:
+                _say_if_gone_back(client, options, name)
+        except GreenroomError as error:
+            if error.reason == "STILL_WAITING" and not wait:
+                click.echo(f"actor/{name} begun")
+            else:
+                click.echo(f"error: {error.message}", err=True)
+                code = code or error.exit_code
+                if error.reason == "SERVER_NOT_RUNNING":
+                    raise SystemExit(code) from None
+        left.remove(name)
+    return code
 
 
 def _report(operation: Operation, ref: str, done: str, already: str, wait: bool) -> int:

@@ -6,14 +6,30 @@ import asyncio
 import ctypes
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from greenroom.cli.app import pair
+
+if TYPE_CHECKING:
+    from greenroom.agent.agent import Agent
+    from greenroom.agent.links import Links
+
 _PR_SET_PDEATHSIG = 1
-#: Ends an agent together with everything that runs on it; SIGTERM leaves actors running, for the next agent.
+#: Asks an agent to end in order: its actors are suspended first, where a control plane is connected. A second one is as
+#: `END_SIGNAL`. It is what a pod that is to end is sent.
+LEAVE_SIGNAL = signal.SIGTERM
+#: Ends an agent at once; actors are left running, for the next agent process. (So does Ctrl-C, which is of no use to
+#: programs: what a shell runs in the background is born deaf to it.)
+END_SIGNAL = signal.SIGUSR2
+#: Ends an agent together with everything that runs on it.
 WIPE_SIGNAL = signal.SIGUSR1
+#: How long an agent that was asked to end waits for its actors to be suspended. Suspending takes a second or two each,
+#: some at a time; a pod is given 30 s by default, so its grace period has to be set with this.
+DRAIN_TIMEOUT_S = 60.0
 
 
 @click.command(hidden=True)
@@ -25,7 +41,23 @@ WIPE_SIGNAL = signal.SIGUSR1
 @click.option("--state-dir", type=click.Path(path_type=Path), required=True, help="The worker's own directory.")
 @click.option("--images", type=click.Path(path_type=Path), required=True, help="Image store; agents may share one.")
 @click.option("--snapshots", required=True, help="Snapshot store: a directory or a URL.")
-@click.option("--control", required=True, help="Where the control plane takes agents, e.g. unix:/path/agents.sock.")
+@click.option(
+    "--control",
+    required=True,
+    multiple=True,
+    help="Where a replica of the control plane takes agents, e.g. unix:/path/agents.sock; repeatable. The others are "
+    "learned from it.",
+)
+@click.option(
+    "--label", "labels", type=pair, metavar="KEY=VALUE", multiple=True, help="What templates may ask for; repeatable."
+)
+@click.option(
+    "--drain-timeout",
+    type=click.FloatRange(min=0),
+    default=DRAIN_TIMEOUT_S,
+    show_default=True,
+    help="On SIGTERM: how long to wait, in seconds, until the actors are suspended. A second SIGTERM hurries.",
+)
 @click.option("--parent", type=int, default=0, help="End when this process, the parent, ends (its pid).")
 @click.option("--log-level", default="info")
 def agent(parent: int, log_level: str, **options: object) -> None:
@@ -59,12 +91,14 @@ async def _serve(
     state_dir: Path,
     images: Path,
     snapshots: str,
-    control: str,
+    control: Sequence[str],
+    labels: Sequence[tuple[str, str]],
+    drain_timeout: float,
 ) -> int:
     import structlog
 
     from greenroom.agent.agent import DEFAULT_WARM, Agent, AgentConfig
-    from greenroom.agent.link import AgentLink
+    from greenroom.agent.links import Links
     from greenroom.core.errors import GreenroomError
     from greenroom.images.store import DiskImageStore
     from greenroom.sandbox import registry
@@ -74,32 +108,65 @@ async def _serve(
     log = structlog.get_logger(__name__)
     become_subreaper()  # sandboxes are orphans of the commands that made them
     config = AgentConfig(
-        worker=worker, pool=pool, capacity=slots, state_dir=state_dir, warm=DEFAULT_WARM if warm is None else warm
+        worker=worker,
+        pool=pool,
+        capacity=slots,
+        state_dir=state_dir,
+        warm=DEFAULT_WARM if warm is None else warm,
+        labels=dict(labels),
     )
     worker_agent = Agent(config, registry.load(backend), DiskImageStore(images), ObjectSnapshotStore(snapshots))
     # Before anything is made: a signal that comes while it opens is obeyed when it is open, and has cleaned up after
     # an earlier agent.
-    told: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-    for number, wipe in ((signal.SIGTERM, False), (signal.SIGINT, False), (WIPE_SIGNAL, True)):
-        asyncio.get_running_loop().add_signal_handler(number, _tell, told, wipe)
+    signals = _Signals()
     try:
         await worker_agent.open()
     except GreenroomError as error:
         log.error("the worker can't start", error=error.message, reason=error.reason)
         return error.exit_code
-    link = asyncio.create_task(AgentLink(worker_agent, control).run())
-    ends: set[asyncio.Future[Any]] = {worker_agent.shutdown, told, link}
-    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    broken = link.done()
-    if broken:
-        log.error("the link to the control plane failed", exc_info=link.exception())
-    await asyncio.sleep(0)  # the answer to Shutdown goes out before the link does
-    link.cancel()
-    await asyncio.gather(link, return_exceptions=True)
-    await worker_agent.close(wipe=any(end.result() for end in (worker_agent.shutdown, told) if end.done()))
-    return 1 if broken else 0
+    links = Links(worker_agent, control)
+    links.start()
+    wipe = await _told_to_end(worker_agent, links, signals, drain_timeout)
+    await links.close()
+    await worker_agent.close(wipe=wipe)
+    return 0
 
 
-def _tell(told: asyncio.Future[bool], wipe: bool) -> None:
-    if not told.done():
-        told.set_result(wipe)
+class _Signals:
+    """``leave`` resolves when this process is asked to end, ``end`` (with whether everything goes) when it has to."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.leave: asyncio.Future[None] = loop.create_future()
+        self.end: asyncio.Future[bool] = loop.create_future()
+        loop.add_signal_handler(LEAVE_SIGNAL, self._leave)
+        for number in (END_SIGNAL, signal.SIGINT):
+            loop.add_signal_handler(number, self._end, False)
+        loop.add_signal_handler(WIPE_SIGNAL, self._end, True)
+
+    def _leave(self) -> None:
+        if self.leave.done():
+            self._end(False)
+        else:
+            self.leave.set_result(None)
+
+    def _end(self, wipe: bool) -> None:
+        if not self.end.done():
+            self.end.set_result(wipe)
+
+
+async def _told_to_end(agent: Agent, links: Links, signals: _Signals, drain_timeout_s: float) -> bool:
+    """Until this agent is to end; whether everything that runs on it goes too."""
+    import structlog
+
+    log = structlog.get_logger(__name__)
+    ends: set[asyncio.Future[Any]] = {agent.shutdown, signals.end}
+    await asyncio.wait({*ends, signals.leave}, return_when=asyncio.FIRST_COMPLETED)
+    if not any(end.done() for end in ends):
+        if links.is_up:
+            log.info("leaves: its actors are to be suspended", within_s=drain_timeout_s)
+            agent.leave()
+            await asyncio.wait(ends, timeout=drain_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if not any(end.done() for end in ends):
+            log.warning("ends; actors that are awake go on running for the next agent")
+    return any(end.result() for end in ends if end.done())

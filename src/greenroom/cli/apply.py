@@ -13,10 +13,11 @@ from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
 from greenroom.api.client import Client
 from greenroom.cli import kinds, manifest
 from greenroom.cli.app import INTERRUPTED, Settings, common, duration, settings
+from greenroom.cli.follow import follow
 from greenroom.cli.manifest import Manifest, ManifestError
 from greenroom.cli.progress import display
 from greenroom.core.errors import DeadlineExceeded, FailedPrecondition, NotFound, rebuild
-from greenroom.core.records import Operation, OperationState, Pool, PoolSpec, Template, TemplateState
+from greenroom.core.records import OperationState, Pool, PoolSpec, Template, TemplateState
 
 
 @click.command()
@@ -129,15 +130,7 @@ def _follow(client: Client, options: Settings, one: Manifest, template: Template
 
 
 def _follow_operation(client: Client, ref: str, operation_id: str, end: float) -> None:
-    operation: Operation | None = None
-    request = pb.GetOperationRequest(id=operation_id)
-    with (
-        display(ref) as shown,
-        client.operations.WatchOperation(request, timeout=_left(end)) as stream,
-    ):
-        for message in stream:
-            operation = convert.from_message(Operation, message)
-            shown.update(operation)
+    operation = follow(client, operation_id, _left(end), display(ref))
     if operation is not None and operation.error is not None:
         failure = operation.error
         raise rebuild(failure.code, failure.reason, f"{ref}: {failure.message}", failure.metadata)

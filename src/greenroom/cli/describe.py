@@ -13,7 +13,7 @@ import yaml
 from greenroom.api.client import Client
 from greenroom.cli import kinds
 from greenroom.cli.app import Settings, common, settings
-from greenroom.cli.kinds import Kind, took
+from greenroom.cli.kinds import Kind, pairs_text, progress, took
 from greenroom.cli.manifest import camel, spec_to_plain
 from greenroom.cli.output import Table, clean, pairs
 from greenroom.cli.quantity import human_age, human_bytes
@@ -23,7 +23,10 @@ from greenroom.core.records import Actor, Operation, Pool, Record, Snapshot, Tem
 RECENT = 10
 
 #: Shown in a form of their own.
-_SPECIAL = {"name", "namespace", "spec", "phases", "layers", "files", "error", "endpoint", "labels"}
+_SPECIAL = {
+    "name", "namespace", "spec", "phases", "layers", "files", "error", "endpoint", "rejected", "done_bytes",
+    "total_bytes", "request_digest",
+}  # fmt: skip
 
 
 @click.command()
@@ -49,6 +52,7 @@ def _describe(client: Client, options: Settings, kind: Kind, record: Any) -> Non
         text = yaml.safe_dump(spec_to_plain(record.spec), sort_keys=False, allow_unicode=True)
         click.echo("".join(f"  {line}\n" for line in text.splitlines()), nl=False)
     if isinstance(record, Operation):
+        _rejected(record)
         _phases(record)
         _layers(record)
     if isinstance(record, Snapshot):
@@ -69,14 +73,13 @@ def _facts(record: Any) -> Iterator[tuple[str, str]]:
     now = time.time()
     for name in record.__struct_fields__:
         value = getattr(record, name)
-        if name == "namespace":
-            yield "namespace", value
-        elif name == "labels" and value:
-            yield "labels", ", ".join(f"{k}={v}" for k, v in sorted(value.items()))
+        if name == "namespace" or (name == "name" and isinstance(record, Operation)):
+            yield name, value
         elif name == "endpoint" and value is not None:
             yield "endpoint", _compact(value)
         elif name == "error" and value is not None:
             yield "error", f"{value.reason} ({value.code}): {value.message}"
+            yield from value.metadata.items()
         elif name == "unsaved_since" and value is not None:
             yield "unsaved since", f"{_moment(value, now)}; what it did after that is lost"
         elif name not in _SPECIAL and value not in (None, "", (), {}, False):
@@ -84,12 +87,18 @@ def _facts(record: Any) -> Iterator[tuple[str, str]]:
     if isinstance(record, Snapshot):
         yield "size", human_bytes(record.size_bytes)
     if isinstance(record, Operation):
+        if moved := progress(record):
+            yield "progress", moved
         yield "took", took(record) or f"still going on, for {human_age(now - record.created_at)}"
 
 
 def _value(name: str, value: Any, now: float) -> str:
-    if isinstance(value, float) and name.endswith(("_at", "_since", "_seen")):
+    if isinstance(value, float) and name.endswith(("_at", "_since", "_seen", "_until")):
         return _moment(value, now)
+    if isinstance(value, dict):
+        return pairs_text(value, ", ")
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
     if value is True:
         return "yes"
     return str(value)
@@ -112,6 +121,12 @@ def _compact(record: Record) -> str:
 
 def _section(title: str) -> None:
     click.echo(f"{title}:")
+
+
+def _rejected(operation: Operation) -> None:
+    if operation.rejected:
+        _section("Workers that it could not have")
+        pairs([(rejection.worker, rejection.why) for rejection in operation.rejected], "  ")
 
 
 def _phases(operation: Operation) -> None:

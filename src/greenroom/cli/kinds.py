@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import time
-from collections.abc import Callable, Iterator
+import typing
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +15,9 @@ from greenroom.api import convert
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
 from greenroom.api.client import Client
 from greenroom.cli.quantity import human_age, human_bytes
+from greenroom.core.errors import NotFound
 from greenroom.core.names import DEFAULT_NAMESPACE
-from greenroom.core.records import Actor, Operation, Pool, Snapshot, Template, Worker
+from greenroom.core.records import Actor, Operation, OperationState, Pool, Replica, Snapshot, Template, Worker
 
 Column = tuple[str, Callable[[Any, float], str]]
 
@@ -35,15 +38,23 @@ def _since(field: str) -> Callable[[Any, float], str]:
     return show
 
 
+def pairs_text(values: Mapping[str, str], separator: str = ",") -> str:
+    """``a=b,c=d``"""
+    return separator.join(f"{key}={value}" for key, value in sorted(values.items()))
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """``names``: the singular first, then plural and short forms. ``wide``: further columns of ``-o wide``."""
+    """``names``: the singular first, then plural and short forms. ``wide``: further columns of ``-o wide``.
+    ``service``: the stub that lists it. ``list_only``: there is no call for a single one, and no watch."""
 
     cls: Any
     names: tuple[str, ...]
     namespaced: bool
     columns: tuple[Column, ...]
     wide: tuple[Column, ...] = ()
+    service: str = ""
+    list_only: bool = False
 
     @property
     def name(self) -> str:
@@ -51,6 +62,14 @@ class Kind:
 
     def fetch(self, client: Client, namespace: str, name: str, timeout_s: float) -> Any:
         """Raises `NotFound`."""
+        if self.list_only:
+            for record in self.fetch_all(client, namespace, timeout_s):
+                if record.name == name:
+                    return record
+            raise NotFound(
+                f"{self.name} {name} does not exist; `greenroom get {self.names[1]}` lists those there are",
+                reason=f"{self.name.upper()}_NOT_FOUND",
+            )
         stub = getattr(client, f"{self.name}s")
         request = getattr(pb, f"Get{self.cls.__name__}Request")()
         if self.cls in (Snapshot, Operation):
@@ -64,7 +83,7 @@ class Kind:
 
     def fetch_all(self, client: Client, namespace: str, timeout_s: float, **filters: Any) -> Iterator[Any]:
         """All of them, page by page; ``namespace`` "" means all."""
-        stub = getattr(client, f"{self.name}s")
+        stub = getattr(client, self.service or f"{self.name}s")
         request = getattr(pb, f"List{self.cls.__name__}sRequest")(**filters)
         if self.namespaced:
             request.namespace = namespace
@@ -84,6 +103,15 @@ class Kind:
         now = time.time()
         return [show(record, now) for _, show in columns]
 
+    def states(self) -> list[enum.StrEnum]:
+        """In the order of their life; [] when these have none."""
+        state = typing.get_type_hints(self.cls).get("state")
+        return list(state) if state is not None else []
+
+    def state(self, text: str) -> str:
+        """The state that is meant, in any case of letters; "" when there is none such."""
+        return next((str(state) for state in self.states() if state.lower() == text.lower()), "")
+
     def ref(self, record: Any) -> str:
         """``actor/counter``"""
         return f"{self.name}/{record.id if self.cls in (Snapshot, Operation) else record.name}"
@@ -93,6 +121,34 @@ def took(operation: Operation) -> str:
     if operation.finished_at is None:
         return ""
     return f"{(operation.finished_at - operation.created_at) * 1000:.0f} ms"
+
+
+def bytes_of(operation: Operation) -> tuple[int, int]:
+    """Bytes done and in all (0: not known) of the phase that an operation is in; those of an image are its layers'."""
+    if operation.done_bytes or operation.total_bytes or not operation.layers:
+        return operation.done_bytes, operation.total_bytes
+    layers = operation.layers
+    total = sum(layer.total_bytes for layer in layers) if all(layer.total_bytes for layer in layers) else 0
+    return sum(layer.done_bytes for layer in layers), total
+
+
+def progress(operation: Operation) -> str:
+    """``25% of 48.0 MiB``; "" for one that has ended, or whose phase moves no bytes."""
+    done, total = bytes_of(operation)
+    if operation.state is not OperationState.RUNNING or not (done or total):
+        return ""
+    return f"{done * 100 // total}% of {human_bytes(total)}" if total else human_bytes(done)
+
+
+def _operation_state(operation: Operation, now: float) -> str:
+    cancelling = operation.state is OperationState.RUNNING and operation.cancel_requested
+    return "Cancelling" if cancelling else str(operation.state)
+
+
+def _failures(worker: Worker, now: float) -> str:
+    if worker.quarantined_until > now:
+        return f"{worker.failures}, quarantine {human_age(worker.quarantined_until - now)}"
+    return str(worker.failures)
 
 
 ACTORS = Kind(
@@ -109,6 +165,7 @@ ACTORS = Kind(
     ),
     (
         ("SINCE", _since("state_since")),
+        ("DURABLE", _since("durable_at")),
         ("SNAPSHOT", _text("snapshot")),
         ("REASON", _text("reason")),
         ("UID", _text("uid")),
@@ -153,7 +210,9 @@ WORKERS = Kind(
         ("STATE", _text("state")),
         ("USED", lambda w, now: f"{w.used}/{w.capacity}"),
         ("BACKEND", _text("backend")),
+        ("FAILURES", _failures),
         ("SEEN", _since("last_seen")),
+        ("LABELS", lambda w, now: pairs_text(w.labels)),
     ),
     (("FINGERPRINT", _text("fingerprint")), ("MESSAGE", _text("message"))),
 )
@@ -180,18 +239,36 @@ OPERATIONS = Kind(
         ("ID", _text("id")),
         ("KIND", _text("kind")),
         ("NAME", _text("name")),
-        ("STATE", _text("state")),
+        ("STATE", _operation_state),
         ("PHASE", _text("phase")),
+        ("PROGRESS", lambda o, now: progress(o)),
+        ("WORKER", _text("worker")),
+        ("OWNER", _text("owner")),
         ("TOOK", lambda o, now: took(o)),
         ("AGE", _age),
     ),
     (
-        ("WORKER", _text("worker")),
         ("CAUSE", _text("cause")),
+        ("ATTEMPTS", _text("attempts")),
+        ("TAKEOVERS", _text("takeovers")),
         ("ERROR", lambda o, now: o.error.reason if o.error else ""),
     ),
 )
-KINDS = (ACTORS, TEMPLATES, POOLS, WORKERS, SNAPSHOTS, OPERATIONS)
+REPLICAS = Kind(
+    Replica,
+    ("replica", "replicas", "rep"),
+    False,
+    (
+        ("NAME", _text("name")),
+        ("INCARNATION", _text("incarnation")),
+        ("LINK", _text("link")),
+        ("STARTED", _since("started_at")),
+        ("SEEN", _since("seen_at")),
+    ),
+    service="system",
+    list_only=True,
+)
+KINDS = (ACTORS, TEMPLATES, POOLS, WORKERS, SNAPSHOTS, OPERATIONS, REPLICAS)
 BY_NAME = {name: kind for kind in KINDS for name in kind.names}
 
 

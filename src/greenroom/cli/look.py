@@ -1,8 +1,9 @@
-"""``get``, ``wait`` and ``watch``."""
+"""``get`` and ``watch``."""
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,11 +14,10 @@ from greenroom.api import convert
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
 from greenroom.api.client import Client
 from greenroom.cli import kinds
-from greenroom.cli.app import Settings, common, duration, pair, settings, with_output
-from greenroom.cli.kinds import BY_NAME, Kind
+from greenroom.cli.app import common, pair, settings, with_output
+from greenroom.cli.kinds import BY_NAME, Column, Kind
 from greenroom.cli.manifest import to_document
 from greenroom.cli.output import Table, clean, dump
-from greenroom.core.errors import DeadlineExceeded, FailedPrecondition, GreenroomError, NotFound
 
 
 @click.command()
@@ -32,11 +32,18 @@ from greenroom.core.errors import DeadlineExceeded, FailedPrecondition, Greenroo
     multiple=True,
     help="Only actors with this label; repeatable.",
 )
+@click.option("--state", metavar="STATE", help="Only those in this state, as Running or failed.")
 @click.option("-w", "--watch", "watching", is_flag=True, help="Then show changes, until Ctrl-C.")
 @with_output("table", "wide", "json", "yaml", "name")
 @common
-def get(what: tuple[str, ...], all_namespaces: bool, labels: Any, watching: bool, output: str) -> None:
-    """Lists actors, templates, pools, workers, snapshots or operations, or shows single ones."""
+def get(
+    what: tuple[str, ...], all_namespaces: bool, labels: Any, state: str | None, watching: bool, output: str
+) -> None:
+    """Lists actors, templates, pools, workers, snapshots, operations or replicas, or shows single ones.
+
+    \b
+    greenroom get operations --state=running -w    what is under way, followed
+    """
     options, wanted = settings(), kinds.targets(what)
     kind = wanted[0][0]
     names = [name for _, name in wanted if name]
@@ -44,18 +51,47 @@ def get(what: tuple[str, ...], all_namespaces: bool, labels: Any, watching: bool
         raise click.UsageError("one type at a time, please")
     if labels and kind is not kinds.ACTORS:
         raise click.UsageError("only actors have labels")
+    if watching and kind.list_only:
+        raise click.UsageError(f"{kind.names[1]} can't be watched")
+    filters: dict[str, Any] = {"labels": dict(labels)} if labels else {}
+    if state is not None:
+        filters["state"] = _state(kind, state, names)
     namespace = "" if all_namespaces else options.namespace
     with options.connect() as client:
         if names:
             records = [kind.fetch(client, options.namespace, name, options.read_timeout_s) for name in names]
         else:
-            filters = {"labels": dict(labels)} if labels else {}
             records = list(kind.fetch_all(client, namespace, options.read_timeout_s, **filters))
+        seen = {kind.ref(r): r for r in records}
+        changes = _changes(client, kind, namespace, names, filters, seen) if watching else iter(())
+        if watching and kind is kinds.OPERATIONS and output in ("table", "wide") and sys.stdout.isatty():
+            columns = kind.shown_columns(wide=output == "wide", all_namespaces=all_namespaces)
+            _follow_on_screen(kind, columns, records, changes)
+            return
         table = _show(kind, records, output, all_namespaces, single=len(names) == 1)
-        if watching:
-            seen = {kind.ref(r): r.version for r in records}
-            for deleted, record in _changes(client, kind, namespace, names, dict(labels), seen):
-                _show_change(kind, record, output, all_namespaces, table, deleted)
+        for deleted, record in changes:
+            _show_change(kind, record, output, all_namespaces, table, deleted)
+
+
+def _follow_on_screen(
+    kind: Kind, columns: list[Column], records: list[Any], changes: Iterator[tuple[bool, Any]]
+) -> None:
+    from greenroom.cli.live import LiveTable  # rich takes a moment to import
+
+    with LiveTable(kind, columns, records) as table:
+        for deleted, record in changes:
+            table.change(record, deleted)
+
+
+def _state(kind: Kind, state: str, names: list[str]) -> str:
+    if names:
+        raise click.UsageError("--state is for lists: leave the names out, or it")
+    found = kind.state(state)
+    if not found:
+        known = ", ".join(map(str, kind.states()))
+        what = f"states of {kind.names[1]} are: {known}" if known else f"{kind.names[1]} have no states"
+        raise click.UsageError(f"there is no state {state!r}; {what}")
+    return found
 
 
 def _show(kind: Kind, records: list[Any], output: str, all_namespaces: bool, *, single: bool) -> Table | None:
@@ -93,27 +129,33 @@ def _show_change(
 
 
 def _changes(
-    client: Client, kind: Kind, namespace: str, names: list[str], labels: dict[str, str], seen: dict[str, int]
+    client: Client, kind: Kind, namespace: str, names: list[str], filters: dict[str, Any], seen: dict[str, Any]
 ) -> Iterator[tuple[bool, Any]]:
-    for event in _events(client, [kind.name], namespace):
-        record = _record(event)
+    """What changes from ``seen`` (by reference) on. What was shown once is followed into any state."""
+    labels, state = filters.get("labels", {}), filters.get("state")
+    for event in events(client, [kind.name], namespace):
+        record = record_of(event)
         if record is None:
             continue
         name = kind.ref(record).partition("/")[2]
         if (names and name not in names) or any(record.labels.get(k) != v for k, v in labels.items()):
             continue
         deleted = event.type == pb.WatchEvent.TYPE_DELETED
-        if not deleted and record.version <= seen.get(kind.ref(record), 0):
+        before = seen.get(kind.ref(record))
+        if not deleted and before is not None and (record.version < before.version or record == before):
             continue
+        if state and record.state != state and before is None:
+            continue
+        seen[kind.ref(record)] = record
         yield deleted, record
 
 
-def _events(client: Client, names: list[str], namespace: str, timeout_s: float | None = None) -> Iterator[Any]:
+def events(client: Client, names: list[str], namespace: str, timeout_s: float | None = None) -> Iterator[Any]:
     with client.system.Watch(pb.WatchRequest(kinds=names, namespace=namespace), timeout=timeout_s) as stream:
         yield from stream
 
 
-def _record(event: Any) -> Any:
+def record_of(event: Any) -> Any:
     which = event.WhichOneof("record")
     return convert.from_message(BY_NAME[which].cls, getattr(event, which)) if which else None
 
@@ -129,15 +171,18 @@ def _record(event: Any) -> Any:
 def watch(types: tuple[str, ...], all_namespaces: bool, output: str) -> None:
     """Shows every change of actors, templates, workers and operations as it happens, until Ctrl-C."""
     options = settings()
-    wanted = [kinds.find(name).name for name in types] or ["actor", "template", "pool", "worker", "operation"]
+    found = [kinds.find(name) for name in types]
+    if never := [kind.names[1] for kind in found if kind.list_only]:
+        raise click.UsageError(f"{never[0]} can't be watched")
+    wanted = [kind.name for kind in found] or ["actor", "template", "pool", "worker", "operation"]
     synced = False
     with options.connect() as client:
-        for event in _events(client, wanted, "" if all_namespaces else options.namespace):
+        for event in events(client, wanted, "" if all_namespaces else options.namespace):
             if event.type == pb.WatchEvent.TYPE_SYNCED:
                 synced = True
                 click.echo("watching; Ctrl-C ends", err=True)
                 continue
-            record = _record(event)
+            record = record_of(event)
             if not synced or record is None:
                 continue
             deleted = event.type == pb.WatchEvent.TYPE_DELETED
@@ -157,109 +202,3 @@ def _line(record: Any, deleted: bool) -> str:
     parts += [str(getattr(record, "reason", "")), getattr(record, "message", "")]
     parts += [f"on {record.worker}"] if getattr(record, "worker", "") else []
     return f"{moment}  {kind.ref(record)}  {clean('  '.join(p for p in parts if p))}"
-
-
-# --- wait -------------------------------------------------------------------------------------------------------
-
-#: What a condition means, by kind: condition -> state.
-CONDITIONS = {
-    "actor": {"ready": "Running", "running": "Running", "suspended": "Suspended"},
-    "template": {"ready": "Ready"},
-    "operation": {"done": "Done", "complete": "Done"},
-    "worker": {"ready": "Active"},
-}
-#: States that lead nowhere by themselves: waiting for another one is in vain.
-HOPELESS = {"template": {"Failed"}, "operation": {"Failed", "Done"}}
-
-
-@click.command()
-@click.argument("what", nargs=-1, required=True, metavar="TYPE NAME | TYPE/NAME")
-@click.option(
-    "--for", "goal", metavar="GOAL", help="state=STATE, condition=Ready or delete; without it: ready, or done."
-)
-@click.option(
-    "--timeout", type=duration, metavar="DURATION", default=300.0, show_default="5m", help="Then it exits with 124."
-)
-@common
-def wait(what: tuple[str, ...], goal: str | None, timeout: float) -> None:
-    """Waits until one thing is in a state, has a condition or is gone.
-
-    \b
-    greenroom wait template counter --for=condition=Ready
-    greenroom wait actor mine --for=state=Suspended --timeout=30s
-    greenroom wait operation 0198c... (until it is done)
-    """
-    options, wanted = settings(), kinds.targets(what)
-    if len(wanted) != 1 or not wanted[0][1]:
-        raise click.UsageError("name one thing: TYPE NAME or TYPE/NAME")
-    kind, name = wanted[0]
-    state = _goal(kind, goal)
-    with options.connect() as client:
-        try:
-            _wait(client, options, kind, name, state, timeout)
-        except DeadlineExceeded as error:
-            if error.reason != "REQUEST_TIMEOUT":
-                raise
-            raise DeadlineExceeded(
-                f"{kind.name}/{name} was not {state or 'deleted'} after {timeout:g} s; "
-                f"`greenroom describe {kind.name} {name}` tells more"
-            ) from None
-    click.echo(f"{kind.name}/{name} {state.lower() or 'deleted'}")
-
-
-def _goal(kind: Kind, goal: str | None) -> str:
-    """The state to wait for; "" for: gone."""
-    if goal is None:
-        goal = "condition=done" if kind is kinds.OPERATIONS else "condition=ready"
-    if goal == "delete":
-        return ""
-    what, _, value = goal.partition("=")
-    states = {str(s).lower(): str(s) for s in _states(kind)}
-    if what == "condition" and value.lower() in CONDITIONS.get(kind.name, {}):
-        return CONDITIONS[kind.name][value.lower()]
-    if what == "state" and value.lower() in states:
-        return states[value.lower()]
-    known = [f"condition={c.capitalize()}" for c in CONDITIONS.get(kind.name, {})] + ["delete"]
-    raise click.UsageError(
-        f"--for={goal} is not known for {kind.names[1]}; use "
-        + ", ".join([*(f"state={s}" for s in states.values()), *known])
-    )
-
-
-def _states(kind: Kind) -> list[Any]:
-    import typing
-
-    state = typing.get_type_hints(kind.cls).get("state")
-    return list(state) if state is not None else []
-
-
-def _wait(client: Client, options: Settings, kind: Kind, name: str, state: str, timeout_s: float) -> None:
-    namespace = options.namespace if kind in (kinds.ACTORS, kinds.TEMPLATES) else ""
-    if state:  # a thing that is not there is an error at once, not a wait in vain
-        kind.fetch(client, options.namespace, name, options.read_timeout_s)
-    present = False
-    for event in _events(client, [kind.name], namespace, timeout_s):
-        record = _record(event)
-        if record is None:  # the list is complete
-            if not present and not state:
-                return
-            continue
-        if kind.ref(record) != f"{kind.name}/{name}":
-            continue
-        present = True
-        if event.type == pb.WatchEvent.TYPE_DELETED:
-            if not state:
-                return
-            raise NotFound(f"{kind.name}/{name} was deleted while waiting for it to be {state}")
-        if state and record.state == state:
-            return
-        if state and record.state in HOPELESS.get(kind.name, ()):
-            raise _in_vain(kind, name, record, state)
-
-
-def _in_vain(kind: Kind, name: str, record: Any, state: str) -> GreenroomError:
-    error = getattr(record, "error", None)
-    message = error.message if error else getattr(record, "message", "")
-    return FailedPrecondition(
-        f"{kind.name}/{name} is {record.state}, so it will not be {state}" + (f": {clean(message)}" if message else "")
-    )

@@ -8,11 +8,12 @@ import click
 
 from greenroom.cli.app import LazyGroup, common, settings
 
-_SERVER, _DECLARE, _ACT, _LOOK, _OTHER = (
+_SERVER, _DECLARE, _ACT, _LOOK, _OPERATE, _OTHER = (
     "Run a server",
     "Describe what you want",
     "Use actors",
     "Look",
+    "Operate",
     "Other",
 )
 
@@ -29,12 +30,15 @@ COMMANDS = {
     "resume": ("greenroom.cli.act:resume", "Wake actors.", _ACT),
     "suspend": ("greenroom.cli.act:suspend", "Save actors and free their place.", _ACT),
     "pause": ("greenroom.cli.act:pause", "Freeze actors where they are.", _ACT),
+    "explain": ("greenroom.cli.explain:explain", "Tell what happened to an actor, and why it sleeps.", _LOOK),
     "get": ("greenroom.cli.look:get", "List things, or show one in a line.", _LOOK),
     "describe": ("greenroom.cli.describe:describe", "Show everything about one thing.", _LOOK),
-    "wait": ("greenroom.cli.look:wait", "Wait until a thing is in a state.", _LOOK),
+    "wait": ("greenroom.cli.wait:wait", "Wait until a thing is in a state.", _LOOK),
     "watch": ("greenroom.cli.look:watch", "Show changes as they happen.", _LOOK),
     "top": ("greenroom.cli.inside:stats", "Show memory and CPU of running actors.", _LOOK),
     "stats": ("greenroom.cli.inside:stats", "", ""),
+    "cancel": ("greenroom.cli.operate:cancel", "Give operations up.", _OPERATE),
+    "drain": ("greenroom.cli.operate:drain", "Empty workers, before their machine is serviced.", _OPERATE),
     "version": ("greenroom.cli.other:version", "Show the versions of client and server.", _OTHER),
     "completion": ("greenroom.cli.other:completion", "Print a completion script for your shell.", _OTHER),
 }
@@ -45,7 +49,7 @@ Examples:
   greenroom apply -f counter.yaml               make a template
   greenroom create actor mine -t counter        make an actor, asleep
   curl $(greenroom url mine)                    it wakes, answers, and sleeps again
-  greenroom describe actor mine
+  greenroom explain mine                        where it is and why, and what happened to it
 """
 
 

@@ -414,7 +414,7 @@ def to_document(record: Record) -> dict[str, Any]:
             metadata["creationTimestamp"] = rfc3339(value)
         elif name == "spec":
             document["spec"] = spec_to_plain(value)
-        elif value not in (None, "", (), {}):
+        elif not _is_empty(name, value):
             status["actor" if name == "name" else camel(name)] = _plain(name, value)
     if status:
         document["status"] = status
@@ -441,7 +441,18 @@ def spec_to_plain(record: Record) -> dict[str, Any]:
 
 
 #: Fields that hold seconds since the epoch.
-_TIMES = ("_at", "_since", "_seen")
+_TIMES = ("_at", "_since", "_seen", "_until")
+
+
+def plain(record: Record, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Every field that is not empty, in camelCase, times as RFC 3339 has them."""
+    fields = ((name, getattr(record, name)) for name in record.__struct_fields__ if name not in leave_out)
+    return {camel(name): _plain(name, value) for name, value in fields if not _is_empty(name, value)}
+
+
+def _is_empty(name: str, value: Any) -> bool:
+    """A time of 0 stands for never."""
+    return value in (None, "", (), {}) or (name.endswith(_TIMES) and not value)
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -450,8 +461,7 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, float) and name.endswith(_TIMES):
         return rfc3339(value)
     if isinstance(value, Record):
-        fields = ((f, getattr(value, f)) for f in value.__struct_fields__)
-        return {camel(f): _plain(f, v) for f, v in fields if v not in (None, "", (), {})}
+        return plain(value)
     if isinstance(value, tuple):
         return [_plain(name, item) for item in value]
     return value

@@ -62,7 +62,7 @@ class ServerOptions:
     api: tuple[str, ...] = ()
     log_level: str = "info"
     warm: int | None = None
-    store: str = ""
+    store: str = field(default="", repr=False)  # there may be a password in it
     snapshots: str = ""
     images: Path | None = None
     name: str = "server"

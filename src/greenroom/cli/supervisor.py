@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
@@ -15,7 +14,7 @@ from pathlib import Path
 import structlog
 from msgspec.structs import replace
 
-from greenroom.cli.agent import WIPE_SIGNAL
+from greenroom.cli.agent import END_SIGNAL, WIPE_SIGNAL
 from greenroom.core import states
 from greenroom.core.agentapi import Shutdown
 from greenroom.core.errors import Conflict, GreenroomError, NotFound
@@ -232,7 +231,7 @@ class Supervisor:
                     await self._engine.hub.call(name, Shutdown(wipe=wipe))
                 except GreenroomError:  # it is not connected (yet)
                     with contextlib.suppress(ProcessLookupError):
-                        process.send_signal(WIPE_SIGNAL if wipe else signal.SIGTERM)
+                        process.send_signal(WIPE_SIGNAL if wipe else END_SIGNAL)
                 await process.wait()
         except TimeoutError:
             log.error("agent does not end, is killed", worker=name)

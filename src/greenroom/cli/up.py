@@ -8,6 +8,19 @@ from pathlib import Path
 
 import click
 
+from greenroom.cli.app import pair
+from greenroom.cli.up_options import (
+    deadline,
+    deadlines,
+    name_for,
+    replica_name,
+    seconds,
+    snapshot_place,
+    store_url,
+    worker_labels,
+)
+from greenroom.core.records import OperationKind
+
 
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), default=None, help="Data directory [default: see README].")
@@ -20,7 +33,80 @@ import click
 @click.option("--listen", default="127.0.0.1:8080", show_default=True, help="Where the HTTP gateway listens.")
 @click.option("--domain", default="localhost", show_default=True, help="What actors' host names end in.")
 @click.option("--api", multiple=True, help="Further API address, host:port on loopback (besides the unix socket).")
-@click.option("--operation-deadline", type=float, default=300.0, show_default=True, help="Seconds per operation.")
+@click.option(
+    "--store",
+    type=store_url,
+    metavar="URL",
+    envvar="GREENROOM_STORE",
+    show_envvar=True,
+    default="",
+    help="postgresql://USER@HOST/DATABASE, which any number of replicas share [default: SQLite in the data directory]. "
+    "A password is safer in the environment, or in PGPASSWORD or ~/.pgpass.",
+)
+@click.option(
+    "--snapshots",
+    type=snapshot_place,
+    metavar="DIR|URL",
+    default="",
+    help="Where sleeping actors are kept, as s3://BUCKET/PREFIX; the same for all replicas and workers that share a "
+    "store [default: in the data directory].",
+)
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    help="Where images are kept; servers of one machine may share it [default: in the data directory].",
+)
+@click.option(
+    "--name",
+    type=replica_name,
+    metavar="NAME",
+    default=None,
+    help="What this replica is called among those that share the store [default: with PostgreSQL the host's name].",
+)
+@click.option("--no-workers", is_flag=True, help="Keep no workers here: others connect, or other replicas have them.")
+@click.option(
+    "-l",
+    "--label",
+    "labels",
+    type=pair,
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Label of this server's workers, for templates and actors to ask for; repeatable.",
+)
+@click.option(
+    "--operation-deadline",
+    "deadline_options",
+    type=deadline,
+    metavar="[KIND=]SECONDS",
+    multiple=True,
+    help="How long one operation on an actor may take [default: 300], or one of a kind, as resume=60 or prepare=7200; "
+    "repeatable.",
+)
+@click.option(
+    "--stall-timeout",
+    type=seconds(1, 3600),
+    metavar="SECONDS",
+    default=60.0,
+    show_default=True,
+    help="An operation in which nothing moves for so long, no bytes and no phase, is backed out.",
+)
+@click.option(
+    "--lease-ttl",
+    type=seconds(1, 3600),
+    metavar="SECONDS",
+    default=30.0,
+    show_default=True,
+    help="How long other replicas leave the operations of one that died alone.",
+)
+@click.option(
+    "--worker-return",
+    type=seconds(1, 3600),
+    metavar="SECONDS",
+    default=15.0,
+    show_default=True,
+    help="How long a worker that went away may take to come back before its actors count as lost.",
+)
 @click.option(
     "--capacity-wait",
     type=click.FloatRange(min=0),
@@ -38,7 +124,16 @@ def up(
     listen: str,
     domain: str,
     api: tuple[str, ...],
-    operation_deadline: float,
+    store: str,
+    snapshots: str,
+    images: Path | None,
+    name: str | None,
+    no_workers: bool,
+    labels: tuple[tuple[str, str], ...],
+    deadline_options: tuple[tuple[OperationKind | None, float], ...],
+    stall_timeout: float,
+    lease_ttl: float,
+    worker_return: float,
     capacity_wait: float,
     log_level: str,
 ) -> None:
@@ -49,6 +144,16 @@ def up(
     from greenroom.cli.server import ServerOptions
     from greenroom.core.records import PoolSpec
 
+    # --slots and --backend are the pool's, which workers elsewhere belong to.
+    own = {"--workers": bool(workers), "--warm": warm is not None, "--label": bool(labels)}
+    if no_workers and (contrary := [option for option, given in own.items() if given]):
+        raise click.UsageError(f"--no-workers and {contrary[0]} contradict each other: leave one of them out")
+    if store and not snapshots:
+        raise click.UsageError(
+            "--snapshots is missing: replicas that share a store must share the snapshots of its actors too; give a "
+            "directory that all of them have, or a bucket as s3://BUCKET/PREFIX"
+        )
+    deadline_s, deadlines_s = deadlines(deadline_options)
     configure(log_level)
     files = prepare()
     default = PoolSpec()
@@ -65,7 +170,17 @@ def up(
         api=api,
         log_level=log_level,
         warm=warm,
-        operation_deadline_s=operation_deadline,
+        store=store,
+        snapshots=snapshots,
+        images=images.expanduser().absolute() if images else None,
+        name=name_for(store, name),
+        no_workers=no_workers,
+        labels=worker_labels(labels),
+        lease_ttl_s=lease_ttl,
+        stall_s=stall_timeout,
+        worker_return_s=worker_return,
+        operation_deadline_s=deadline_s,
+        deadlines_s=deadlines_s,
         capacity_wait_s=capacity_wait,
         max_files=files,
     )
@@ -99,7 +214,7 @@ async def _run(options: object) -> None:
 
     assert isinstance(options, ServerOptions)
     probe = await registry.load(options.pool.backend).probe()
-    if not probe.available:
+    if not (probe.available or options.no_workers):
         raise FailedPrecondition(
             f"backend {options.pool.backend!r} can't run here: {probe.reason}. `greenroom doctor` tells what is "
             "missing; `greenroom up --backend process` needs no root (and is no security boundary)",

@@ -250,11 +250,9 @@ class Hello(Record, frozen=True, kw_only=True):
 
 
 class Heartbeat(Record, frozen=True, kw_only=True):
-    """Sent every ``Welcome.heartbeat_s`` on every link. ``residents``: what lives there now. ``beat``: its number on
-    this link, from 1, which the `Welcome` that answers it repeats."""
+    """Sent every ``Welcome.heartbeat_s`` on every link. ``residents``: what lives there now."""
 
     boot_id: str
-    beat: int = 0
     residents: tuple[Resident, ...] = ()
     images: tuple[str, ...] = ()
 
@@ -293,7 +291,6 @@ class Welcome(Record, frozen=True, kw_only=True):
 
     Attributes:
         replica: who answers.
-        beat: of the heartbeat that this answers; 0 for the answer to `Hello`, which promises nothing.
         links: addresses of all replicas of the control plane; the agent keeps a link to each.
         heartbeat_s: how often the agent is to say that it lives.
         alone_s: an agent none of whose heartbeats of this long ago or less was answered is alone: it freezes what runs
@@ -302,7 +299,6 @@ class Welcome(Record, frozen=True, kw_only=True):
     """
 
     replica: str = ""
-    beat: int = 0
     links: tuple[str, ...] = ()
     heartbeat_s: float = 3.0
     alone_s: float = 0.0

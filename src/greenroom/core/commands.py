@@ -28,7 +28,8 @@ from greenroom.core.records import (
 
 
 class Command(Record, frozen=True, kw_only=True):
-    """``needs``: which parts of the `View` the store must load beside actor and operation."""
+    """``needs``: which parts of the `View` the store must load beside actor and operation; "restart": golden and
+    previous, of an actor that has crashed."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     key: Key
@@ -68,9 +69,9 @@ class Begin(Command, frozen=True, kw_only=True):
 
 
 class BeginResume(Begin, frozen=True, kw_only=True):
-    kind = OperationKind.RESUME
     """``prefer``, ``avoid``, ``reachable``: see `placement.Demand`."""
 
+    kind = OperationKind.RESUME
     needs = frozenset({"prior", "lease", "template", "source", "restart", "workers"})
     prefer: tuple[str, ...] = ()
     avoid: tuple[str, ...] = ()
@@ -127,9 +128,11 @@ class BackOut(OperationCommand, frozen=True, kw_only=True):
 
     ``to_state`` is where the actor came from, or CRASHED when its live incarnation was lost meanwhile; a failed
     checkpoint may also leave it RUNNING. A failed delete stays DELETING, keeps its slot, and may be begun again.
-    Without an ``endpoint`` the one that it had stays.
+    Without an ``endpoint`` the one that it had stays. When the snapshot that it should go back to was lost meanwhile,
+    it is CRASHED instead.
     """
 
+    needs = frozenset({"source", "previous"})
     to_state: ActorState
     error: Failure
     endpoint: Endpoint | None = None
@@ -203,6 +206,7 @@ class Crash(Command, frozen=True, kw_only=True):
     """The live incarnation is gone. Changes nothing unless the actor is running or paused on that worker with a
     generation not above ``generation``. Recorded as the operation ``operation_id``."""
 
+    needs = frozenset({"source", "previous"})
     operation_id: str
     uid: str
     worker: str
@@ -266,9 +270,9 @@ class View(Record, frozen=True, kw_only=True):
         prior: the operation with the id of the command, else the one in the namespace that was recorded with the
             command's (non-empty) request id.
         template: the actor's (for `CreateActor`: the named one).
-        source: the snapshot a resume would start from: the actor's, else the template's golden one.
+        source: the snapshot a resume would start from: the actor's, else (with the template) the golden one.
         previous: the record of ``actor.previous_snapshot``.
-        golden: the template's golden snapshot (need "restart": only for an actor that has crashed).
+        golden: the template's golden snapshot.
         named: the snapshot that the command names.
         owned: all snapshots of the actor's uid.
         workers: of the template's pool.

@@ -30,6 +30,11 @@ class GreenroomError(Exception):
         self.reason = reason or self.default_reason
         self.metadata = dict(metadata or {})
 
+    def facts(self) -> dict[str, str]:
+        """``metadata``, and what the class keeps beside it: all that `rebuild` needs, besides code, reason and message,
+        to make the same error again from where it was stored."""
+        return dict(self.metadata)
+
 
 class NotFound(GreenroomError):
     code = "NOT_FOUND"
@@ -86,6 +91,9 @@ class ResourceExhausted(GreenroomError):
         super().__init__(message, reason=reason, metadata=metadata)
         self.retry_after_s = retry_after_s
 
+    def facts(self) -> dict[str, str]:
+        return {**self.metadata, "retry_after_s": f"{self.retry_after_s:g}"}
+
 
 class Unavailable(GreenroomError):
     """A part that is needed does not answer now (worker not connected, registry down). ``retry_after_s``: 0 when
@@ -99,6 +107,10 @@ class Unavailable(GreenroomError):
     ) -> None:
         super().__init__(message, reason=reason, metadata=metadata)
         self.retry_after_s = retry_after_s
+
+    def facts(self) -> dict[str, str]:
+        known = {"retry_after_s": f"{self.retry_after_s:g}"} if self.retry_after_s > 0 else {}
+        return {**self.metadata, **known}
 
 
 class Cancelled(GreenroomError):

@@ -15,7 +15,7 @@ changes only together with that field.
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import assert_never
+from typing import Any, assert_never
 
 from msgspec.structs import replace
 
@@ -228,9 +228,10 @@ def _begin(view: View, c: BeginResume | BeginSuspend | BeginPause | BeginDelete)
     slots: tuple[tuple[str, int], ...] = ()
     worker, snapshot, source = actor.worker, "", None
     rejected: tuple[Rejection, ...] = ()
+    over: tuple[Snapshot, ...] = ()
     if isinstance(c, BeginResume) and actor.state is not ActorState.PAUSED:
         if c.hold_crashed and actor.state is ActorState.CRASHED:
-            actor, view = _by_policy(actor, view)
+            actor, view, over = _by_policy(actor, view)
         source = _source(view, actor)
         prefer = c.prefer or (actor.last_worker,)
         chosen, rejected = placement.choose(view.workers, demand(view, actor, source, c, prefer), c.now)
@@ -278,7 +279,15 @@ def _begin(view: View, c: BeginResume | BeginSuspend | BeginPause | BeginDelete)
         operation=c.operation_id,
         version=actor.version + 1,
     )
-    return Change(actor=actor, operation=operation, lease=lease, slots=slots, template=view.template, source=source)
+    return Change(
+        actor=actor,
+        operation=operation,
+        lease=lease,
+        slots=slots,
+        snapshots=over,
+        template=view.template,
+        source=source,
+    )
 
 
 def _source(view: View, actor: Actor) -> Snapshot | None:
@@ -322,18 +331,20 @@ def demand(
     )
 
 
-def _by_policy(actor: Actor, view: View) -> tuple[Actor, View]:
-    """A crashed actor that nobody resumes on purpose: held, restored, or begun anew."""
+def _by_policy(actor: Actor, view: View) -> tuple[Actor, View, tuple[Snapshot, ...]]:
+    """A crashed actor that nobody resumes on purpose: held, restored, or begun anew; and the snapshots that are not
+    wanted then."""
     if view.template is None:
-        return actor, view  # refused later, with a reason of its own
+        return actor, view, ()  # refused later, with a reason of its own
     match view.template.spec.on_crash:
         case OnCrash.HOLD:
             raise _crashed_and_held(actor)
         case OnCrash.RESTORE_LAST:
-            return actor, view
+            return actor, view, ()
         case OnCrash.BOOT:
-            kept = actor.snapshot or actor.previous_snapshot
-            return replace(actor, snapshot="", previous_snapshot=kept), replace(view, source=view.golden)
+            kept, over = _way_back(actor, view)
+            actor = replace(actor, snapshot="", previous_snapshot=kept.id if kept else "")
+            return actor, replace(view, source=view.golden), over
 
 
 def _crashed_and_held(actor: Actor) -> FailedPrecondition:
@@ -440,7 +451,7 @@ def _end(
     phases: tuple[PhaseTime, ...],
     error: Failure | None = None,
     snapshots: tuple[Snapshot, ...] = (),
-    **fields: object,
+    **fields: Any,
 ) -> Change:
     """Ends an operation: the actor reaches ``to`` and its lease is dropped. Its slot is freed unless ``to`` is bound;
     while DELETING it keeps it, because the sandbox may still be there."""
@@ -453,7 +464,7 @@ def _end(
     op = replace(
         op,
         state=OperationState.FAILED if error else OperationState.DONE,
-        to_state=None if to is ActorState.DELETING else to,
+        to_state=to,
         error=error,
         phases=phases,
         updated_at=now,
@@ -482,27 +493,32 @@ def _finish_resume(view: View, c: FinishResume) -> Change:
 def _finish_suspend(view: View, c: FinishSuspend) -> Change:
     actor, op = _current(view, c, OperationKind.SUSPEND)
     assert c.snapshot.id == op.snapshot, "a suspend publishes the snapshot that it announced"
-    snapshots = [replace(c.snapshot, parent=actor.snapshot, golden=actor.golden, version=1)]
-    durable = c.snapshot.state is not SnapshotState.LOCAL
-    # The way back must survive the loss of a worker: one that is on a worker's disk only is no way back from another.
-    current_is_local = view.source is not None and view.source.state is SnapshotState.LOCAL
-    keep_previous = not durable and current_is_local and bool(actor.previous_snapshot)
-    way_back, over = (actor.previous_snapshot, view.source) if keep_previous else (actor.snapshot, view.previous)
-    if over is not None and not over.golden and over.state is not SnapshotState.CONDEMNED:
-        snapshots.append(replace(over, state=SnapshotState.CONDEMNED, version=over.version + 1))
+    made = replace(c.snapshot, parent=actor.snapshot, golden=actor.golden, version=1)
+    kept, over = _way_back(actor, view)
     return _end(
         actor,
         op,
         c.now,
         ActorState.SUSPENDED,
         phases=c.phases,
-        snapshots=tuple(snapshots),
-        snapshot=c.snapshot.id,
-        previous_snapshot=way_back,
+        snapshots=(made, *over),
+        snapshot=made.id,
+        previous_snapshot=kept.id if kept else "",
         suspended_at=c.now,
-        durable_at=c.snapshot.created_at if durable else actor.durable_at,
+        durable_at=made.created_at if made.state is not SnapshotState.LOCAL else actor.durable_at,
         resumed_at=None,
     )
+
+
+def _way_back(actor: Actor, view: View) -> tuple[Snapshot | None, tuple[Snapshot, ...]]:
+    """Which of its snapshots an actor keeps when it goes on from another one, and the others, condemned. It is the
+    latest that is durable, because one that is on a worker's disk only is no way back from the loss of that worker;
+    without any it is the latest that is good."""
+    have = [s for s in (view.source if actor.snapshot else None, view.previous) if s is not None]
+    good = [s for state in (SnapshotState.PRESENT, SnapshotState.LOCAL) for s in have if s.state is state]
+    kept = good[0] if good else None
+    over = [s for s in have if s is not kept and not s.golden and s.state is not SnapshotState.CONDEMNED]
+    return kept, tuple(replace(s, state=SnapshotState.CONDEMNED, version=s.version + 1) for s in over)
 
 
 def _finish_delete(view: View, c: FinishDelete) -> Change:
@@ -513,7 +529,9 @@ def _finish_delete(view: View, c: FinishDelete) -> Change:
         if not s.golden and s.state is not SnapshotState.CONDEMNED
     )
     change = _end(actor, op, c.now, ActorState.DELETING, phases=c.phases, snapshots=condemned)
-    return replace(change, delete_actor=True, slots=((actor.worker, -1),) if actor.worker else ())
+    assert change.operation is not None
+    op = replace(change.operation, to_state=None)
+    return replace(change, operation=op, delete_actor=True, slots=((actor.worker, -1),) if actor.worker else ())
 
 
 def _back_out(view: View, c: BackOut) -> Change:
@@ -529,19 +547,39 @@ def _back_out(view: View, c: BackOut) -> Change:
             reason="WRONG_STATE",
             metadata={"state": actor.state},
         )
-    lost = c.to_state is ActorState.CRASHED and op.from_state is not ActorState.CRASHED
+    to: ActorState = c.to_state
+    fields: dict[str, Any] = {}
+    if to is ActorState.CRASHED and op.from_state is not ActorState.CRASHED:
+        fields = _after_loss(actor, view, actor.resumed_at if actor.resumed_at is not None else op.created_at)
+    elif to is ActorState.SUSPENDED and _is_lost(actor, view):  # while it was to be resumed from it
+        to, fields = ActorState.CRASHED, _after_loss(actor, view, None)
+    elif to is ActorState.CRASHED and not actor.snapshot and actor.previous_snapshot:
+        fields = {"snapshot": actor.previous_snapshot, "previous_snapshot": ""}  # it did not begin anew
     return _end(
         actor,
         op,
         c.now,
-        c.to_state,
+        to,
         phases=c.phases,
         error=c.error,
-        reason=c.error.reason,
-        message=c.error.message,
-        endpoint=c.endpoint or actor.endpoint,
-        unsaved_since=actor.resumed_at if lost else actor.unsaved_since,
+        **{"endpoint": c.endpoint or actor.endpoint, "reason": c.error.reason, "message": c.error.message} | fields,
     )
+
+
+def _is_lost(actor: Actor, view: View) -> bool:
+    """Whether the snapshot that the actor would wake from is no more."""
+    return bool(actor.snapshot) and view.source is not None and view.source.state is SnapshotState.CORRUPT
+
+
+def _after_loss(actor: Actor, view: View, since: float | None) -> dict[str, Any]:
+    """Of an actor that crashes: since when what it did is lost. That is ``since``, unless the snapshot that it woke
+    from is lost as well; then it goes back to the one before that, and what it did after that one is lost."""
+    if not _is_lost(actor, view):
+        return {"unsaved_since": since}
+    before = view.previous
+    if before is None or before.state not in (SnapshotState.PRESENT, SnapshotState.LOCAL):
+        return {"unsaved_since": actor.created_at, "snapshot": "", "previous_snapshot": ""}
+    return {"unsaved_since": before.created_at, "snapshot": before.id, "previous_snapshot": ""}
 
 
 def _rebind(view: View, c: Rebind) -> Change:
@@ -579,7 +617,8 @@ def _fall_back(view: View, c: FallBack) -> Change:
         raise _wrong_step(c, op)
     if op.snapshot != c.snapshot_id:  # gone back already
         return Change(outcome=Outcome.REPEATED, actor=actor, operation=op, source=view.source, template=view.template)
-    good = [s for s in (view.previous, view.golden) if s is not None and s.state is SnapshotState.PRESENT]
+    usable = (SnapshotState.PRESENT, SnapshotState.LOCAL)
+    good = [s for s in (view.previous, view.golden) if s is not None and s.state in usable]
     if actor.snapshot != c.snapshot_id or not good:
         raise FailedPrecondition(
             f"snapshot {c.snapshot_id} of actor {actor.key} is corrupt ({c.detail}) and none before it is good; "
@@ -590,7 +629,8 @@ def _fall_back(view: View, c: FallBack) -> Change:
     to = source.id if source is view.previous else ""
     worker = actor.worker
     slots: tuple[tuple[str, int], ...] = ()
-    if not any(w.name == worker and placement.can_run(w, source) for w in view.workers):
+    elsewhere = source.state is SnapshotState.LOCAL and source.worker != worker
+    if elsewhere or not any(w.name == worker and placement.can_run(w, source) for w in view.workers):
         worker, slots, _ = _move(view, actor, source, c)
     corrupt = view.source
     assert corrupt is not None and corrupt.id == c.snapshot_id
@@ -600,6 +640,7 @@ def _fall_back(view: View, c: FallBack) -> Change:
             worker=worker,
             snapshot=to,
             previous_snapshot="",
+            durable_at=source.created_at if to and source.state is SnapshotState.PRESENT else None,
             reason="SnapshotCorrupt",
             message=f"snapshot {c.snapshot_id} is corrupt ({c.detail}); went back to {to or 'the golden snapshot'}",
             version=actor.version + 1,
@@ -675,11 +716,11 @@ def _crash(view: View, c: Crash) -> Change:
             state_since=c.now,
             reason=c.reason,
             message=c.message,
-            unsaved_since=actor.resumed_at,
             worker="",
             last_worker=actor.worker,
             endpoint=None,
             version=actor.version + 1,
+            **_after_loss(actor, view, actor.resumed_at),
         ),
         operation=_loss(actor, c.operation_id, c.now, "UNAVAILABLE", c.reason, c.message),
         slots=((actor.worker, -1),),
@@ -714,13 +755,16 @@ def _finish_upload(view: View, c: FinishUpload) -> Change:
     actor, snapshot = view.actor, view.named
     if snapshot is None or snapshot.state is not SnapshotState.LOCAL:
         return Change(outcome=Outcome.ALREADY, actor=actor)
-    mine = actor is not None and actor.uid == snapshot.actor_uid and actor.snapshot == snapshot.id
-    if actor is not None and mine:
-        actor = replace(actor, durable_at=snapshot.created_at, version=actor.version + 1)
-    return Change(
-        actor=actor if mine else None,
-        snapshots=(replace(snapshot, state=SnapshotState.PRESENT, version=snapshot.version + 1),),
-    )
+    present = replace(snapshot, state=SnapshotState.PRESENT, version=snapshot.version + 1)
+    if (
+        actor is None
+        or actor.uid != snapshot.actor_uid
+        or snapshot.id not in (actor.snapshot, actor.previous_snapshot)
+        or (actor.durable_at or 0.0) >= snapshot.created_at
+    ):
+        return Change(snapshots=(present,))
+    actor = replace(actor, durable_at=snapshot.created_at, version=actor.version + 1)
+    return Change(actor=actor, snapshots=(present,))
 
 
 def _lose_snapshot(view: View, c: LoseSnapshot) -> Change:
@@ -735,7 +779,6 @@ def _lose_snapshot(view: View, c: LoseSnapshot) -> Change:
         or actor.state not in (ActorState.SUSPENDED, ActorState.CRASHED)
     ):
         return Change(snapshots=(lost,))  # it lives, or wakes from another one, or is being restored, which fails
-    way_back = view.previous.id if view.previous is not None and view.previous.state is SnapshotState.PRESENT else ""
     return Change(
         actor=replace(
             actor,
@@ -743,10 +786,8 @@ def _lose_snapshot(view: View, c: LoseSnapshot) -> Change:
             state_since=c.now,
             reason="SnapshotLost",
             message=c.message,
-            snapshot=way_back,
-            previous_snapshot="",
-            unsaved_since=actor.durable_at or actor.created_at,
             version=actor.version + 1,
+            **_after_loss(actor, replace(view, source=lost), None),
         ),
         operation=_loss(actor, c.operation_id, c.now, "DATA_LOSS", "SnapshotLost", c.message),
         snapshots=(lost,),

@@ -162,7 +162,8 @@ def after_failure(worker: Worker, now: float) -> Worker:
     failures = worker.failures + 1
     until = worker.quarantined_until
     if failures >= FAILURES_TO_QUARANTINE:
-        until = now + min(FIRST_QUARANTINE_S * 2.0 ** (failures - FAILURES_TO_QUARANTINE), LAST_QUARANTINE_S)
+        doublings = min(failures - FAILURES_TO_QUARANTINE, 30)  # of weeks of failures no float overflows
+        until = now + min(FIRST_QUARANTINE_S * 2.0**doublings, LAST_QUARANTINE_S)
     return replace(worker, failures=failures, quarantined_until=until)
 
 

@@ -87,15 +87,20 @@ class Wake:
 
 
 class BindingTable:
-    def __init__(self) -> None:
+    def __init__(self, trusted: Callable[[str], bool] = lambda worker: True) -> None:
+        """``trusted``: whether what runs on a worker is sure to be what is to run (see `greenroom.engine.census`)."""
+        self._trusted = trusted
         self._by_key: dict[Key, Binding] = {}
         self._by_uid: dict[str, Binding] = {}
         self._draining: dict[Key, asyncio.Event] = {}
 
     def get(self, key: Key) -> Binding | None:
-        """The binding to route by, unless there is none or it is being drained (then wake: it waits its turn)."""
+        """The binding to route by, unless there is none, it is being drained (then wake: it waits its turn), or its
+        worker may count as lost by now."""
         binding = self._by_key.get(key)
-        return None if binding is None or key in self._draining else binding
+        if binding is None or key in self._draining or not self._trusted(binding.worker):
+            return None
+        return binding
 
     def peek(self, key: Key) -> Binding | None:
         """As `get`, draining or not."""

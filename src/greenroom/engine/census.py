@@ -14,6 +14,8 @@ wakes elsewhere is not alive twice. No clock is compared with another's for that
 - A worker whose heartbeats of the last 0.5 r (`replicas.ALONE_SHARE`) are all unanswered freezes what runs on it.
 - A worker is lost for a replica that has looked at its record all the while and seen no new value for r: its last
   answered heartbeat was sent at most 0.4 r after that value was written, so it has been frozen for 0.1 r.
+- Nobody routes to a worker unless it knows that that was written down in the last 0.9 r: so not to a sandbox whose
+  agent is dead, or stands still, and could not freeze it.
 - A replica that did not look for a while (it was away from the store, or did not run) begins to look anew.
 - What a worker froze goes on only by a `Thaw` that was decided after the worker was heard again (its ``epoch``).
 """
@@ -61,6 +63,8 @@ LOOK_SHARE = 1 / 16
 NOTE_SHARE = 0.1
 #: How old it may be for a heartbeat to be answered:
 BACKED_SHARE = 0.4
+#: How old it may be for requests to be routed there:
+TRUSTED_SHARE = 0.9
 #: How long the actors of a worker that wants to end may take to be suspended, before they are left as they are.
 SEE_OFF_PAUSE_S = 1.0
 
@@ -84,6 +88,8 @@ class Census:
         #: ``last_seen`` of each worker, and when (loop time) this value was seen first, looking without a gap.
         self._seen: dict[str, tuple[float, float]] = {}
         self._looked_at = 0.0
+        #: Set, and replaced by a new one, with every look.
+        self._looked = asyncio.Event()
         #: It was written down after this (loop time) that the worker was heard.
         self._backed: dict[str, float] = {}
 
@@ -97,6 +103,14 @@ class Census:
         self._notice(worker, heartbeat)
         backed = self._backed.get(worker)
         limit_s = BACKED_SHARE * self._engine.config.worker_return_s
+        return backed is not None and clock.monotonic() - backed <= limit_s
+
+    def is_trusted(self, worker: str) -> bool:
+        """Whether requests may be routed to what runs there."""
+        if self._engine.config.exclusive:
+            return True  # nobody could have woken it elsewhere
+        backed = self._backed.get(worker)
+        limit_s = TRUSTED_SHARE * self._engine.config.worker_return_s
         return backed is not None and clock.monotonic() - backed <= limit_s
 
     def _notice(self, worker: str, heartbeat: api.Heartbeat) -> None:
@@ -132,6 +146,7 @@ class Census:
         while self._engine.hub.connected().get(hello.worker) == hello:
             try:
                 await self._register(hello)
+                self._engine.hub.acknowledge(hello.worker)
                 under_way = await self._compare(hello.worker, anew=True)
             except GreenroomError as error:
                 log.warning("worker not welcomed, tries again", worker=hello.worker, error=error.message)
@@ -307,6 +322,8 @@ class Census:
             elif worker.state is not WorkerState.DISCONNECTED and worker.name not in self._away:
                 await self._abandon_if_lost(worker.name)
         self._looked_at = asked
+        self._looked.set()
+        self._looked = asyncio.Event()
 
     def _observe(self, worker: Worker, asked: float) -> None:
         seen = self._seen.get(worker.name)
@@ -354,6 +371,19 @@ class Census:
             except TimeoutError:
                 break
         return worker in self._engine.hub.connected()
+
+    async def until_trusted(self, worker: str) -> bool:
+        """Whether requests may be routed to a worker, waiting for it as long as it may still come back."""
+        return_s = self._engine.config.worker_return_s
+        until = clock.monotonic() + return_s
+        while not self.is_trusted(worker):
+            looked = self._looked
+            try:
+                async with asyncio.timeout_at(until):
+                    await looked.wait()
+            except TimeoutError:
+                return False
+        return True
 
     async def rejoin(self, key: Key) -> None:
         """An actor that is RUNNING and that nobody can reach yet: waits for its worker and asks it.

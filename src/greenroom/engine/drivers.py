@@ -544,7 +544,7 @@ class Drivers:
         phases.end("back-out")
         said = {"operation": op.id, "kind": op.kind, "actor": str(actor.key), "reason": error.reason}
         log.warning("operation failed", **said, error=error.message)
-        if to in (ActorState.SUSPENDED, ActorState.CRASHED):
+        if to is ActorState.SUSPENDED:
             await self._discard(actor, op)
         change = await self._ops.commit(
             BackOut(
@@ -562,10 +562,21 @@ class Drivers:
             self._bind_again(change, await self._template(actor))
         else:
             self._engine.slot_freed()
-        if op.kind is OperationKind.SUSPEND:  # only now: it could have been what is left of the actor
-            self._engine.spawn(self._engine.snapshots.delete(op.snapshot), f"unpublish-{op.snapshot}")
+        # Only now: until the commit, what was published and the sandbox could have been what is left of the actor.
+        if to is ActorState.CRASHED:
+            self._engine.spawn(self._discard(actor, op), f"discard-{actor.uid}")
+        if op.kind is OperationKind.SUSPEND:
+            self._engine.spawn(self._unpublish(op), f"unpublish-{op.snapshot}")
         assert change.operation is not None
         return change.operation
+
+    async def _unpublish(self, op: Operation) -> None:
+        """What a suspend that was backed out may have left: in the snapshot store, and on its worker's disk."""
+        await self._engine.snapshots.delete(op.snapshot)
+        try:
+            await self._engine.hub.call(op.worker, api.Release(snapshot_id=op.snapshot))
+        except GreenroomError as error:
+            log.info("a copy may stay on a worker", worker=op.worker, snapshot=op.snapshot, error=error.message)
 
     async def _template(self, actor: Actor) -> Template | None:
         try:

@@ -8,6 +8,7 @@ and `Recovery` (at start, and the janitor later) drives it on or back.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
@@ -75,7 +76,7 @@ class Engine:
         self.snapshots = snapshots
         self.hub = hub
         self.config = config
-        self.bindings = BindingTable()
+        self.bindings = BindingTable(lambda worker: self.census.is_trusted(worker))
         self.ops = Operations(self)
         self.drivers = Drivers(self)
         self.wakes = Wakes(self)
@@ -225,7 +226,8 @@ class Engine:
                     break
                 except LeaseHeld as held:
                     if kind is BeginDelete:  # whatever is being done to it is not wanted any more
-                        await self.cancel_operation(held.metadata["operation"])
+                        with contextlib.suppress(NotFound):  # it has ended meanwhile, so long ago that it is forgotten
+                            await self.cancel_operation(held.metadata["operation"])
                     await self.ops.ended(held.metadata["operation"])
                     phases.end("turn")
             if change.outcome is Outcome.CHANGED:

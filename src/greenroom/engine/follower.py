@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from greenroom.core.errors import GreenroomError, NotFound
+from greenroom.core.errors import GreenroomError, NotFound, Unavailable
 from greenroom.core.records import Actor, ActorState, Key, Operation, OperationState, Replica, Template, Worker
 from greenroom.engine.bindings import Binding
 from greenroom.store.port import Event, EventType
@@ -123,15 +123,22 @@ class Follower:
         Raises:
             Unavailable: the worker is away (reason ``WORKER_DISCONNECTED``).
         """
-        if not self._engine.config.exclusive:
-            actor = await self._engine.ops.read(Actor, str(key))
-            if actor.state is not ActorState.RUNNING:
-                return
-            here = actor.worker in self._engine.hub.connected()
-            if here or await self._engine.census.alive_elsewhere(actor.worker):
-                await self._bind(actor)
-                return
-        await self._engine.census.rejoin(key)
+        if self._engine.config.exclusive:
+            await self._engine.census.rejoin(key)
+            return
+        actor = await self._engine.ops.read(Actor, str(key))
+        if actor.state is not ActorState.RUNNING:
+            return
+        if not await self._engine.census.until_trusted(actor.worker):
+            raise Unavailable(
+                f"actor {key} runs on worker {actor.worker}, which nobody hears; it counts as lost if it does not come "
+                "back",
+                reason="WORKER_DISCONNECTED",
+                retry_after_s=1.0,
+            )
+        actor = await self._engine.ops.read(Actor, str(key))  # it may have been lost, or moved, meanwhile
+        if actor.state is ActorState.RUNNING:
+            await self._bind(actor)
 
 
 def _is_over(bound: Binding, actor: Actor, deleted: bool) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 from greenroom.core.agentapi import ActorStats
-from greenroom.core.records import Actor, Key, Operation, Pool, PoolSpec, Template, TemplateSpec
+from greenroom.core.records import Actor, Key, Operation, Pool, PoolSpec, Template, TemplateSpec, Worker
 from greenroom.engine.bindings import BindingTable, Wake
 from greenroom.store.port import Store
 
@@ -51,8 +51,15 @@ class ControlPlane(Waker, Protocol):
     store: Store
 
     async def create_actor(
-        self, key: Key, template: str, *, labels: Mapping[str, str] | None = None, request_id: str = ""
-    ) -> tuple[Actor, Operation]: ...
+        self,
+        key: Key,
+        template: str,
+        *,
+        labels: Mapping[str, str] | None = None,
+        worker_selector: Mapping[str, str] | None = None,
+        request_id: str = "",
+    ) -> tuple[Actor, Operation]:
+        """``worker_selector``: labels that its worker must have, beside those that the template asks for."""
 
     async def resume(self, key: Key, *, request_id: str = "", wait_s: float = DEFAULT_WAIT_S) -> Operation:
         """Also from CRASHED, on purpose: back to the last good snapshot."""
@@ -84,6 +91,24 @@ class ControlPlane(Waker, Protocol):
 
     async def wait_operation(self, operation_id: str, wait_s: float = DEFAULT_WAIT_S) -> Operation:
         """Returns it when it has ended, or as it is after ``wait_s``. Raises `NotFound`."""
+
+    async def cancel_operation(self, operation_id: str) -> Operation:
+        """Asks the driver of an operation, on whichever replica it runs, to back it out. Returns at once, with the
+        operation as it is; one that has ended, or was asked before, is an answer too. When it is backed out it is
+        FAILED with code ``CANCELLED`` (`Cancelled`); it may also be done before anybody looks.
+
+        Raises:
+            NotFound: no such operation.
+            FailedPrecondition: it is a delete, which can't be taken back (reason ``NOT_CANCELLABLE``).
+        """
+
+    async def drain_worker(self, name: str, *, undo: bool = False) -> Worker:
+        """No actor is woken on the worker any more, and those that are awake there are suspended, behind this call;
+        it is empty when ``used`` is 0. With ``undo`` it takes actors again. Doing either twice changes nothing.
+
+        Raises:
+            NotFound: no such worker.
+        """
 
     async def exec(
         self,

@@ -483,6 +483,8 @@ class Preparer:
 
         async def write() -> Operation:
             current = await self._store.get(Operation, op.id)
+            if current.state is not OperationState.RUNNING:
+                return current  # it has ended, and the reply was lost
             if current.generation != op.generation:
                 raise LeaseLost(f"operation {op.id} is held by {current.owner} now")
             return await self._store.put(replace(current, **fields, updated_at=self._engine.now()))

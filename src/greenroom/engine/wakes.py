@@ -11,6 +11,7 @@ import structlog
 from greenroom.core.commands import BeginResume, BeginSuspend, Change, Outcome
 from greenroom.core.errors import GreenroomError, LeaseHeld, ResourceExhausted, Unavailable
 from greenroom.core.records import Actor, ActorState, Key, Operation, OperationKind, OperationState, Template
+from greenroom.engine import clock
 from greenroom.engine.bindings import Binding, Wake
 from greenroom.engine.capacity import CapacityQueue
 from greenroom.engine.drivers import Phases
@@ -23,6 +24,8 @@ log = structlog.get_logger(__name__)
 
 #: How often one `Wakes.wake` wakes an actor that is gone again before it could be used. Once is rare.
 WAKE_ATTEMPTS = 10
+#: How long an actor that could not be suspended to make room is left alone.
+SPARED_S = 10.0
 
 
 @dataclass(slots=True)
@@ -62,6 +65,8 @@ class Wakes:
         self._bindings = engine.bindings
         self._waking: dict[Key, _Waking] = {}
         self._queues: dict[str, CapacityQueue] = {}
+        #: Actors (uid) that could not be suspended to make room: until when (loop time) others are taken instead.
+        self._spared: dict[str, float] = {}
         #: Grows with every slot that becomes free: who was refused one just before need not wait for the next.
         self._freed = 0
 
@@ -86,7 +91,7 @@ class Wakes:
         if self._bindings.get(key) is not None:
             return None
         operation = await self.resume(key, "", "request", False)
-        awake = operation.state is OperationState.DONE and self._bindings.peek(key) is None
+        awake = operation.state is OperationState.DONE and self._bindings.get(key) is None
         if awake and not (operation.id and self._engine.config.exclusive):
             # It runs, but this process was not told: another replica woke it, or its worker has not been heard yet.
             await self._engine.follower.reach(key)
@@ -205,8 +210,10 @@ class Wakes:
 
     def _evictable(self, pool: str) -> list[Binding]:
         workers = [name for name, hello in self._engine.hub.connected().items() if hello.pool == pool]
+        now = clock.monotonic()
+        self._spared = {uid: until for uid, until in self._spared.items() if until > now}
         idle = self._bindings.longest_idle(workers)
-        return [b for b in idle if b.evictable and not self.being_woken(b.key)]
+        return [b for b in idle if b.evictable and b.uid not in self._spared and not self.being_woken(b.key)]
 
     def _evict(self, binding: Binding) -> asyncio.Task[None]:
         # Before anything is awaited the binding is marked, so nobody else picks it and no request slips in.
@@ -218,6 +225,8 @@ class Wakes:
                 if operation.state is OperationState.FAILED:
                     raise failure_of(operation)
             except GreenroomError as error:
+                # Another one first, next time: what keeps this one from being saved may last.
+                self._spared[binding.uid] = clock.monotonic() + SPARED_S
                 log.warning("could not make room", actor=str(binding.key), error=error.message)
                 raise
 

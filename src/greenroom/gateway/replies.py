@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from greenroom.core.errors import (
+    Cancelled,
     DeadlineExceeded,
     FailedPrecondition,
     GreenroomError,
@@ -19,7 +20,7 @@ from greenroom.core.errors import (
 )
 from greenroom.gateway.heads import BadMessage
 
-#: After an error that may pass by itself.
+#: After an error that may pass by itself, when nobody knows more.
 RETRY_AFTER_S = 1.0
 _REASONS = {
     400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 417: "Expectation Failed",
@@ -54,16 +55,15 @@ class Refusal:
 
 
 def refusal(error: GreenroomError) -> Refusal:
-    """How an error of the control plane is said in HTTP."""
+    """How an error of the control plane is said in HTTP. What may pass by itself says when to come again: in whole
+    seconds (RFC 9110, 10.2.3) and at least one, so that nobody comes back at once."""
     retry_after_s = 0.0
     match error:
         case NotFound():
             status = 404
-        case ResourceExhausted():
-            status, retry_after_s = 503, error.retry_after_s
-        case Unavailable():
-            status, retry_after_s = 503, RETRY_AFTER_S
-        case FailedPrecondition(reason="ACTOR_CRASHED" | "TEMPLATE_NOT_READY"):
+        case ResourceExhausted() | Unavailable():
+            status, retry_after_s = 503, max(error.retry_after_s, RETRY_AFTER_S)
+        case FailedPrecondition(reason="ACTOR_CRASHED" | "TEMPLATE_NOT_READY") | Cancelled():
             status = 503
         case DeadlineExceeded():
             status = 504

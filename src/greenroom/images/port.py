@@ -18,6 +18,9 @@ from typing import Protocol
 
 from greenroom.core.records import LayerProgress, Record
 
+#: Of the images of one machine that are told to others (71 bytes each); a worker that has more is full of images.
+MAX_DIGESTS = 1000
+
 OnProgress = Callable[[str, tuple[LayerProgress, ...]], None]
 """Called with (phase, layers); phases are ``resolve``, ``download``, ``unpack``."""
 
@@ -68,6 +71,10 @@ class ImageStore(Protocol):
         """
 
     async def list(self) -> list[Image]: ...
+
+    def digests(self) -> tuple[str, ...]:
+        """Manifest digests of the images that are there, sorted, at most `MAX_DIGESTS`. A hint for placement, asked for
+        with every heartbeat: costs microseconds while nothing changes."""
 
     async def remove(self, digest: str) -> None:
         """Removes the tree and the blobs that no other image uses. Idempotent. The caller sees to it that none

@@ -38,7 +38,7 @@ from greenroom.images.config import (
 )
 from greenroom.images.flight import Flights
 from greenroom.images.layout import LayoutSource
-from greenroom.images.port import Image, ImageConfig, OnProgress
+from greenroom.images.port import MAX_DIGESTS, Image, ImageConfig, OnProgress
 from greenroom.images.reference import LayoutReference, RegistryReference, check_digest, parse
 from greenroom.images.registry import Credentials, RegistrySource, anonymous
 from greenroom.images.unpack import MAX_ENTRIES, MAX_UNPACKED_BYTES, Job, JobLayer
@@ -48,6 +48,9 @@ from greenroom.images.unpacker import run_unpacker
 PARALLEL_LAYERS = 3
 #: Progress calls are at least this far apart, so that a caller may send each on.
 PROGRESS_PERIOD_S = 0.1
+#: A directory that was changed this recently may change once more without its time showing it (the kernel's clock for
+#: files ticks every 4 to 10 ms), so what was read of it is not kept.
+_SETTLED_S = 0.1
 #: Indexes inside indexes; one level is common, two are odd.
 _MAX_INDEX_DEPTH = 3
 
@@ -111,6 +114,8 @@ class DiskImageStore:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._blobs = BlobStore(self._root)
         self._flights: Flights[OnProgress, Image] = Flights()
+        self._digests: tuple[str, ...] = ()
+        self._digests_of = -1  # the time of the directory that they were read from (ns); -1: to be read anew
 
     async def prepare(self, reference: str, on_progress: OnProgress | None = None) -> Image:
         parsed = parse(reference)
@@ -141,6 +146,14 @@ class DiskImageStore:
 
     async def list(self) -> list[Image]:
         return [*await asyncio.to_thread(self._load_all)]
+
+    def digests(self) -> tuple[str, ...]:
+        changed = self._rootfs.stat().st_mtime_ns
+        if changed != self._digests_of:
+            self._digests_of = changed if time.time() - changed / 1e9 > _SETTLED_S else -1
+            trees = sorted(path.name for path in self._rootfs.iterdir())[:MAX_DIGESTS]
+            self._digests = tuple(f"sha256:{name}" for name in trees)
+        return self._digests
 
     async def remove(self, digest: str) -> None:
         check_digest(digest)

@@ -50,12 +50,13 @@ class AsyncActor:
         *,
         namespace: str = DEFAULT_NAMESPACE,
         labels: Mapping[str, str] | None = None,
+        worker_selector: Mapping[str, str] | None = None,
         server: str | None = None,
     ) -> AsyncActor:
         """As `greenroom.Actor.create`."""
         key = Key(namespace, name or common.random_name(template))
         async with _closed_on_error(AioClient(server or default_server())) as client:
-            await client.actors.CreateActor(common.create_request(key, template, labels))
+            await client.actors.CreateActor(common.create_request(key, template, labels, worker_selector))
         return cls(key, client)
 
     @classmethod
@@ -74,13 +75,16 @@ class AsyncActor:
         *,
         namespace: str = DEFAULT_NAMESPACE,
         labels: Mapping[str, str] | None = None,
+        worker_selector: Mapping[str, str] | None = None,
         server: str | None = None,
     ) -> AsyncActor:
         """As `greenroom.Actor.get_or_create`."""
         with contextlib.suppress(NotFound):
             return await cls.connect(name, namespace=namespace, server=server)
         try:
-            return await cls.create(template, name, namespace=namespace, labels=labels, server=server)
+            return await cls.create(
+                template, name, namespace=namespace, labels=labels, worker_selector=worker_selector, server=server
+            )
         except AlreadyExists:
             return await cls.connect(name, namespace=namespace, server=server)
 

@@ -35,7 +35,8 @@ class Actor:
     >>> actor.kill()
 
     ``server`` is an address as ``unix:/path`` or ``host:port``; by default ``$GREENROOM_SERVER`` or this machine's.
-    Every method raises `greenroom.core.errors.GreenroomError`.
+    Every method raises `greenroom.core.errors.GreenroomError`; `ResourceExhausted` and `Unavailable` say with
+    ``retry_after_s`` when trying again may help.
     """
 
     def __init__(self, key: Key, client: Client) -> None:
@@ -52,9 +53,11 @@ class Actor:
         *,
         namespace: str = DEFAULT_NAMESPACE,
         labels: Mapping[str, str] | None = None,
+        worker_selector: Mapping[str, str] | None = None,
         server: str | None = None,
     ) -> Actor:
-        """Makes a new actor, asleep; without ``name`` it gets a random one.
+        """Makes a new actor, asleep; without ``name`` it gets a random one. ``worker_selector``: labels that its worker
+        must have, beside those that the template asks for.
 
         Raises:
             AlreadyExists: the name is taken.
@@ -62,7 +65,7 @@ class Actor:
         """
         key = Key(namespace, name or common.random_name(template))
         with _closed_on_error(Client(server or default_server())) as client:
-            client.actors.CreateActor(common.create_request(key, template, labels))
+            client.actors.CreateActor(common.create_request(key, template, labels, worker_selector))
         return cls(key, client)
 
     @classmethod
@@ -85,6 +88,7 @@ class Actor:
         *,
         namespace: str = DEFAULT_NAMESPACE,
         labels: Mapping[str, str] | None = None,
+        worker_selector: Mapping[str, str] | None = None,
         server: str | None = None,
     ) -> Actor:
         """The actor of that name, made from ``template`` if there is none yet. Any number of callers may race.
@@ -97,7 +101,9 @@ class Actor:
         except NotFound:
             pass
         try:
-            return cls.create(template, name, namespace=namespace, labels=labels, server=server)
+            return cls.create(
+                template, name, namespace=namespace, labels=labels, worker_selector=worker_selector, server=server
+            )
         except AlreadyExists:
             return cls.connect(name, namespace=namespace, server=server)
 

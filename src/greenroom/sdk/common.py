@@ -48,9 +48,16 @@ def request_id() -> str:
     return secrets.token_hex(16)
 
 
-def create_request(key: Key, template: str, labels: Mapping[str, str] | None) -> Any:
+def create_request(
+    key: Key, template: str, labels: Mapping[str, str] | None, worker_selector: Mapping[str, str] | None
+) -> Any:
     return pb.CreateActorRequest(
-        namespace=key.namespace, name=key.name, template=template, labels=dict(labels or {}), request_id=request_id()
+        namespace=key.namespace,
+        name=key.name,
+        template=template,
+        labels=dict(labels or {}),
+        worker_selector=dict(worker_selector or {}),
+        request_id=request_id(),
     )
 
 

@@ -37,21 +37,24 @@ class BucketObjects:
         return self._name
 
     def put_file(self, key: str, source: Path, stop: Stop) -> tuple[int, str]:
+        sent = _Sent(source, stop)
+        parts = source.stat().st_size > UPLOAD_PART_BYTES
         with self._errors():
-            obstore.put(self._store, key, source, chunk_size=UPLOAD_PART_BYTES, max_concurrency=UPLOAD_PARTS)
-            stop.check()
+            obstore.put(
+                self._store,
+                key,
+                sent.chunks(),
+                use_multipart=parts,
+                chunk_size=UPLOAD_PART_BYTES,
+                max_concurrency=UPLOAD_PARTS,
+            )
             digest, size = hashlib.sha256(), 0
             for chunk in obstore.get(self._store, key).stream(min_chunk_size=CHUNK_BYTES):
                 stop.check()
                 digest.update(chunk)
                 size += len(chunk)
-        sent_digest, sent_size = hashlib.sha256(), 0
-        with source.open("rb", buffering=0) as file:
-            while chunk_sent := file.read(CHUNK_BYTES):
-                stop.check()
-                sent_digest.update(chunk_sent)
-                sent_size += len(chunk_sent)
-        if (size, digest.digest()) != (sent_size, sent_digest.digest()):
+                stop.moved(len(chunk) / 2)
+        if (size, digest.digest()) != (sent.size, sent.digest.digest()):
             raise DataLoss(f"{self._name}/{key}: what was stored differs from {source}", reason="SNAPSHOT_CORRUPT")
         return size, digest.hexdigest()
 
@@ -87,6 +90,7 @@ class BucketObjects:
                     for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
                         stop.check()
                         size += file.write(chunk)
+                        stop.moved(len(chunk))
         except (FileNotFoundError, NoSuchObjectError):
             return None
         return size
@@ -118,3 +122,23 @@ class BucketObjects:
                 raise disk_full(self._name) from error
             first_line = str(error).strip().splitlines()[0]
             raise Unavailable(f"the snapshot store {self._name} does not answer: {first_line}") from error
+
+
+class _Sent:
+    """A file on its way into the bucket: hashed as it is read, so that it is read once, and stopped between two chunks.
+    (Given a path, obstore says nothing until the whole file is there.)"""
+
+    def __init__(self, source: Path, stop: Stop) -> None:
+        self._source = source
+        self._stop = stop
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def chunks(self) -> Iterator[bytes]:
+        with self._source.open("rb", buffering=0) as file:
+            while chunk := file.read(CHUNK_BYTES):
+                self._stop.check()
+                self.digest.update(chunk)
+                self.size += len(chunk)
+                self._stop.moved(len(chunk) / 2)  # and half when it is read back
+                yield chunk

@@ -40,7 +40,7 @@ class LocalObjects:
             os.link(source, target, follow_symlinks=False)
         except OSError:  # another file system, or one without hard links, or too many links
             copied = _copy(source, target, stop)
-        stored = _digest_and_sync(target, stop)
+        stored = _digest_and_sync(target, stop, share=1.0 if copied is None else 0.5)
         if copied is not None and copied != stored:
             raise DataLoss(
                 f"{target}: what was stored differs from {source}; check the disk", reason="SNAPSHOT_CORRUPT"
@@ -126,10 +126,11 @@ def _copy(source: Path, target: Path, stop: Stop) -> tuple[int, str]:
             while written < count:  # a raw write may be short when the disk is nearly full
                 written += writer.write(view[written:count])
             size += count
+            stop.moved(count / 2)  # and half when it is read back
     return size, digest.hexdigest()
 
 
-def _digest_and_sync(path: Path, stop: Stop) -> tuple[int, str]:
+def _digest_and_sync(path: Path, stop: Stop, share: float) -> tuple[int, str]:
     """Hashes the file while the kernel writes it out: the two take about as long and use different parts."""
     with path.open("rb", buffering=0) as file:
         failure: list[OSError] = []
@@ -143,7 +144,7 @@ def _digest_and_sync(path: Path, stop: Stop) -> tuple[int, str]:
         syncing = threading.Thread(target=sync, name="snapshot-sync")
         syncing.start()
         try:
-            result = digest_file(path, stop)
+            result = digest_file(path, stop, share)
         finally:
             syncing.join()
         if failure:
@@ -151,8 +152,8 @@ def _digest_and_sync(path: Path, stop: Stop) -> tuple[int, str]:
         return result
 
 
-def digest_file(path: Path, stop: Stop) -> tuple[int, str]:
-    """(size in bytes, SHA-256 in hex) of a file.
+def digest_file(path: Path, stop: Stop, share: float = 1.0) -> tuple[int, str]:
+    """(size in bytes, SHA-256 in hex) of a file. ``share``: of each byte's progress.
 
     Raises:
         OSError: it can't be read.
@@ -165,4 +166,5 @@ def digest_file(path: Path, stop: Stop) -> tuple[int, str]:
             stop.check()
             digest.update(view[:count])
             size += count
+            stop.moved(count * share)
     return size, digest.hexdigest()

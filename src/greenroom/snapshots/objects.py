@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -12,17 +14,46 @@ from greenroom.core.errors import GreenroomError, ResourceExhausted
 #: Bytes that are read, hashed and written at a time: large enough that the interpreter's share vanishes, small
 #: enough that a hundred transfers side by side stay below 100 MiB.
 CHUNK_BYTES = 1 << 20
+#: Between two calls of one transfer's listener: what a person can follow, and nothing beside a chunk's own cost.
+PROGRESS_PERIOD_S = 0.1
+
+OnBytes = Callable[[int, int], None]
+"""Called in the event loop with (bytes done, bytes in all), at most ten times a second while they move."""
 
 
 class Stopped(Exception):
     """The caller gave up; raised inside the worker thread only."""
 
 
-class Stop:
-    """Lets an awaiting task end the thread that works for it, between two chunks."""
+class Meter:
+    """Adds up what the threads of one transfer have moved and tells the listener in the loop that made it."""
 
-    def __init__(self) -> None:
+    def __init__(self, total_bytes: int, listener: OnBytes) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._listener = listener
+        self._total = total_bytes
+        self._lock = threading.Lock()
+        self._done = 0.0
+        self._next = 0.0
+
+    def move(self, count: float) -> None:
+        """From any thread."""
+        with self._lock:
+            self._done += count
+            now = time.monotonic()
+            if now < self._next:
+                return
+            self._next = now + PROGRESS_PERIOD_S
+            done = int(self._done)
+        self._loop.call_soon_threadsafe(self._listener, done, self._total)
+
+
+class Stop:
+    """Lets an awaiting task end the thread that works for it, between two chunks; the thread says how far it is."""
+
+    def __init__(self, meter: Meter | None = None) -> None:
         self._event = threading.Event()
+        self._meter = meter
 
     def set(self) -> None:
         self._event.set()
@@ -30,6 +61,11 @@ class Stop:
     def check(self) -> None:
         if self._event.is_set():
             raise Stopped
+
+    def moved(self, count: float) -> None:
+        """So many of the transfer's bytes are done; where each has to pass twice, half of them the first time."""
+        if self._meter is not None:
+            self._meter.move(count)
 
 
 class Objects(Protocol):
@@ -40,7 +76,7 @@ class Objects(Protocol):
 
     def put_file(self, key: str, source: Path, stop: Stop) -> tuple[int, str]:
         """Stores ``source``, over what an earlier attempt left there; returns (size in bytes, SHA-256 in hex) of
-        what is stored, as read back from it."""
+        what is stored, as read back from it. By the time it returns ``stop.moved`` has heard of as many bytes."""
 
     def seal(self, prefix: str) -> None:
         """Makes the names of everything below ``prefix`` durable."""
@@ -55,7 +91,8 @@ class Objects(Protocol):
         """Where the objects below ``prefix`` lie as files on this machine, or None when they do not."""
 
     def download(self, key: str, target: Path, stop: Stop) -> int | None:
-        """Writes the object to a new file; returns its size, or None when there is no such object."""
+        """Writes the object to a new file, with ``stop.moved``; returns its size, or None when there is no such
+        object."""
 
     def delete(self, key: str) -> None:
         """Idempotent."""

@@ -16,10 +16,10 @@ import errno
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -29,12 +29,12 @@ from greenroom.core.errors import Conflict, DataLoss, InvalidArgument, NotFound
 from greenroom.core.records import FileDigest, Snapshot
 from greenroom.snapshots.bucket import BucketObjects
 from greenroom.snapshots.local import LocalObjects, digest_file
-from greenroom.snapshots.objects import Objects, Stop, Stopped, disk_full
+from greenroom.snapshots.objects import Meter, Objects, OnBytes, Stop, disk_full
+from greenroom.snapshots.threads import all_of, in_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-_T = TypeVar("_T")
 _ID = re.compile(r"[0-9a-f]{32}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _PREFIX = "snapshots"
@@ -68,19 +68,25 @@ class ObjectSnapshotStore:
         self._objects = objects or _open(location)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def publish(self, snapshot: Snapshot, source: Path) -> Snapshot:
+    async def publish(self, snapshot: Snapshot, source: Path, progress: OnBytes | None = None) -> Snapshot:
         prefix = _prefix(snapshot.id)
         async with self._in_turn(snapshot.id):
-            names = await _in_thread(lambda stop: _scan(source))
+            files = {file.name: file.size_bytes for file in snapshot.files}
+            if not files:
+                files = await in_thread(lambda stop: _scan(source))
+            meter = Meter(sum(files.values()), progress) if progress else None
             if (published := await self._read(snapshot.id)) is not None:
-                return await self._same_or_conflict(published, source, names)
+                return await self._same_or_conflict(published, source, [*files], meter)
             try:
-                stored = await _all(self._put_file(f"{prefix}/{name}", source / name) for name in names)
+                _check_names(snapshot)
+                stored = await all_of(self._put_file(f"{prefix}/{name}", source / name, meter) for name in files)
+                if snapshot.files and tuple(stored) != snapshot.files:
+                    raise _corrupt(snapshot, f"{source} holds other files than its manifest says")
                 manifest = msgspec.structs.replace(snapshot, files=tuple(stored))
-                created = await _in_thread(lambda stop: self._commit(prefix, manifest))
+                created = await in_thread(lambda stop: self._commit(prefix, manifest))
             except BaseException as error:
                 # Shielded, so that a cancelled publish does not leave gigabytes behind either.
-                await asyncio.shield(_in_thread(lambda stop: self._remove_unpublished(prefix)))
+                await asyncio.shield(in_thread(lambda stop: self._remove_unpublished(prefix)))
                 if isinstance(error, OSError) and error.errno in _DISK_FULL:
                     raise disk_full(str(self._objects)) from error
                 raise
@@ -94,22 +100,24 @@ class ObjectSnapshotStore:
             raise NotFound(f"no snapshot {snapshot_id} in {self._objects}", reason="SNAPSHOT_NOT_FOUND")
         return found
 
-    async def fetch(self, snapshot: Snapshot, cache: Path) -> Path:
+    async def fetch(self, snapshot: Snapshot, cache: Path, progress: OnBytes | None = None) -> Path:
         _check_names(snapshot)
         prefix = _prefix(snapshot.id)
         if (local := self._objects.directory(prefix)) is not None:
             _check_sizes(snapshot, local)  # a few stat calls: cheaper than telling a thread to make them
             return local
         target = cache / snapshot.id
+        meter = Meter(snapshot.size_bytes, progress) if progress else None
         async with self._in_turn(snapshot.id):
-            return await _in_thread(lambda stop: self._download(snapshot, prefix, target, stop))
+            return await in_thread(lambda stop: self._download(snapshot, prefix, target, stop), meter)
 
-    async def verify(self, snapshot: Snapshot, directory: Path) -> None:
+    async def verify(self, snapshot: Snapshot, directory: Path, progress: OnBytes | None = None) -> None:
         _check_names(snapshot)
+        meter = Meter(snapshot.size_bytes, progress) if progress else None
         if snapshot.size_bytes <= INLINE_BYTES:
             problems: Sequence[str | None] = [_compare(file, directory, Stop()) for file in snapshot.files]
         else:
-            problems = await _all(_compare_in_thread(file, directory) for file in snapshot.files)
+            problems = await all_of(_compare_in_thread(file, directory, meter) for file in snapshot.files)
         for problem in problems:
             if problem is not None:
                 raise _corrupt(snapshot, problem)
@@ -117,12 +125,18 @@ class ObjectSnapshotStore:
     async def delete(self, snapshot_id: str) -> None:
         prefix = _prefix(snapshot_id)
         async with self._in_turn(snapshot_id):
-            await _in_thread(lambda stop: self._objects.delete(f"{prefix}/{_MANIFEST}"))
-            await _in_thread(lambda stop: self._objects.delete_below(prefix))
+            await in_thread(lambda stop: self._objects.delete(f"{prefix}/{_MANIFEST}"))
+            await in_thread(lambda stop: self._objects.delete_below(prefix))
 
     async def list(self) -> list[str]:
-        keys = await _in_thread(lambda stop: [key.split("/") for key in self._objects.list(_PREFIX)])
+        keys = await in_thread(lambda stop: [key.split("/") for key in self._objects.list(_PREFIX)])
         return sorted(k[2] for k in keys if len(k) == 4 and k[3] == _MANIFEST and _ID.fullmatch(k[2]))
+
+    async def remove_unfinished(self) -> None:
+        """Removes what publishers left that were killed. Only while nobody else publishes here."""
+        keys = await in_thread(lambda stop: [key.split("/") for key in self._objects.list(_PREFIX)])
+        for snapshot_id in {k[2] for k in keys if len(k) == 4} - {*await self.list()}:
+            await asyncio.to_thread(self._objects.delete_below, _prefix(snapshot_id))
 
     # --- parts -----------------------------------------------------------------------------------------------
 
@@ -143,13 +157,13 @@ class ObjectSnapshotStore:
         if self._objects.get(f"{prefix}/{_MANIFEST}", MAX_MANIFEST_BYTES) is None:
             self._objects.delete_below(prefix)
 
-    async def _put_file(self, key: str, source: Path) -> FileDigest:
-        size, digest = await _in_thread(lambda stop: self._objects.put_file(key, source, stop))
+    async def _put_file(self, key: str, source: Path, meter: Meter | None) -> FileDigest:
+        size, digest = await in_thread(lambda stop: self._objects.put_file(key, source, stop), meter)
         return FileDigest(name=source.name, size_bytes=size, sha256=digest)
 
     async def _read(self, snapshot_id: str) -> Snapshot | None:
         key = f"{_prefix(snapshot_id)}/{_MANIFEST}"
-        data = await _in_thread(lambda stop: self._objects.get(key, MAX_MANIFEST_BYTES))
+        data = await in_thread(lambda stop: self._objects.get(key, MAX_MANIFEST_BYTES))
         if data is None:
             return None
         try:
@@ -165,10 +179,12 @@ class ObjectSnapshotStore:
         _check_names(found)
         return found
 
-    async def _same_or_conflict(self, published: Snapshot, source: Path, names: Sequence[str]) -> Snapshot:
+    async def _same_or_conflict(
+        self, published: Snapshot, source: Path, names: Sequence[str], meter: Meter | None
+    ) -> Snapshot:
         """The published manifest, if ``source`` has just these files."""
         same = names == [file.name for file in published.files] and not any(
-            await _all(_compare_in_thread(file, source) for file in published.files)
+            await all_of(_compare_in_thread(file, source, meter) for file in published.files)
         )
         if not same:
             raise Conflict(f"snapshot {published.id} is already published with another content; snapshots never change")
@@ -212,8 +228,8 @@ def _prefix(snapshot_id: str) -> str:
     return f"{_PREFIX}/{snapshot_id[:2]}/{snapshot_id}"
 
 
-def _scan(source: Path) -> list[str]:
-    """The names of the plain files in ``source``, sorted.
+def _scan(source: Path) -> dict[str, int]:
+    """Sizes in bytes of the plain files in ``source``, by name, sorted.
 
     Raises:
         InvalidArgument: there is something else, nothing at all, or too much.
@@ -227,7 +243,7 @@ def _scan(source: Path) -> list[str]:
             raise InvalidArgument(f"{entry} can't be part of a snapshot: only plain files with plain names can")
     if not 1 <= len(entries) <= MAX_FILES:
         raise InvalidArgument(f"{source} has {len(entries)} files; a snapshot has 1 to {MAX_FILES}")
-    return [entry.name for entry in entries]
+    return {entry.name: entry.stat().st_size for entry in entries}
 
 
 def _check_names(snapshot: Snapshot) -> None:
@@ -248,8 +264,8 @@ def _check_sizes(snapshot: Snapshot, directory: Path) -> None:
             raise _corrupt(snapshot, f"{path} has {size} bytes instead of {file.size_bytes}")
 
 
-async def _compare_in_thread(file: FileDigest, directory: Path) -> str | None:
-    return await _in_thread(lambda stop: _compare(file, directory, stop))
+async def _compare_in_thread(file: FileDigest, directory: Path, meter: Meter | None) -> str | None:
+    return await in_thread(lambda stop: _compare(file, directory, stop), meter)
 
 
 def _compare(file: FileDigest, directory: Path, stop: Stop) -> str | None:
@@ -270,28 +286,3 @@ def _corrupt(snapshot: Snapshot, problem: str) -> DataLoss:
         reason="SNAPSHOT_CORRUPT",
         metadata={"snapshot": snapshot.id},
     )
-
-
-async def _all(work: Iterable[Coroutine[Any, Any, _T]]) -> Sequence[_T]:
-    """Runs them side by side; the first error ends the others and is raised as it is."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(each) for each in work]
-    except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from None
-    return [task.result() for task in tasks]
-
-
-async def _in_thread(work: Callable[[Stop], _T]) -> _T:
-    """Runs ``work`` in a thread. A cancelled caller stops it and waits for it to end: when this returns or raises,
-    nothing of it runs any more."""
-    stop = Stop()
-    running = asyncio.ensure_future(asyncio.to_thread(work, stop))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        stop.set()
-        await asyncio.wait([running])
-        if not running.cancelled() and not isinstance(running.exception(), (Stopped, type(None))):
-            raise asyncio.CancelledError from running.exception()
-        raise

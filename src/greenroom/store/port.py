@@ -12,7 +12,9 @@ Two kinds of writes, both atomic and conditional, never read-then-overwrite in a
 A write is durable when the call returns. A cancelled call may or may not have happened: read again.
 
 What was written, by this process or by another one that shares the store, is published, after it is durable, to every
-`watch`; for each record in the order in which it changed.
+`watch`: for each record in the order in which it changed, and what one write changed in that write's order. What
+another process wrote comes a little later; a state of a record that was overtaken by then may be left out. That an
+actor took or freed a slot need not make an event of its worker: who wants to know how many are taken reads the worker.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def load(rows: Rows, command: ActorCommand) -> View:
         prior=_prior(rows, command) if isinstance(command, Begin | CreateActor) else None,
         template=template,
         source=rows.read(Snapshot, source_id) if source_id and "source" in needs else None,
-        previous=rows.read(Snapshot, previous_id) if previous_id and "previous" in needs else None,
+        previous=rows.read(Snapshot, previous_id) if previous_id and ("previous" in needs or restarts) else None,
         golden=rows.read(Snapshot, golden_id) if golden_id and ("golden" in needs or restarts) else None,
         named=rows.read(Snapshot, named_id) if named_id else None,
         owned=tuple(rows.snapshots_of(actor.uid)) if actor and "owned" in needs else (),
@@ -153,12 +153,8 @@ def _store(rows: Rows, record: Actor | Operation | Snapshot) -> None:
 
 def put(rows: Rows, record: W) -> tuple[W, Effects]:
     """As `greenroom.store.port.Store.put`."""
-    kind = type(record).__name__.lower()
     stored = rows.read(type(record), record.pk)
-    if record.version == 0 and stored is not None:
-        raise AlreadyExists(f"{kind} {record.pk} exists already; read it, then change it")
-    if record.version != 0 and (stored is None or stored.version != record.version):
-        raise _changed(kind, record.pk, record.version, stored.version if stored else None)
+    check_put(record, stored.version if stored is not None else None)
     if isinstance(record, Worker):
         used = stored.used if isinstance(stored, Worker) else rows.bound_to(record.name)
         record = replace(record, used=used)
@@ -175,8 +171,7 @@ def remove(rows: Rows, record: Free) -> tuple[None, Effects]:
     stored: Free | None = rows.read(type(record), record.pk)  # type: ignore[type-var]  # one class of the union
     if stored is None:
         return None, []
-    if stored.version != record.version:
-        raise _changed(type(record).__name__.lower(), record.pk, record.version, stored.version)
+    check_remove(record, stored.version)
     rows.delete(type(record), record.pk)
     return None, [(EventType.DELETED, stored)]
 
@@ -190,6 +185,21 @@ def drop_operations(rows: Rows, ids: Sequence[str]) -> tuple[int, Effects]:
             rows.delete(Operation, operation_id)
             effects.append((EventType.DELETED, operation))
     return len(effects), effects
+
+
+def check_put(record: Free, stored: int | None) -> None:
+    """Raises what `put` raises when ``stored`` is the version that there is."""
+    kind = type(record).__name__.lower()
+    if record.version == 0 and stored is not None:
+        raise AlreadyExists(f"{kind} {record.pk} exists already; read it, then change it")
+    if record.version != 0 and stored != record.version:
+        raise _changed(kind, record.pk, record.version, stored)
+
+
+def check_remove(record: Free, stored: int) -> None:
+    """Raises what `remove` raises when ``stored`` is the version that there is."""
+    if stored != record.version:
+        raise _changed(type(record).__name__.lower(), record.pk, record.version, stored)
 
 
 def _changed(kind: str, pk: str, version: int, stored: int | None) -> Conflict:

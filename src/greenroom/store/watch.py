@@ -19,12 +19,12 @@ class Broadcast:
         # Weak: a watcher that nobody reads any more must not gather events.
         self._watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
 
-    def publish(self, effects: Iterable[tuple[EventType, Stored]]) -> None:
+    def publish(self, effects: Iterable[tuple[EventType, Stored]], *, foreign: bool = False) -> None:
         watchers = list(self._watchers)
         for kind, record in effects:
             self._sequence += 1
             if watchers:
-                event = Event(type=kind, record=record, sequence=self._sequence)
+                event = Event(type=kind, record=record, sequence=self._sequence, foreign=foreign)
                 for watcher in watchers:
                     watcher.push(event)
 
@@ -33,9 +33,17 @@ class Broadcast:
         self._watchers.add(watcher)
         return watcher
 
-    def close(self) -> None:
+    def end(self, error: GreenroomError) -> None:
+        """Every watcher that there is gets ``error`` after what came before."""
         for watcher in list(self._watchers):
-            watcher.end(closed())
+            watcher.end(error)
+
+    def close(self) -> None:
+        self.end(closed())
+
+    @property
+    def watched(self) -> bool:
+        return len(self._watchers) > 0
 
 
 class Watcher(AsyncIterator[Event]):

@@ -2,7 +2,7 @@
 
 It behaves as `greenroom.api.link` does where it matters: calls of one worker begin in the order in which they were
 sent; a call goes on when its caller goes away or the link breaks; everything passes through JSON, so that nothing is
-shared by accident.
+shared by accident. An agent may be connected to any number of hubs. Heartbeats are sent when a test says so.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 
 from greenroom.agent.agent import Agent
 from greenroom.core import agentapi as api
-from greenroom.core.agentapi import AgentCall, Exec, Hello, Logs, SandboxExited, Welcome
+from greenroom.core.agentapi import AgentCall, Exec, Heartbeat, Hello, Leaving, Logs, SandboxExited, Welcome
 from greenroom.core.errors import GreenroomError, Unavailable, rebuild
 from greenroom.core.records import Record
 from greenroom.engine.workers import CallStream, OnProgress, WorkerListener
@@ -25,6 +25,9 @@ WINDOW = 64
 _encode = msgspec.json.Encoder().encode
 _decode_call = msgspec.json.Decoder(AgentCall).decode
 _decode_hello = msgspec.json.Decoder(Hello).decode
+_decode_heartbeat = msgspec.json.Decoder(Heartbeat).decode
+_decode_leaving = msgspec.json.Decoder(Leaving).decode
+_decode_welcome = msgspec.json.Decoder(Welcome).decode
 _decode_exited = msgspec.json.Decoder(SandboxExited).decode
 
 
@@ -47,6 +50,10 @@ class LocalHub:
         now = asyncio.get_running_loop().time()
         return dict.fromkeys(self._links, now)  # who is in the same process is heard all the time
 
+    def acknowledge(self, worker: str) -> None:
+        if worker in self._links:
+            self._links[worker].welcome()
+
     async def call(self, worker: str, call: AgentCall, on_progress: OnProgress | None = None) -> Record:
         return await self._link(worker).send(call, _Reporter(on_progress))
 
@@ -63,14 +70,16 @@ class LocalHub:
 
     def connect(self, agent: Agent) -> None:
         """The agent is reachable from now on, and the listener is told."""
-        link = _Link(agent, _decode_hello(_encode(agent.hello())), self.bugs)
+        link = _Link(self, agent, _decode_hello(_encode(agent.hello())))
         worker = link.hello.worker
         if (old := self._links.get(worker)) is not None:
             old.cut(_disconnected(worker))
         self._links[worker] = link
-        agent.on_exit = lambda event: self._exited(link, event)
+        agent.links.add(link)
         if self.listener:
             self.listener.worker_connected(link.hello)
+        if agent.is_leaving:
+            link.leaving(agent.farewell())
 
     def disconnect(self, worker: str) -> None:
         """Cuts the link; the agent goes on with what it does. Unknown is fine."""
@@ -81,9 +90,16 @@ class LocalHub:
         if self.listener:
             self.listener.worker_gone(worker, link.hello.boot_id)
 
-    def _exited(self, link: _Link, event: SandboxExited) -> None:
-        if self.listener and self._links.get(link.hello.worker) is link:
-            self.listener.sandbox_exited(link.hello.worker, _decode_exited(_encode(event)))
+    def heartbeat(self, worker: str = "") -> None:
+        """That agent, or every one that is connected, says that it lives, and is answered."""
+        for link in [self._link(worker)] if worker else [*self._links.values()]:
+            link.heartbeat()
+
+    def bug(self, error: Exception) -> None:
+        self.bugs.append(error)
+
+    def is_current(self, link: _Link) -> bool:
+        return self._links.get(link.hello.worker) is link
 
 
 def _disconnected(worker: str) -> Unavailable:
@@ -91,12 +107,31 @@ def _disconnected(worker: str) -> Unavailable:
 
 
 class _Link:
-    def __init__(self, agent: Agent, hello: Hello, bugs: list[Exception]) -> None:
+    """See `greenroom.agent.agent.Link`."""
+
+    def __init__(self, hub: LocalHub, agent: Agent, hello: Hello) -> None:
         self.hello = hello
-        self._bugs = bugs
+        self._hub = hub
         self._agent = agent
         self._answers: set[asyncio.Future[Record]] = set()
         self._work: set[asyncio.Task[None]] = set()
+
+    def exited(self, event: SandboxExited) -> None:
+        if self._hub.listener and self._hub.is_current(self):
+            self._hub.listener.sandbox_exited(self.hello.worker, _decode_exited(_encode(event)))
+
+    def leaving(self, leaving: Leaving) -> None:
+        if self._hub.listener and self._hub.is_current(self):
+            self._hub.listener.worker_leaving(self.hello.worker, _decode_leaving(_encode(leaving)).boot_id)
+
+    def heartbeat(self) -> None:
+        said = _decode_heartbeat(_encode(self._agent.heartbeat()))
+        listener = self._hub.listener
+        if listener is None or listener.worker_heard(self.hello.worker, said):
+            self.welcome()
+
+    def welcome(self) -> None:
+        self._agent.heard(_decode_welcome(_encode(self._hub.welcome)), asyncio.get_running_loop().time())
 
     def send(self, call: AgentCall, reporter: _Reporter) -> asyncio.Future[Record]:
         """The future of the answer; to cancel it stops nothing."""
@@ -120,7 +155,7 @@ class _Link:
             outcome = rebuild("CANCELLED", "CANCELLED", "the call was cancelled")
             raise
         except Exception as error:
-            self._bugs.append(error)
+            self._hub.bug(error)
             outcome = rebuild("INTERNAL", "INTERNAL", f"{type(error).__name__}: {error}")
         finally:
             self._answers.discard(answer)
@@ -128,6 +163,7 @@ class _Link:
             reporter.chunks.put_nowait(None)
 
     def cut(self, error: GreenroomError) -> None:
+        self._agent.links.discard(self)
         for answer in self._answers:
             _settle(answer, error)
         self._answers.clear()
@@ -144,7 +180,7 @@ def _settle(answer: asyncio.Future[Record], outcome: Record | GreenroomError) ->
 
 
 class _Reporter:
-    """See `greenroom.agent.agent.Reporter`."""
+    """See `greenroom.agent.progress.Reporter`."""
 
     task: asyncio.Task[None]
 

@@ -213,6 +213,9 @@ class SteppedHub:
     def heard(self) -> dict[str, float]:
         return self._hub.heard()
 
+    def acknowledge(self, worker: str) -> None:
+        self._hub.acknowledge(worker)
+
     async def call(self, worker: str, call: AgentCall, on_progress: OnProgress | None = None) -> Record:
         name = type(call).__name__
         return await self._gate.step(name, worker, lambda: self._hub.call(worker, call, on_progress))

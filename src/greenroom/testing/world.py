@@ -49,6 +49,7 @@ from greenroom.images.store import DiskImageStore
 from greenroom.sandbox.sim import SimBackend, SimScript
 from greenroom.snapshots.store import ObjectSnapshotStore
 from greenroom.store.memory import MemoryStore
+from greenroom.store.port import Store
 from greenroom.testing.contracts.store_world import audit, list_all
 from greenroom.testing.local_hub import LocalHub
 from greenroom.testing.steps import Gate, SteppedHub, SteppedStore, Steps
@@ -84,7 +85,8 @@ class Said(Record, frozen=True, kw_only=True):
 
 
 class SimWorld:
-    """See the module docstring. ``root`` must be short: a socket's path is limited to 107 bytes."""
+    """See the module docstring. ``root`` must be short: a socket's path is limited to 107 bytes. ``store``: another one
+    than in memory; the world closes it."""
 
     def __init__(
         self,
@@ -94,13 +96,14 @@ class SimWorld:
         slots: int = 8,
         config: EngineConfig = QUICK,
         script: SimScript | None = None,
+        store: Store | None = None,
     ) -> None:
         self.root = root
         self.names = [f"w{n}" for n in range(workers)]
         self.slots = slots
         self.config = config
         self.script = script or SimScript()
-        self.store = MemoryStore()
+        self.store = store or MemoryStore()
         self.snapshots = ObjectSnapshotStore(root / "snapshots")
         self.hub = LocalHub()
         self.steps = Steps()
@@ -111,6 +114,7 @@ class SimWorld:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> SimWorld:
+        self._beating = asyncio.create_task(self._beat())
         await self.start_control()
         for name in self.names:
             await self.start_agent(name)
@@ -119,10 +123,17 @@ class SimWorld:
 
     async def __aexit__(self, *_: object) -> None:
         await asyncio.gather(*self._tasks)
+        self._beating.cancel()
         await self.stop_control()
         for name in list(self.agents):
             await self.kill_agent(name)
         await self.store.close()
+
+    async def _beat(self) -> None:
+        """All agents say that they live, as often as they are asked to."""
+        while True:
+            await asyncio.sleep(self.hub.welcome.heartbeat_s)
+            self.hub.heartbeat()
 
     # --- parts that live and die --------------------------------------------------------------------------
 

@@ -79,6 +79,7 @@ class ImageStoreContract:
         assert len(image.layers) == 2
         assert await store.get(image.digest) == image
         assert await store.list() == [image]
+        assert store.digests() == (image.digest,)
         assert ":" not in str(image.rootfs)  # it goes into mount options, where a colon separates
 
     async def test_what_is_there_is_not_done_again(self, store: ImageStore, tmp_path: Path) -> None:
@@ -165,8 +166,10 @@ class ImageStoreContract:
         shared = {"shared": _LARGE}
         first = await store.prepare(make_image(tmp_path / "one", shared, {"a": b"1"}))
         second = await store.prepare(make_image(tmp_path / "two", shared, {"a": b"2"}))
+        assert store.digests() == tuple(sorted((first.digest, second.digest)))
         await store.remove(first.digest)
         await store.remove(first.digest)
+        assert store.digests() == (second.digest,)
         assert not first.rootfs.exists()
         assert await store.list() == [second]
         with pytest.raises(NotFound):
@@ -174,6 +177,7 @@ class ImageStoreContract:
         assert contents(second.rootfs) == {**shared, "a": b"2"}
         again = await store.prepare(first.reference)
         assert contents(again.rootfs) == {**shared, "a": b"1"}
+        assert store.digests() == tuple(sorted((first.digest, second.digest)))
 
     # --- what is refused --------------------------------------------------------------------------------------
 

@@ -128,6 +128,18 @@ class SnapshotStoreContract:
         again = await store.publish(make_snapshot(published.id), stage(tmp_path / "other", {"data": b"other"}))
         await store.verify(again, await store.fetch(again, tmp_path / "cache2"))
 
+    async def test_progress(self, store: SnapshotStore, tmp_path: Path) -> None:
+        total = sum(map(len, _FILES.values()))
+        source = stage(tmp_path / "stage")
+        stored: list[tuple[int, int]] = []
+        published = await store.publish(make_snapshot(), source, lambda done, of: stored.append((done, of)))
+        assert stored == sorted(stored) and all(done <= of == total for done, of in stored) and stored[-1][0] > 0
+        read: list[tuple[int, int]] = []
+        listener = lambda done, of: read.append((done, of))  # noqa: E731
+        directory = await store.fetch(published, tmp_path / "cache", listener)
+        await store.verify(published, directory, listener)
+        assert all(0 < done <= of == total for done, of in read) and read
+
     # --- what is refused --------------------------------------------------------------------------------------
 
     async def test_another_content_is_a_conflict(self, store: SnapshotStore, tmp_path: Path) -> None:
@@ -140,6 +152,19 @@ class SnapshotStoreContract:
                 await store.publish(snapshot, stage(tmp_path / f"other{number}", other))
         assert await store.manifest(snapshot.id) == first
         await store.verify(first, await store.fetch(first, tmp_path / "cache"))
+
+    async def test_files_that_are_not_those_of_the_manifest(self, store: SnapshotStore, tmp_path: Path) -> None:
+        """The manifest may come with its digests, from where the files have lain: what has rotted is not stored."""
+        known = await store.publish(make_snapshot(), stage(tmp_path / "stage"))
+        moved = msgspec.structs.replace(known, id=uuid.uuid4().hex)
+        rotten = stage(tmp_path / "rotten", {**_FILES, "checkpoint.img": b"SMALL STATE"})
+        with pytest.raises(DataLoss) as raised:
+            await store.publish(moved, rotten)
+        assert raised.value.reason == "SNAPSHOT_CORRUPT"
+        assert await store.list() == [known.id]
+        more = stage(tmp_path / "good", {**_FILES, "manifest.json": b"{}"})
+        assert await store.publish(moved, more) == moved
+        assert await store.publish(moved, more) == moved
 
     async def test_unknown(self, store: SnapshotStore, tmp_path: Path) -> None:
         with pytest.raises(NotFound):

@@ -22,6 +22,8 @@ from greenroom.core.commands import (
     FinishPause,
     FinishResume,
     FinishSuspend,
+    FinishUpload,
+    LoseSnapshot,
     Outcome,
 )
 from greenroom.core.records import (
@@ -133,8 +135,8 @@ class World:
     async def actor(self, key: Key) -> Actor:
         return await self.store.get(Actor, str(key))
 
-    async def create(self, name: str = "a", **fields: Any) -> Key:
-        key = Key("ns", name)
+    async def create(self, name: str = "a", *, namespace: str = "ns", **fields: Any) -> Key:
+        key = Key(namespace, name)
         fields = {"uid": self.id("uid-"), "template": "t", "operation_id": self.id("op-")} | fields
         await self.apply(CreateActor(key=key, now=self.now, **fields))
         return key
@@ -181,6 +183,23 @@ class World:
         change = await self.finish(op)
         assert change.operation is not None
         return change.operation
+
+    async def suspend_locally(self, key: Key) -> Snapshot:
+        """A whole suspend whose snapshot is on the disk of the actor's worker only."""
+        self.now += 1
+        op = await self.begin(BeginSuspend, key)
+        self.now += 1
+        made = made_by(op, state=SnapshotState.LOCAL)
+        await self.apply(self.finish_command(op, snapshot=made))
+        return await self.store.get(Snapshot, made.id)
+
+    async def upload(self, made: Snapshot) -> Change:
+        key = Key(made.namespace, made.actor)
+        return await self.apply(FinishUpload(key=key, now=self.now, snapshot_id=made.id))
+
+    async def lose(self, made: Snapshot) -> Change:
+        about: dict[str, Any] = {"key": Key(made.namespace, made.actor), "now": self.now, "message": "lost"}
+        return await self.apply(LoseSnapshot(**about, operation_id=self.id("op-"), snapshot_id=made.id))
 
     async def crash(self, key: Key) -> Change:
         actor = await self.actor(key)

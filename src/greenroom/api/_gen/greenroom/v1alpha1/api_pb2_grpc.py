@@ -88,6 +88,11 @@ class ActorsStub:
                 request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.GetActorRequest.SerializeToString,
                 response_deserializer=greenroom_dot_v1alpha1_dot_resources__pb2.ActorStats.FromString,
                 _registered_method=True)
+        self.ExplainActor = channel.unary_unary(
+                '/greenroom.v1alpha1.Actors/ExplainActor',
+                request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ExplainActorRequest.SerializeToString,
+                response_deserializer=greenroom_dot_v1alpha1_dot_resources__pb2.Explanation.FromString,
+                _registered_method=True)
 
 
 class ActorsServicer:
@@ -162,6 +167,13 @@ class ActorsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainActor(self, request, context):
+        """What happened to it, who holds it, and where it could wake now and where not.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ActorsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -214,6 +226,11 @@ def add_ActorsServicer_to_server(servicer, server):
                     servicer.GetActorStats,
                     request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.GetActorRequest.FromString,
                     response_serializer=greenroom_dot_v1alpha1_dot_resources__pb2.ActorStats.SerializeToString,
+            ),
+            'ExplainActor': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainActor,
+                    request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ExplainActorRequest.FromString,
+                    response_serializer=greenroom_dot_v1alpha1_dot_resources__pb2.Explanation.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -488,6 +505,33 @@ class Actors:
             '/greenroom.v1alpha1.Actors/GetActorStats',
             greenroom_dot_v1alpha1_dot_api__pb2.GetActorRequest.SerializeToString,
             greenroom_dot_v1alpha1_dot_resources__pb2.ActorStats.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainActor(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/greenroom.v1alpha1.Actors/ExplainActor',
+            greenroom_dot_v1alpha1_dot_api__pb2.ExplainActorRequest.SerializeToString,
+            greenroom_dot_v1alpha1_dot_resources__pb2.Explanation.FromString,
             options,
             channel_credentials,
             insecure,
@@ -960,7 +1004,8 @@ class WorkersServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DrainWorker(self, request, context):
-        """No actor is woken there any more, and those that are awake are suspended; with `undo` it takes actors again.
+        """No actor is woken there any more, and those that are awake are suspended; with `undo` it takes actors again. Answers
+        at once; it is empty when `used` is 0.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -1467,6 +1512,11 @@ class SystemStub:
                 request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.WatchRequest.SerializeToString,
                 response_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.WatchEvent.FromString,
                 _registered_method=True)
+        self.ListReplicas = channel.unary_unary(
+                '/greenroom.v1alpha1.System/ListReplicas',
+                request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ListReplicasRequest.SerializeToString,
+                response_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ListReplicasResponse.FromString,
+                _registered_method=True)
 
 
 class SystemServicer:
@@ -1488,6 +1538,13 @@ class SystemServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListReplicas(self, request, context):
+        """The processes of the control plane that share this store, without what each says is in use (`uses`).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SystemServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -1500,6 +1557,11 @@ def add_SystemServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.WatchRequest.FromString,
                     response_serializer=greenroom_dot_v1alpha1_dot_api__pb2.WatchEvent.SerializeToString,
+            ),
+            'ListReplicas': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListReplicas,
+                    request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ListReplicasRequest.FromString,
+                    response_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ListReplicasResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1558,6 +1620,33 @@ class System:
             '/greenroom.v1alpha1.System/Watch',
             greenroom_dot_v1alpha1_dot_api__pb2.WatchRequest.SerializeToString,
             greenroom_dot_v1alpha1_dot_api__pb2.WatchEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListReplicas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/greenroom.v1alpha1.System/ListReplicas',
+            greenroom_dot_v1alpha1_dot_api__pb2.ListReplicasRequest.SerializeToString,
+            greenroom_dot_v1alpha1_dot_api__pb2.ListReplicasResponse.FromString,
             options,
             channel_credentials,
             insecure,

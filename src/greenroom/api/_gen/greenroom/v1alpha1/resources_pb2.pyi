@@ -1383,3 +1383,112 @@ class Operation(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cause) -> _WhichOneofReturnType__cause | None: ...
 
 Global___Operation: _TypeAlias = Operation  # noqa: Y015
+
+@_typing.final
+class Lease(_message.Message):
+    """The right to change one actor, held by one operation of one control-plane process."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UID_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    OPERATION_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    uid: _builtins.str
+    """of the actor"""
+    owner: _builtins.str
+    operation: _builtins.str
+    generation: _builtins.int
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """it is renewed long before; whoever comes after it takes the operation over"""
+
+    def __init__(
+        self,
+        *,
+        uid: _builtins.str = ...,
+        owner: _builtins.str = ...,
+        operation: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "generation", b"generation", "operation", b"operation", "owner", b"owner", "uid", b"uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Lease: _TypeAlias = Lease  # noqa: Y015
+
+@_typing.final
+class Explanation(_message.Message):
+    """What happened to an actor, and what would become of a request for it now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTOR_FIELD_NUMBER: _builtins.int
+    READ_AT_FIELD_NUMBER: _builtins.int
+    TEMPLATE_FIELD_NUMBER: _builtins.int
+    OPERATIONS_FIELD_NUMBER: _builtins.int
+    OLDER_OPERATIONS_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    WAKES_ON_FIELD_NUMBER: _builtins.int
+    REJECTED_FIELD_NUMBER: _builtins.int
+    NO_WORKER_FITS_FIELD_NUMBER: _builtins.int
+    older_operations: _builtins.int
+    """that are kept too"""
+    no_worker_fits: _builtins.bool
+    """none of its pool could ever take it, whatever is freed"""
+    @_builtins.property
+    def actor(self) -> Global___Actor: ...
+    @_builtins.property
+    def read_at(self) -> _timestamp_pb2.Timestamp:
+        """by the store's clock, which all other times are of"""
+
+    @_builtins.property
+    def template(self) -> Global___Template:
+        """absent: it is gone"""
+
+    @_builtins.property
+    def operations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Operation]:
+        """its latest, oldest first"""
+
+    @_builtins.property
+    def lease(self) -> Global___Lease:
+        """absent: nobody holds it"""
+
+    @_builtins.property
+    def snapshot(self) -> Global___Snapshot:
+        """that it would wake from; absent: none"""
+
+    @_builtins.property
+    def wakes_on(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """workers that could take it now, the best first; while it is on none"""
+
+    @_builtins.property
+    def rejected(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rejection]:
+        """why not the others of its pool"""
+
+    def __init__(
+        self,
+        *,
+        actor: Global___Actor | None = ...,
+        read_at: _timestamp_pb2.Timestamp | None = ...,
+        template: Global___Template | None = ...,
+        operations: _abc.Iterable[Global___Operation] | None = ...,
+        older_operations: _builtins.int = ...,
+        lease: Global___Lease | None = ...,
+        snapshot: Global___Snapshot | None = ...,
+        wakes_on: _abc.Iterable[_builtins.str] | None = ...,
+        rejected: _abc.Iterable[Global___Rejection] | None = ...,
+        no_worker_fits: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "lease", b"lease", "read_at", b"read_at", "snapshot", b"snapshot", "template", b"template"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "lease", b"lease", "no_worker_fits", b"no_worker_fits", "older_operations", b"older_operations", "operations", b"operations", "read_at", b"read_at", "rejected", b"rejected", "snapshot", b"snapshot", "template", b"template", "wakes_on", b"wakes_on"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Explanation: _TypeAlias = Explanation  # noqa: Y015

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"greenroom/link/v1alpha1/link.proto\x12\x17greenroom.link.v1alpha1\"8\n\x06\x46rames\x12.\n\x06\x66rames\x18\x01 \x03(\x0b\x32\x1e.greenroom.link.v1alpha1.Frame\"\x86\x02\n\x05\x46rame\x12\x31\n\x04kind\x18\x01 \x01(\x0e\x32#.greenroom.link.v1alpha1.Frame.Kind\x12\n\n\x02id\x18\x02 \x01(\x04\x12\x0c\n\x04\x62ody\x18\x03 \x01(\x0c\x12\x0f\n\x07\x63hannel\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"\x90\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\t\n\x05HELLO\x10\x01\x12\x0b\n\x07WELCOME\x10\x02\x12\x08\n\x04\x43\x41LL\x10\x03\x12\n\n\x06RESULT\x10\x04\x12\t\n\x05\x45RROR\x10\x05\x12\x0c\n\x08PROGRESS\x10\x06\x12\x08\n\x04\x44\x41TA\x10\x07\x12\n\n\x06\x43\x41NCEL\x10\x08\x12\t\n\x05\x45VENT\x10\t\x12\n\n\x06\x43REDIT\x10\n2\\\n\tAgentLink\x12O\n\x07\x43onnect\x12\x1f.greenroom.link.v1alpha1.Frames\x1a\x1f.greenroom.link.v1alpha1.Frames(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"greenroom/link/v1alpha1/link.proto\x12\x17greenroom.link.v1alpha1\"8\n\x06\x46rames\x12.\n\x06\x66rames\x18\x01 \x03(\x0b\x32\x1e.greenroom.link.v1alpha1.Frame\"\xa2\x02\n\x05\x46rame\x12\x31\n\x04kind\x18\x01 \x01(\x0e\x32#.greenroom.link.v1alpha1.Frame.Kind\x12\n\n\x02id\x18\x02 \x01(\x04\x12\x0c\n\x04\x62ody\x18\x03 \x01(\x0c\x12\x0f\n\x07\x63hannel\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"\xac\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\t\n\x05HELLO\x10\x01\x12\x0b\n\x07WELCOME\x10\x02\x12\x08\n\x04\x43\x41LL\x10\x03\x12\n\n\x06RESULT\x10\x04\x12\t\n\x05\x45RROR\x10\x05\x12\x0c\n\x08PROGRESS\x10\x06\x12\x08\n\x04\x44\x41TA\x10\x07\x12\n\n\x06\x43\x41NCEL\x10\x08\x12\t\n\x05\x45VENT\x10\t\x12\n\n\x06\x43REDIT\x10\n\x12\r\n\tHEARTBEAT\x10\x0b\x12\x0b\n\x07LEAVING\x10\x0c\x32\\\n\tAgentLink\x12O\n\x07\x43onnect\x12\x1f.greenroom.link.v1alpha1.Frames\x1a\x1f.greenroom.link.v1alpha1.Frames(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,9 +34,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FRAMES']._serialized_start=63
   _globals['_FRAMES']._serialized_end=119
   _globals['_FRAME']._serialized_start=122
-  _globals['_FRAME']._serialized_end=384
+  _globals['_FRAME']._serialized_end=412
   _globals['_FRAME_KIND']._serialized_start=240
-  _globals['_FRAME_KIND']._serialized_end=384
-  _globals['_AGENTLINK']._serialized_start=386
-  _globals['_AGENTLINK']._serialized_end=478
+  _globals['_FRAME_KIND']._serialized_end=412
+  _globals['_AGENTLINK']._serialized_start=414
+  _globals['_AGENTLINK']._serialized_end=506
 # @@protoc_insertion_point(module_scope)

@@ -46,7 +46,9 @@ class AgentLinkServicer:
 
     def Connect(self, request_iterator, context):
         """The agent connects and says HELLO; the control plane answers WELCOME (or ends the stream with an error) and
-        from then on sends CALLs. Frames of one call are in order; calls are independent of each other.
+        from then on sends CALLs. Frames of one call are in order; calls are independent of each other. The agent says
+        that it lives by HEARTBEATs; each is answered by a WELCOME once it is written down that the worker lives.
+        Either side ignores kinds that it does not know.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,99 @@
+"""What sandboxes are made for: images and templates merged, and remembered."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+
+from greenroom.agent.progress import Reports
+from greenroom.agent.warm import MAX_CLASSES
+from greenroom.core.agentapi import Progress
+from greenroom.core.errors import FailedPrecondition, NotFound
+from greenroom.core.records import TemplateSpec
+from greenroom.images.config import resolve_user
+from greenroom.images.port import Image, ImageConfig, ImageStore
+from greenroom.sandbox.port import SandboxClass
+
+
+class Classes:
+    """``needs_image``: whether the backend runs images at all."""
+
+    def __init__(self, images: ImageStore, *, needs_image: bool) -> None:
+        self._images = images
+        self._needs_image = needs_image
+        self._known: dict[bytes, SandboxClass] = {}
+
+    async def of(self, image_digest: str, spec: TemplateSpec, reports: Reports) -> SandboxClass:
+        """Raises as `image` and `sandbox_class` do."""
+        key = image_digest.encode() + msgspec.json.encode(spec)
+        cls = self._known.get(key)
+        if cls is None:
+            cls = sandbox_class(await self._pinned_image(image_digest, spec, reports), spec)
+            if len(self._known) >= MAX_CLASSES:
+                self._known.clear()
+            self._known[key] = cls
+        return cls
+
+    async def _pinned_image(self, digest: str, spec: TemplateSpec, reports: Reports) -> Image:
+        """The image that the template was made from, pulled first where it is not on this worker."""
+        if not self._needs_image:
+            return _no_image(spec.image)
+        try:
+            return await self._images.get(digest)
+        except NotFound:
+            image = await self.image(spec.image, reports)
+        if image.digest != digest:
+            raise FailedPrecondition(
+                f"image {spec.image} is {image.digest} now, but the template was made from {digest}, which this worker "
+                "does not have; name the digest in the template, or make a new template",
+                reason="IMAGE_MOVED",
+            )
+        return image
+
+    async def image(self, reference: str, reports: Reports) -> Image:
+        """Raises as `greenroom.images.port.ImageStore.prepare` does."""
+        if not self._needs_image:
+            return _no_image(reference)
+        return await self._images.prepare(
+            reference, lambda phase, layers: reports.tell(Progress(phase=phase, layers=layers))
+        )
+
+    def digests(self) -> tuple[str, ...]:
+        """Of the images that are here."""
+        return self._images.digests() if self._needs_image else ()
+
+
+def sandbox_class(image: Image, spec: TemplateSpec) -> SandboxClass:
+    """Image and template merged, as Kubernetes does: a command replaces entrypoint and arguments of the image.
+
+    Raises:
+        FailedPrecondition: there is nothing to run (reason ``COMMAND_NOT_FOUND``).
+    """
+    config = image.config
+    argv = (*spec.command, *spec.args) if spec.command else (*config.entrypoint, *(spec.args or config.cmd))
+    if not argv:
+        raise FailedPrecondition(
+            f"image {spec.image} has no entrypoint and the template no command; set spec.command",
+            reason="COMMAND_NOT_FOUND",
+        )
+    uid, gid = resolve_user(image.rootfs, spec.user or config.user)
+    return SandboxClass(
+        rootfs=image.rootfs,
+        image_digest=image.digest,
+        argv=argv,
+        env=tuple({**dict(config.env), **spec.env}.items()),
+        cwd=spec.workdir or config.workdir or "/",
+        uid=uid,
+        gid=gid,
+        port=spec.ports[0] if spec.ports else 0,
+        resources=spec.resources,
+    )
+
+
+def _no_image(reference: str) -> Image:
+    """For backends that run no image: whatever the template names."""
+    digest = f"sha256:{hashlib.sha256(reference.encode()).hexdigest()}"
+    config = ImageConfig(entrypoint=("none",))
+    return Image(reference=reference, digest=digest, rootfs=Path("/"), config=config, size_bytes=0)

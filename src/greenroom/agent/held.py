@@ -1,0 +1,144 @@
+"""Snapshots that are held on this worker's own disk until the control plane has had them uploaded and lets go of them.
+
+They lie below ``held/`` as in a snapshot store of one's own (`greenroom.snapshots.store`): linked from where they were
+staged, with their digests, synced before anybody is told, and with a manifest that says ``LOCAL``. Unlike what is
+staged they outlive the sandbox, and the agent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+from msgspec.structs import replace
+
+from greenroom.core.errors import Conflict, NotFound, Unavailable
+from greenroom.core.records import Snapshot, SnapshotState
+from greenroom.snapshots.objects import OnBytes
+from greenroom.snapshots.port import SnapshotStore
+from greenroom.snapshots.store import ObjectSnapshotStore
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Upload:
+    """One under way, for all who want it."""
+
+    listeners: list[OnBytes] = field(default_factory=list)
+    task: asyncio.Task[Snapshot] | None = None
+
+    def moved(self, done: int, total: int) -> None:
+        for listener in self.listeners:
+            listener(done, total)
+
+
+class Held:
+    """``snapshots``: where `upload` brings them. `open` first."""
+
+    def __init__(self, root: Path, worker: str, snapshots: SnapshotStore) -> None:
+        self._worker = worker
+        self._snapshots = snapshots
+        self._local = ObjectSnapshotStore(root)
+        self._unused = root / "cache"  # files of a directory are used where they lie
+        self._ids: set[str] = set()
+        self._uploads: dict[str, _Upload] = {}
+        self._closing = False
+
+    async def open(self) -> None:
+        """Finds what earlier agent processes hold; what one of them was killed over is removed."""
+        await self._local.remove_unfinished()
+        self._ids = {*await self._local.list()}
+
+    def __contains__(self, snapshot_id: str) -> bool:
+        """Costs nothing: asked before every restore."""
+        return snapshot_id in self._ids
+
+    async def keep(self, snapshot: Snapshot, source: Path, progress: OnBytes | None = None) -> Snapshot:
+        """Takes the files of ``source`` over (linked, so ``source`` may go) and returns the manifest. Idempotent;
+        durable when it returns.
+
+        Raises:
+            ResourceExhausted: the disk is full (reason ``DISK_FULL``); nothing of it remains.
+            Conflict: another content is held under this id.
+        """
+        local = replace(snapshot, state=SnapshotState.LOCAL, worker=self._worker)
+        kept = await self._local.publish(local, source, progress)
+        self._ids.add(snapshot.id)
+        return kept
+
+    async def manifest(self, snapshot_id: str) -> Snapshot:
+        """Raises `NotFound` (reason ``NOT_HELD``), `DataLoss` when it can't be read."""
+        if snapshot_id not in self._ids:
+            raise self._not_held(snapshot_id)
+        return await self._local.manifest(snapshot_id)
+
+    async def directory(self, snapshot: Snapshot) -> Path:
+        """Where the files of one that is held lie. Raises `DataLoss` when one is missing or has another size."""
+        return await self._local.fetch(snapshot, self._unused)
+
+    async def upload(self, snapshot_id: str, progress: OnBytes) -> Snapshot:
+        """Brings it to the snapshot store and returns its manifest there. Idempotent; who asks while it is under way
+        joins. Who goes away stops nothing.
+
+        Raises:
+            NotFound: it is not held here (any more; reason ``NOT_HELD``).
+            DataLoss: what is held is not what was once kept; nothing was published.
+            GreenroomError: as `SnapshotStore.publish` does.
+        """
+        upload = self._uploads.get(snapshot_id)
+        if upload is None or upload.task is None:
+            upload = self._uploads[snapshot_id] = _Upload()
+            upload.task = asyncio.create_task(self._upload(snapshot_id, upload), name=f"upload-{snapshot_id}")
+            upload.task.add_done_callback(lambda done: self._uploaded(snapshot_id, done))
+        task = upload.task
+        upload.listeners.append(progress)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if not task.cancelled() or (caller is not None and caller.cancelling()):
+                raise  # it is the caller that was cancelled
+            if self._closing:
+                raise Unavailable(f"worker {self._worker} ends", reason="WORKER_DISCONNECTED") from None
+            raise self._not_held(snapshot_id) from None
+        finally:
+            upload.listeners.remove(progress)
+
+    async def _upload(self, snapshot_id: str, upload: _Upload) -> Snapshot:
+        held = await self.manifest(snapshot_id)
+        try:
+            there = await self._snapshots.manifest(snapshot_id)
+        except NotFound:
+            present = replace(held, state=SnapshotState.PRESENT)
+            return await self._snapshots.publish(present, await self.directory(held), upload.moved)
+        if there.files != held.files:
+            raise Conflict(f"snapshot {snapshot_id} is published with another content than worker {self._worker} holds")
+        return there
+
+    def _uploaded(self, snapshot_id: str, task: asyncio.Task[Snapshot]) -> None:
+        del self._uploads[snapshot_id]
+        if not task.cancelled():
+            task.exception()  # seen, also when every caller has gone
+
+    async def release(self, snapshot_id: str) -> None:
+        """Removes it; an upload of it is stopped first. Idempotent."""
+        await self._stop(snapshot_id)
+        self._ids.discard(snapshot_id)
+        await self._local.delete(snapshot_id)
+
+    async def _stop(self, snapshot_id: str) -> None:
+        upload = self._uploads.get(snapshot_id)
+        if upload is not None and upload.task is not None:
+            upload.task.cancel()
+            await asyncio.wait({upload.task})
+
+    async def close(self) -> None:
+        self._closing = True
+        for snapshot_id in [*self._uploads]:
+            await self._stop(snapshot_id)
+
+    def _not_held(self, snapshot_id: str) -> NotFound:
+        return NotFound(f"worker {self._worker} does not hold snapshot {snapshot_id}", reason="NOT_HELD")

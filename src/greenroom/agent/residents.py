@@ -1,0 +1,158 @@
+"""Who lives on this worker: the sandboxes that have an actor in them, and what becomes of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from greenroom.agent.logs import LogFiles
+from greenroom.agent.staging import Staging
+from greenroom.core import agentapi as api
+from greenroom.core.agentapi import Identity, ResidentState
+from greenroom.core.errors import GreenroomError, NotFound
+from greenroom.core.records import Endpoint
+from greenroom.sandbox.port import Backend, Found, Running
+
+log = structlog.get_logger(__name__)
+
+#: Lines of output that an error or a crash report quotes.
+QUOTED_LINES = 20
+
+
+@dataclass(slots=True)
+class Lodger:
+    """One of them. ``operation_id``: the last operation that touched it."""
+
+    identity: Identity
+    sid: str
+    state: ResidentState
+    endpoint: Endpoint
+    operation_id: str
+    watcher: asyncio.Task[None] | None = None
+
+
+class Residents:
+    """``seen``: the highest generation seen of an actor. ``on_exit`` hears of every resident that ends by itself after
+    it had been running."""
+
+    def __init__(
+        self,
+        worker: str,
+        backend: Backend,
+        logs: LogFiles,
+        staging: Staging,
+        seen: Callable[[str], int],
+        on_exit: Callable[[api.SandboxExited], None],
+    ) -> None:
+        self._worker = worker
+        self._backend = backend
+        self._logs = logs
+        self._staging = staging
+        self._seen = seen
+        self._on_exit = on_exit
+        self._lodgers: dict[str, Lodger] = {}
+
+    def __iter__(self) -> Iterator[Lodger]:
+        return iter([*self._lodgers.values()])
+
+    def uids(self) -> Collection[str]:
+        return self._lodgers.keys()
+
+    def find(self, uid: str) -> Lodger | None:
+        return self._lodgers.get(uid)
+
+    def get(self, uid: str) -> Lodger:
+        """Raises `NotFound` (reason ``NOT_RESIDENT``)."""
+        lodger = self._lodgers.get(uid)
+        if lodger is None:
+            raise NotFound(f"actor {uid} does not run on worker {self._worker}", reason="NOT_RESIDENT")
+        return lodger
+
+    def generation(self, uid: str) -> int:
+        """That of the resident, 0 for none."""
+        lodger = self._lodgers.get(uid)
+        return lodger.identity.generation if lodger else 0
+
+    def listed(self) -> tuple[api.Resident, ...]:
+        return tuple(
+            api.Resident(
+                actor_uid=uid,
+                namespace=lodger.identity.namespace,
+                name=lodger.identity.name,
+                generation=max(self._seen(uid), lodger.identity.generation),
+                state=lodger.state,
+                endpoint=lodger.endpoint,
+                operation_id=lodger.operation_id,
+            )
+            for uid, lodger in self._lodgers.items()
+        )
+
+    # --- coming and going ---------------------------------------------------------------------------------
+
+    def take_over(self, found: Found) -> None:
+        """One that an earlier agent process has left running."""
+        identity = found.owner
+        generation = max(identity.generation, self._seen(identity.uid))
+        identity = msgspec.structs.replace(identity, generation=generation)
+        self._enter(Lodger(identity, found.sid, found.state, found.endpoint, ""), found.log_fifo)
+        log.info("took over a running actor", actor=f"{identity.namespace}/{identity.name}", sid=found.sid)
+
+    def settle_in(self, identity: Identity, running: Running, operation_id: str) -> None:
+        """One that was just made; it is STARTING."""
+        lodger = Lodger(identity, running.sid, ResidentState.STARTING, running.endpoint, operation_id)
+        self._enter(lodger, running.log_fifo)
+
+    def _enter(self, lodger: Lodger, fifo: Path | None) -> None:
+        identity = lodger.identity
+        self._lodgers[identity.uid] = lodger
+        self._logs.attach(identity.uid, identity.generation, fifo)
+        self._look_after(lodger)
+
+    def _look_after(self, lodger: Lodger) -> None:
+        lodger.watcher = asyncio.create_task(self._watch(lodger), name=f"watch-{lodger.sid}")
+
+    async def _watch(self, lodger: Lodger) -> None:
+        """Tells the control plane when a resident ends by itself."""
+        code = await self._backend.wait(lodger.sid)
+        uid = lodger.identity.uid
+        if self._lodgers.get(uid) is not lodger:
+            return
+        del self._lodgers[uid]
+        self._logs.detach(uid)
+        last = self._logs.tail(uid, QUOTED_LINES).decode(errors="replace")
+        log.warning("actor ended by itself", actor=lodger.identity.name, code=code)
+        if lodger.state is not ResidentState.STARTING:
+            generation = max(lodger.identity.generation, self._seen(uid))
+            self._on_exit(api.SandboxExited(actor_uid=uid, generation=generation, code=code, last_lines=last))
+        try:
+            await self._backend.destroy(lodger.sid)
+        except GreenroomError as error:
+            log.error("what an ended actor left could not be removed", sid=lodger.sid, error=error.message)
+
+    async def end(self, uid: str) -> None:
+        """Destroys the actor's sandbox and drops what is staged of it; neither has to be there."""
+        lodger = self._lodgers.get(uid)
+        if lodger is not None:
+            if lodger.watcher:
+                lodger.watcher.cancel()
+            try:
+                await self._backend.destroy(lodger.sid)
+            except BaseException:
+                self._look_after(lodger)  # it may live still: whoever asks next must find it
+                raise
+            if self._lodgers.get(uid) is lodger:
+                del self._lodgers[uid]
+            self._logs.detach(uid)
+        await self._staging.clear(uid)
+
+    async def close(self) -> None:
+        """Looks after nobody any more; they go on."""
+        watchers = [lodger.watcher for lodger in self if lodger.watcher]
+        for watcher in watchers:
+            watcher.cancel()
+        await asyncio.gather(*watchers, return_exceptions=True)

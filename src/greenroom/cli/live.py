@@ -1,0 +1,67 @@
+"""A table on a terminal that follows what it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from greenroom.cli.kinds import Column, Kind
+from greenroom.cli.output import clean
+from greenroom.core.records import OperationState
+
+#: Drawn so often: ages count seconds.
+DRAWS_PER_S = 2
+#: Lines of the screen that are not for rows: titles, what is left out, the cursor.
+OTHER_LINES = 3
+
+
+class LiveTable:
+    """Operations: all that are under way, as far as the screen reaches, and above them the latest of those that have
+    ended. It stays on the screen when it ends."""
+
+    def __init__(self, kind: Kind, columns: list[Column], records: Iterable[Any]) -> None:
+        self._kind, self._columns = kind, columns
+        self._records = {record.pk: record for record in records}
+        self._console = Console()
+        self._live = Live(
+            get_renderable=self.draw, console=self._console, refresh_per_second=DRAWS_PER_S, redirect_stdout=False
+        )
+
+    def __enter__(self) -> LiveTable:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def change(self, record: Any, deleted: bool) -> None:
+        if deleted:
+            self._records.pop(record.pk, None)
+        else:
+            self._records[record.pk] = record
+
+    def draw(self) -> Table:
+        """Called by the thread that draws, too."""
+        records = sorted(list(self._records.values()), key=lambda r: r.pk)
+        running = [r for r in records if r.state is OperationState.RUNNING]
+        ended = [r for r in records if r.state is not OperationState.RUNNING]
+        room = max(1, self._console.height - OTHER_LINES)
+        # The oldest that are under way are the ones to worry about; of the others the latest are news.
+        shown = ended[len(ended) - max(0, min(len(ended), room - len(running))) :] + running[:room]
+        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), caption_justify="left")
+        for title, _ in self._columns:
+            # What a person copies stays whole; the rest gives way on a narrow screen.
+            table.add_column(title, no_wrap=True, min_width=32 if title == "ID" else None)
+        for record in shown:
+            table.add_row(*(Text(clean(cell) or "-") for cell in self._kind.row(record, self._columns)))
+        if len(running) > room:
+            table.caption = f"and {len(running) - room} more under way"
+        return table

@@ -1,0 +1,144 @@
+"""Records as rows: the columns, the statements and the codec of each table."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec.structs import replace
+
+from greenroom.core.errors import DataLoss
+from greenroom.core.records import Actor, Lease, Operation, Pool, Replica, Snapshot, Template, Worker
+from greenroom.store.port import FILTERS, Stored
+from greenroom.store.transaction import request_key
+
+#: Actors are spread over so many cells, and these over the partitions of the tables. Part of the schema: never changed.
+CELLS = 64
+
+#: Tables that are partitioned by cell.
+PARTITIONED: frozenset[type[Stored]] = frozenset({Actor, Snapshot, Operation, Lease})
+
+encode = msgspec.json.Encoder().encode
+
+
+def cell(namespace: str, name: str) -> int:
+    """The cell of an actor, and of all that belongs to it."""
+    return zlib.crc32(f"{namespace}/{name}".encode()) % CELLS
+
+
+def cell_of(record: Actor | Operation | Snapshot) -> int:
+    return cell(record.namespace, record.actor if isinstance(record, Snapshot) else record.name)
+
+
+class Row(NamedTuple):
+    """A record as it was read. ``xmin``: the transaction that wrote the row; with the key it names this state of the
+    record, because a row that is written again, or deleted and made anew, has another."""
+
+    record: Any
+    xmin: str
+
+
+#: The columns beside ``pk``, ``version`` and ``data``, and what of the record is in them; see the schema.
+_COLUMNS: dict[type[Stored], dict[str, Callable[[Any], Any]]] = {
+    Actor: {"cell": cell_of} | {f: attrgetter(f) for f in ("state", "worker", "template", "uid")},
+    Snapshot: {"cell": cell_of} | {f: attrgetter(f) for f in ("actor_uid", "namespace", "state", "template")},
+    Operation: {"cell": cell_of}
+    | {f: attrgetter(f) for f in ("kind", "namespace", "state", "uid")}
+    | {"request": lambda op: request_key(op.namespace, op.request_id)},
+    Lease: {},  # written by `write_change` alone
+    Template: {
+        "state": attrgetter("state"),
+        "pool": attrgetter("spec.pool"),
+        "golden": attrgetter("golden_snapshot"),
+    },
+    Pool: {},
+    Replica: {},
+    Worker: {f: attrgetter(f) for f in ("pool", "state", "capacity")},  # written by `put_worker` alone
+}
+
+
+class Table:
+    """The statements and the codec of one class of records. Statements take their values by number."""
+
+    def __init__(self, cls: type[Stored]) -> None:
+        self.cls = cls
+        self.kind = cls.__name__
+        self.name = f"{cls.__name__.lower()}s"
+        self._namespaced = "namespace" in cls.__struct_fields__
+        # The namespace begins the key of what has a name; of the others it is a column.
+        self._namespace_in_key = self._namespaced and cls is not Operation and cls is not Snapshot
+        self._columns = _COLUMNS[cls]
+        self._decode = msgspec.json.Decoder(cls).decode
+        # A worker's taken slots are counted whenever it is read.
+        self.select = f"SELECT t.data, t.xmin::text{_USED if cls is Worker else ''} FROM {self.name} t"
+        self.select_one = f"{self.select} WHERE t.pk = $1"
+        self.select_version = f"SELECT t.version FROM {self.name} t WHERE t.pk = $1"
+
+        # Writes: $1 writer, $2 key, $3 new version, $4 JSON, $5 old version, then the columns. Each says the event's
+        # number if it was done.
+        columns = list(self._columns)
+        number = {c: f"${i}" for i, c in enumerate(columns, 6)}
+        event = "INSERT INTO outbox (writer, type, kind, pk, data)"
+        # A key is taken whatever the cell; $5 is there so that both writes take the same values.
+        self.insert = (
+            f"WITH r AS (INSERT INTO {self.name} (pk, version, data{''.join(f', {c}' for c in columns)}) "
+            f"SELECT $2, $3, $4{''.join(f', {number[c]}' for c in columns)} "
+            f"WHERE $5 = 0 AND NOT EXISTS (SELECT FROM {self.name} WHERE pk = $2) ON CONFLICT DO NOTHING RETURNING 1) "
+            f"{event} SELECT $1, 'Put', '{self.kind}', $2, $4 FROM r RETURNING id"
+        )
+        changes = "".join(f", {c} = {number[c]}" for c in columns if c != "cell")
+        within = f" AND cell = {number['cell']}" if "cell" in columns else ""
+        self.replace = (
+            f"WITH r AS (UPDATE {self.name} SET version = $3, data = $4{changes} "
+            f"WHERE pk = $2 AND version = $5{within} RETURNING 1) "
+            f"{event} SELECT $1, 'Put', '{self.kind}', $2, $4 FROM r RETURNING id"
+        )
+        #: $1 writer, $2 key, $3 version.
+        self.remove = (
+            f"WITH r AS (DELETE FROM {self.name} WHERE pk = $2 AND version = $3 RETURNING data) "
+            f"{event} SELECT $1, 'Deleted', '{self.kind}', $2, r.data FROM r RETURNING id, data"
+        )
+
+    def values(self, record: Any) -> list[Any]:
+        """Of the columns of `insert` and `replace`, in their order."""
+        return [value(record) for value in self._columns.values()]
+
+    def record(self, data: Any, used: int = 0) -> Any:
+        """Raises `DataLoss` if ``data`` is not one."""
+        try:
+            record = self._decode(data)
+        except msgspec.DecodeError as error:
+            raise DataLoss(
+                f"a row of table {self.name} is not a {self.kind}: {error}: {data[:200]}", reason="DATABASE_CORRUPT"
+            ) from error
+        return replace(record, used=used) if used else record
+
+    def page(self, namespace: str, where: Mapping[str, str], after: str, limit: int) -> tuple[str, list[Any]]:
+        """The statement of a list, and its values."""
+        conditions, values = ["t.pk > $1"], [after]
+        if namespace and self._namespace_in_key:
+            values[0] = max(after, f"{namespace}/")
+            conditions.append("t.pk < $2")
+            values.append(f"{namespace}0")  # "0" follows "/"
+        elif namespace and self._namespaced:
+            conditions.append("t.namespace = $2")
+            values.append(namespace)
+        for name, value in where.items():
+            values.append(str(value))
+            conditions.append(f"t.{name} = ${len(values)}")
+        sql = f"{self.select} WHERE {' AND '.join(conditions)} ORDER BY t.pk LIMIT {limit}"
+        return sql, values
+
+
+_USED = ", (SELECT count(*) FROM slots s WHERE s.worker = t.pk AND s.actor_uid <> '')"
+
+TABLES: dict[type[Stored], Table] = {cls: Table(cls) for cls in FILTERS}
+BY_KIND: dict[str, Table] = {table.kind: table for table in TABLES.values()}
+
+
+def without_used(worker: Worker) -> bytes:
+    """A worker as it is stored."""
+    return encode(replace(worker, used=0))

@@ -1,0 +1,213 @@
+"""What a command's decision is made from: read in one statement, then looked at without waiting.
+
+`transaction.load` asks for rows one after the other, and each would be a round trip. So what it is going to ask for is
+fetched first (`fetch`), all in one statement and hence in one state of the database, and `Fetched` answers it. What was
+not fetched it asks for with `Wanted`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from string import Formatter
+from typing import Any
+
+from psycopg import AsyncConnection
+
+from greenroom.core.commands import (
+    ActorCommand,
+    Begin,
+    CreateActor,
+    FinishUpload,
+    LoseSnapshot,
+    OperationCommand,
+    RequestCancel,
+    TakeOver,
+)
+from greenroom.core.records import Actor, Lease, Operation, Snapshot, Template, Worker
+from greenroom.store.port import R, Stored
+from greenroom.store.postgres_rows import BY_KIND, TABLES, Row, cell
+from greenroom.store.transaction import request_key
+
+Reference = tuple[type[Stored], str]
+
+
+class Wanted(Exception):
+    """A row was not fetched."""
+
+    def __init__(self, cls: type[Stored], pk: str) -> None:
+        super().__init__(cls, pk)
+        self.what = cls, pk
+
+
+class Fetched:
+    """`transaction.Rows`, for reading, over what was fetched. Notes which rows were read."""
+
+    def __init__(self) -> None:
+        self.rows: dict[Reference, Row | None] = {}
+        self._requests: dict[str, str] = {}  # request key -> operation id, or ""
+        self._owned: dict[str, list[str]] = {}  # actor uid -> snapshot ids
+        self._pools: dict[str, list[str]] = {}  # pool -> names of workers
+        #: What the decision is made from.
+        self.read_rows: set[Reference] = set()
+
+    def put(self, cls: type[Stored], pk: str, row: Row | None) -> None:
+        """``None``: there is no such row."""
+        self.rows[cls, pk] = row
+
+    def put_request(self, request: str, operation_id: str) -> None:
+        self._requests[request] = operation_id
+
+    def put_owned(self, actor_uid: str, ids: list[str]) -> None:
+        self._owned[actor_uid] = ids
+
+    def put_pool(self, pool: str, workers: list[str]) -> None:
+        self._pools[pool] = workers
+
+    def xmin(self, cls: type[Stored], pk: str) -> str | None:
+        row = self.rows.get((cls, pk))
+        return row.xmin if row is not None else None
+
+    # transaction.Rows
+
+    def read(self, cls: type[R], pk: str) -> R | None:
+        if (cls, pk) not in self.rows:
+            raise Wanted(cls, pk)
+        row = self.rows[cls, pk]
+        self.read_rows.add((cls, pk))
+        return row.record if row is not None else None
+
+    def operation_of_request(self, request: str) -> Operation | None:
+        found = self._requests[request]
+        return self.read(Operation, found) if found else None
+
+    def snapshots_of(self, actor_uid: str) -> Sequence[Snapshot]:
+        return [s for s in (self.read(Snapshot, pk) for pk in self._owned[actor_uid]) if s is not None]
+
+    def workers_of(self, pool: str) -> Sequence[Worker]:
+        """Not noted as read: only the one that is chosen must still be as it was."""
+        rows = [self.rows[Worker, name] for name in self._pools[pool]]
+        return [row.record for row in rows if row is not None]
+
+    def bound_to(self, worker: str) -> int:
+        raise NotImplementedError("counted by the database")
+
+    def insert(self, record: Stored) -> None:
+        raise NotImplementedError("written by `postgres_change`")
+
+    replace = insert
+
+    def delete(self, cls: type[Stored], pk: str) -> None:
+        raise NotImplementedError("written by `postgres_change`")
+
+
+# --- fetching ---------------------------------------------------------------------------------------------
+
+#: The parts of the statement; each gives (what, key, xmin, data, count). ``a`` is the actor, ``t`` the template.
+_PARTS = {
+    "actor": "SELECT 'Actor', a.pk, a.xmin::text, a.data, 0 FROM a",
+    # Of whatever actor: an id is taken once for all.
+    "prior": "SELECT 'Operation', o.pk, o.xmin::text, o.data, 0 FROM operations o WHERE o.pk = {operation}",
+    "operation": "SELECT 'Operation', o.pk, o.xmin::text, o.data, 0 FROM operations o "
+    "WHERE o.cell = {cell} AND o.pk = {operation}",
+    "request": "(SELECT 'request', o.pk, o.xmin::text, o.data, 0 FROM operations o "
+    "WHERE o.request = {request} AND o.request <> '' ORDER BY o.pk LIMIT 1)",
+    "lease": "SELECT 'Lease', l.pk, l.xmin::text, l.data, 0 FROM a JOIN leases l ON l.cell = {cell} AND l.pk = a.uid",
+    # The actor's operation, which its lease names too: nothing has to look into the actor's JSON.
+    "current": "SELECT 'Operation', o.pk, o.xmin::text, o.data, 0 FROM a JOIN leases l ON l.cell = {cell} "
+    "AND l.pk = a.uid JOIN operations o ON o.cell = {cell} AND o.pk = l.operation",
+    "template": "SELECT 'Template', t.pk, t.row_xmin::text, t.data, 0 FROM t",
+    "golden": "SELECT 'Snapshot', s.pk, s.xmin::text, s.data, 0 FROM t JOIN snapshots s ON s.pk = t.golden",
+    # Where the actor that the command names is the snapshot's own.
+    "named": "SELECT 'Snapshot', s.pk, s.xmin::text, s.data, 0 FROM snapshots s "
+    "WHERE s.cell = {cell} AND s.pk = {snapshot}",
+    "owned": "SELECT 'owned', s.pk, s.xmin::text, s.data, 0 "
+    "FROM a JOIN snapshots s ON s.cell = {cell} AND s.actor_uid = a.uid",
+    "workers": "SELECT 'Worker', w.pk, w.xmin::text, w.data, "
+    "(SELECT count(*) FROM slots x WHERE x.worker = w.pk AND x.actor_uid <> '') "
+    "FROM t JOIN workers w ON w.pool = t.pool",
+}
+_ACTOR = "a AS (SELECT pk, uid, template, data, xmin FROM actors WHERE cell = {cell} AND pk = {actor})"
+_TEMPLATES = {
+    "named": "t AS (SELECT t.*, t.xmin AS row_xmin FROM templates t WHERE t.pk = {template})",
+    "of actor": "t AS (SELECT t.*, t.xmin AS row_xmin FROM templates t "
+    "WHERE t.pk = {namespace} || '/' || (SELECT template FROM a))",
+}
+#: Which parts of the statement read what of the `View`.
+_NEEDS = {
+    "template": ("template",),
+    "source": ("owned",),
+    "previous": ("owned",),
+    "golden": ("template", "golden"),
+    "restart": ("template", "golden"),
+    "named": ("named",),
+    "owned": ("owned",),
+    "workers": ("template", "workers"),
+    "lease": ("lease",),
+    "prior": ("prior",),
+}
+
+
+@lru_cache
+def _statement(cls: type[ActorCommand], needs: frozenset[str], request: bool) -> tuple[str, list[str]]:
+    """The statement for a class of commands, and which values it takes in which order."""
+    parts = {"actor", *(part for need in needs for part in _NEEDS[need])}
+    if needs >= {"template", "source"}:
+        parts.add("golden")
+    parts.add("operation" if issubclass(cls, OperationCommand | TakeOver | RequestCancel) else "current")
+    if request:
+        parts.add("request")
+    ctes = [_ACTOR]
+    if "template" in parts:
+        ctes.append(_TEMPLATES["named" if cls is CreateActor else "of actor"])
+    text = f"WITH {', '.join(ctes)} {' UNION ALL '.join(_PARTS[p] for p in _PARTS if p in parts)}"
+    names = list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(text) if name))
+    return text.format(**{name: f"${i}" for i, name in enumerate(names, 1)}), names
+
+
+async def fetch(connection: AsyncConnection[Any], command: ActorCommand) -> Fetched:
+    """What ``command`` is going to be decided from, as far as it can be known."""
+    key, begins = command.key, isinstance(command, Begin | CreateActor)
+    request = request_key(key.namespace, command.request_id) if isinstance(command, Begin | CreateActor) else ""
+    sql, names = _statement(type(command), command.needs, bool(request))
+    values: dict[str, Any] = {"cell": cell(*key), "actor": str(key), "namespace": key.namespace, "request": request}
+    values["operation"] = getattr(command, "operation_id", "")
+    values["snapshot"] = command.snapshot_id if isinstance(command, FinishUpload | LoseSnapshot) else ""
+    values["template"] = f"{key.namespace}/{command.template}" if isinstance(command, CreateActor) else ""
+    found = await (await connection.execute(sql, [values[n] for n in names], prepare=True)).fetchall()
+
+    fetched = Fetched()
+    fetched.put(Actor, str(key), None)
+    if begins:
+        fetched.put(Operation, values["operation"], None)
+    owned, workers, first_request = [], [], ""
+    for what, pk, xmin, data, count in found:
+        if what == "request":
+            what, first_request = "Operation", pk
+        elif what == "owned":
+            what = "Snapshot"
+            owned.append(pk)
+        elif what == "Worker":
+            workers.append(pk)
+        table = BY_KIND[what]
+        fetched.put(table.cls, pk, Row(table.record(data, count), xmin))
+    fetched.put_request(request, first_request)
+    actor = fetched.rows[Actor, str(key)]
+    if actor is not None:
+        if "lease" in command.needs and (Lease, actor.record.uid) not in fetched.rows:
+            fetched.put(Lease, actor.record.uid, None)
+        if not command.needs.isdisjoint(("source", "previous", "owned")):
+            fetched.put_owned(actor.record.uid, sorted(owned))
+    if "template" in command.needs:
+        name = values["template"] or (f"{key.namespace}/{actor.record.template}" if actor is not None else "")
+        template = fetched.rows.setdefault((Template, name), None)
+        if template is not None and "workers" in command.needs:
+            fetched.put_pool(template.record.spec.pool, sorted(workers))
+    return fetched
+
+
+async def fetch_more(connection: AsyncConnection[Any], fetched: Fetched, wanted: Wanted) -> None:
+    """A single row that could not be known before; then what is decided is not from one state of the database."""
+    cls, pk = wanted.what
+    row = await (await connection.execute(TABLES[cls].select_one, [pk], prepare=True)).fetchone()
+    fetched.put(cls, pk, Row(TABLES[cls].record(*row[::2]), row[1]) if row else None)

@@ -1,0 +1,70 @@
+"""Replicas of a control plane as far as an agent sees them: real gRPC servers on unix sockets, each with a hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2_grpc
+from greenroom.api.link import AgentHub
+from greenroom.core.agentapi import Heartbeat, Hello, SandboxExited, Welcome
+
+#: Heartbeats of the tests: quick, so that nothing is waited for.
+HEARTBEAT_S = 0.05
+
+
+class Replica:
+    """Also the hub's listener; keeps what it hears."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.name = name
+        self.address = f"unix:{root}/{name}.sock"
+        self.hub = AgentHub()
+        self.hub.listener = self
+        self.say()
+        self.connects: list[Hello] = []
+        self.gone: list[str] = []
+        self.heartbeats: list[Heartbeat] = []
+        self.leaving: list[str] = []
+        self.exits: list[SandboxExited] = []
+        self._server: Any = None
+
+    def say(self, *links: Replica, alone_s: float = 0.0) -> None:
+        addresses = tuple(link.address for link in links)
+        self.hub.welcome = Welcome(replica=self.name, links=addresses, heartbeat_s=HEARTBEAT_S, alone_s=alone_s)
+
+    async def start(self, *more: str) -> None:
+        self._server = grpc.aio.server()
+        link_pb2_grpc.add_AgentLinkServicer_to_server(self.hub, self._server)
+        for address in (self.address, *more):
+            self._server.add_insecure_port(address)
+        await self._server.start()
+
+    async def kill(self) -> None:
+        """Its connections break at once."""
+        if self._server is not None:
+            await self._server.stop(None)
+            self._server = None
+
+    @property
+    def connected(self) -> bool:
+        return bool(self.hub.connected())
+
+    # --- greenroom.engine.workers.WorkerListener ---
+
+    def worker_connected(self, hello: Hello) -> None:
+        self.connects.append(hello)
+
+    def worker_heard(self, worker: str, heartbeat: Heartbeat) -> None:
+        self.heartbeats.append(heartbeat)
+
+    def worker_leaving(self, worker: str, boot_id: str) -> None:
+        self.leaving.append(boot_id)
+
+    def worker_gone(self, worker: str, boot_id: str) -> None:
+        self.gone.append(worker)
+
+    def sandbox_exited(self, worker: str, event: SandboxExited) -> None:
+        self.exits.append(event)

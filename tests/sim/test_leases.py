@@ -1,0 +1,197 @@
+"""The lease of a running operation: kept for as long as it takes, given up when it is gone, never brought back.
+
+The cases are those in which a lease that doubled as a deadline, or that nobody fenced, went wrong elsewhere; on every
+store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from greenroom.core.commands import ActorCommand, BeginSuspend, Change, FinishSuspend, RenewLease, TakeOver
+from greenroom.core.errors import LeaseHeld, LeaseLost, NotFound, Unavailable
+from greenroom.core.records import ActorState, Key, Lease, Operation, OperationState, Template, TemplateState
+from greenroom.engine.leases import MARGIN_SHARE
+from greenroom.sandbox.sim import MethodScript, SimScript
+from greenroom.store.port import Store
+from greenroom.testing.world import SimWorld
+
+#: Long for what takes milliseconds, short for a test.
+TTL_S = 0.4
+
+
+class Interposed:
+    """A store some of whose commands a test holds up or refuses: ``before`` is awaited before each."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.seen: list[ActorCommand] = []
+
+    async def before(self, command: ActorCommand) -> None:
+        """Replaced by a test."""
+
+    async def apply(self, command: ActorCommand) -> Change:
+        self.seen.append(command)
+        await self.before(command)
+        return await self._store.apply(command)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+@pytest.fixture
+def store(any_store: Store) -> Interposed:
+    return Interposed(any_store)
+
+
+@pytest.fixture
+async def world(make_world: Callable[..., Any], store: Interposed) -> AsyncIterator[SimWorld]:
+    async with make_world(store=store) as world:
+        await world.apply()
+        world.configure(lease_ttl_s=TTL_S)
+        yield world
+
+
+async def suspending(world: SimWorld, seconds: float) -> tuple[Key, asyncio.Future[Operation], Operation]:
+    """An actor whose suspend takes that long, the call, and the operation."""
+    key = await world.create("a")
+    await world.request(key)
+    for backend in world.backends.values():
+        backend.script = SimScript(methods={"checkpoint": MethodScript(latency_s=seconds)})
+    call = asyncio.ensure_future(world.engine.suspend(key))
+    while (actor := await world.actor(key)).state is not ActorState.SUSPENDING:
+        await asyncio.sleep(0.005)
+    return key, call, await world.store.get(Operation, actor.operation)
+
+
+def take_over(key: Key, op: Operation, world: SimWorld, *, force: bool = False) -> TakeOver:
+    now = world.engine.now()
+    return TakeOver(key=key, now=now, operation_id=op.id, owner="stranger/1", lease_ttl_s=TTL_S, force=force)
+
+
+async def test_an_operation_longer_than_its_lease_holds_it_throughout(world: SimWorld) -> None:
+    key, call, op = await suspending(world, 3 * TTL_S)
+    refused = 0
+    while not call.done():
+        try:
+            await world.store.apply(take_over(key, op, world))
+        except LeaseHeld as held:
+            refused += 1
+            assert held.metadata["holder"] == world.engine.config.owner
+        except NotFound:
+            break  # it ended between the two looks
+        await asyncio.sleep(TTL_S / 20)
+    assert (await call).state is OperationState.DONE
+    assert refused > 30, "it was tried all the time"
+    assert (await world.store.get(Operation, op.id)).takeovers == 0
+
+
+async def test_a_stolen_lease_stops_the_driver_with_its_own_cause(world: SimWorld) -> None:
+    key, call, op = await suspending(world, 3 * TTL_S)
+    running = world.engine.ops.running[op.id]
+    stolen = await world.store.apply(take_over(key, op, world, force=True))
+    assert stolen.actor is not None and stolen.actor.generation == op.generation + 1
+    await asyncio.wait({running.task}, timeout=TTL_S)
+    assert running.task.cancelled() and isinstance(running.lost, LeaseLost)
+    assert (running.lost.code, running.lost.reason) == ("ABORTED", "LEASE_LOST")
+    # The thief never goes on with it: when its lease has run out, the operation is driven on, and its caller is told.
+    assert (await call).state is OperationState.DONE
+    assert (await world.actor(key)).generation == op.generation + 2
+    await world.settle()
+
+
+async def test_a_heartbeat_that_comes_after_the_end_brings_no_lease_back(world: SimWorld, store: Interposed) -> None:
+    late, finished = asyncio.Event(), asyncio.Event()
+
+    async def before(command: ActorCommand) -> None:
+        if isinstance(command, RenewLease):
+            late.set()
+            await finished.wait()
+
+    _, call, op = await suspending(world, TTL_S / 2)
+    store.before = before  # type: ignore[method-assign]
+    await late.wait()
+    running = world.engine.ops.running[op.id]
+    assert (await call).state is OperationState.DONE
+    finished.set()
+    await world.settle()
+    assert running.lost is None
+    with pytest.raises(NotFound):
+        await world.store.get(Lease, op.uid)
+    ends = [i for i, c in enumerate(store.seen) if isinstance(c, FinishSuspend) and c.operation_id == op.id]
+    begun = [i for i, c in enumerate(store.seen) if isinstance(c, RenewLease)]
+    assert max(begun) < min(ends), "and none is sent after it"
+
+
+async def test_a_held_lease_says_who_holds_it_for_what_and_until_when(world: SimWorld) -> None:
+    key, call, op = await suspending(world, TTL_S)
+    lease = await world.store.get(Lease, op.uid)
+    pause = BeginSuspend(key=key, now=world.engine.now(), operation_id="other", owner="stranger/1", snapshot_id="s")
+    joined = await world.store.apply(pause)
+    assert joined.operation is not None and joined.operation.id == op.id, "the same is joined"
+    with pytest.raises(LeaseHeld) as held:
+        await world.store.apply(take_over(key, op, world))
+    assert held.value.code == "ABORTED"
+    assert held.value.metadata["holder"] == world.engine.config.owner == lease.owner
+    assert held.value.metadata["operation"] == op.id
+    assert world.engine.now() < float(held.value.metadata["until"]) <= world.engine.now() + TTL_S
+    await call
+
+
+async def test_a_store_that_is_away_for_less_than_the_lease_stops_nothing(world: SimWorld, store: Interposed) -> None:
+    _, call, op = await suspending(world, 2 * TTL_S)
+    running = world.engine.ops.running[op.id]
+    asked = running.asked
+    back = asyncio.get_running_loop().time() + 0.5 * TTL_S
+
+    async def before(command: ActorCommand) -> None:
+        if asyncio.get_running_loop().time() < back:
+            raise Unavailable("the store is away")
+
+    store.before = before  # type: ignore[method-assign]
+    assert (await call).state is OperationState.DONE
+    assert running.lost is None and running.asked > asked, "it was renewed afterwards"
+    assert (await world.store.get(Operation, op.id)).takeovers == 0
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_an_owner_is_silent_before_its_lease_can_be_taken(
+    world: SimWorld, store: Interposed, hangs: bool
+) -> None:
+    """When the store answers nothing, its own clock stops the owner; counted from before the last renewal was sent."""
+    _, call, op = await suspending(world, 3 * TTL_S)
+    running = world.engine.ops.running[op.id]
+
+    async def before(command: ActorCommand) -> None:
+        if isinstance(command, RenewLease):
+            if hangs:
+                await asyncio.get_running_loop().create_future()
+            raise Unavailable("the store is away")
+
+    store.before = before  # type: ignore[method-assign]
+    await asyncio.wait({running.task})
+    stopped = asyncio.get_running_loop().time() - running.asked
+    assert isinstance(running.lost, LeaseLost)
+    lease = await world.store.get(Lease, op.uid)
+    assert world.engine.now() < lease.expires_at, "before anybody could have it"
+    assert TTL_S / 3 < stopped < TTL_S * (1 - MARGIN_SHARE / 2)
+    store.before = Interposed.before.__get__(store)  # type: ignore[method-assign]
+    assert (await call).state is OperationState.DONE, "the janitor goes on with it"
+    await world.settle()
+
+
+async def test_namesakes_in_two_namespaces_never_block_each_other(world: SimWorld) -> None:
+    there = Key("other", "t")
+    await world.engine.apply_template(there, (await world.template()).spec)
+    while (await world.store.get(Template, str(there))).state is not TemplateState.READY:
+        await asyncio.sleep(0.005)
+    key, call, _ = await suspending(world, TTL_S)
+    namesake = Key(there.namespace, key.name)
+    await world.engine.create_actor(namesake, there.name)
+    assert (await world.engine.resume(namesake)).state is OperationState.DONE
+    assert not call.done(), "the other one was held all the time"
+    await call
