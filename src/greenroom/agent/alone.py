@@ -44,16 +44,21 @@ class AloneWatch:
     """
 
     def __init__(
-        self, path: Path, running: Callable[[], Iterable[str]], freeze: Callable[[str], Awaitable[None]]
+        self,
+        path: Path,
+        running: Callable[[], Iterable[str]],
+        freeze: Callable[[str], Awaitable[None]],
+        boot_time: Callable[[], float] = _boot_time,
     ) -> None:
         self._path = path
+        self._boot_time = boot_time
         self._running = running
         self._freeze = freeze
         self._loop = asyncio.get_running_loop()
         remembered = self._recall()
         self._alone_s, self.epoch = remembered.alone_s, remembered.epoch
         # An agent that comes back is as alone as the one before was. After a boot of the machine nothing runs anyway.
-        self._heard_at = self._loop.time() - max(0.0, _boot_time() - remembered.heard_at)
+        self._heard_at = self._loop.time() - max(0.0, boot_time() - remembered.heard_at)
         self._was_alone = False
         self._news = asyncio.Event()
         self._freezing: dict[str, asyncio.Task[None]] = {}
@@ -122,7 +127,7 @@ class AloneWatch:
 
     def _remember(self) -> None:
         try:
-            heard_at = _boot_time() - (self._loop.time() - self._heard_at)
+            heard_at = self._boot_time() - (self._loop.time() - self._heard_at)
             now = _Remembered(alone_s=self._alone_s, epoch=self.epoch, heard_at=heard_at)
             self._path.write_bytes(msgspec.json.encode(now))
         except OSError as error:

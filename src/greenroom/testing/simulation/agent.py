@@ -1,5 +1,6 @@
 """A model of the agent process: it does what `greenroom.agent.agent` does, with sandboxes that are small objects. What
-decides which calls are carried out is the real `greenroom.agent.fence`.
+decides which calls are carried out is the real `greenroom.agent.fence`, and what decides when it is alone the real
+`greenroom.agent.alone`.
 """
 
 from __future__ import annotations
@@ -7,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 from msgspec.structs import replace
 
+from greenroom.agent.alone import AloneWatch
 from greenroom.agent.fence import Fence
 from greenroom.agent.journal import Journal
 from greenroom.core import agentapi as api
@@ -43,8 +46,6 @@ SLOW_ONE_IN = 100
 REDIAL_S = 1.0
 #: How long an agent waits for the answer to its hello.
 HELLO_S = 2.0
-#: While it is alone it looks this often for what runs, in seconds.
-SCAN_S = 0.2
 
 Reply = Callable[[Link, Any, Record | GreenroomError], None]
 
@@ -97,7 +98,12 @@ class Agent:
         loop = self.network.loop
         for replica in self.directory.names:
             loop.call_soon(self._dial, replica, context=self.process.context)
-        loop.call_soon(self._mind_being_alone, context=self.process.context)
+        loop.call_soon(self._begin, context=self.process.context)
+
+    def _begin(self) -> None:
+        file, loop = cast(Path, self.machine.welcome), self.network.loop
+        self._alone = AloneWatch(file, self._running, self._freeze_alone, boot_time=loop.time)
+        self._alone.start()
 
     def hello(self) -> Hello:
         return Hello(
@@ -141,15 +147,13 @@ class Agent:
         if self._links.get(link.replica) is link:
             self.network.loop.call_later(self._random.random() * REDIAL_S, self._dial, link.replica)
 
-    def welcomed(self, link: Link, welcome: Welcome) -> None:
+    def welcomed(self, link: Link, welcome: Welcome, beat: int) -> None:
         """The answer to its hello, or to a heartbeat."""
         if not link.agent_open:
             return
         self._welcome = welcome
-        self.machine.alone_s = welcome.alone_s
-        sent_at = link.unanswered.pop(welcome.beat, None)
-        if sent_at is not None:
-            self.machine.answered_at = max(self.machine.answered_at, sent_at)
+        if (sent_at := link.unanswered.pop(beat, None)) is not None:
+            self._alone.heard(welcome, sent_at)
         if not link.beats:
             link.beats = True
             self.network.loop.call_later(welcome.heartbeat_s, self._beat, link)
@@ -160,8 +164,7 @@ class Agent:
             return
         link.beaten += 1
         link.unanswered[link.beaten] = loop.time()
-        beat = api.Heartbeat(boot_id=self.boot_id, beat=link.beaten, residents=self._list())
-        link.up(link.hub.beat, link, beat)
+        link.up(link.hub.beat, link, api.Heartbeat(boot_id=self.boot_id, residents=self._list()), link.beaten)
         loop.call_later(self._welcome.heartbeat_s, self._beat, link)
 
     def _is_dead(self, link: Link) -> bool:
@@ -178,24 +181,18 @@ class Agent:
 
     # --- alone --------------------------------------------------------------------------------------------
 
-    def alone(self) -> bool:
-        """Whether no heartbeat has been answered for so long that its actors may count as lost."""
-        machine = self.machine
-        return 0 < machine.alone_s <= self.network.loop.time() - machine.answered_at
+    def _running(self) -> list[str]:
+        return [uid for uid, s in self.machine.sandboxes.items() if s.state is ResidentState.RUNNING]
 
-    def _mind_being_alone(self) -> None:
-        """Freezes what runs while it is alone."""
-        loop, machine = self.network.loop, self.machine
-        wait_s = 1.0 if not machine.alone_s else machine.answered_at + machine.alone_s - loop.time()
-        if self.alone():
-            wait_s = SCAN_S
-            running = [s for s in machine.sandboxes.values() if not s.frozen]
-            if running:
-                machine.epoch += 1
-            for sandbox in running:
-                self.trace(self.worker, "freezes, being alone,", sandbox.identity.name)
+    async def _freeze_alone(self, uid: str) -> None:
+        async def freeze() -> None:
+            sandbox = self.machine.sandboxes.get(uid)
+            if self._alone.alone and sandbox is not None and sandbox.state is ResidentState.RUNNING:
+                await self._work(QUICK_S)
                 sandbox.freeze()
-        loop.call_later(wait_s, self._mind_being_alone)
+                self.trace(self.worker, "froze, being alone,", sandbox.identity.name)
+
+        await self._fence.aside(uid, freeze)
 
     # --- calls --------------------------------------------------------------------------------------------
 
@@ -231,6 +228,8 @@ class Agent:
             case api.Freeze():
                 return await self._fence.run(call, lambda: self._freeze(call))
             case api.Thaw():
+                if call.epoch >= 0 and (self._alone.alone or call.epoch != self._alone.epoch):
+                    raise FailedPrecondition("what you know of it is from before it was frozen", reason="STALE_EPOCH")
                 return await self._fence.run(call, lambda: self._thaw(call))
             case api.Upload():
                 return await self._upload(call)
@@ -241,7 +240,8 @@ class Agent:
                 await self._work(QUICK_S)
                 return api.Prepared(image_digest=f"sha256:{call.image}", size_bytes=1)
             case api.ListResident():
-                return api.Residents(epoch=self.machine.epoch, residents=self._list())
+                _ = self._alone.alone  # whether it has just become so is in the epoch
+                return api.Residents(epoch=self._alone.epoch, residents=self._list())
             case api.Warm() | api.Shutdown():
                 return api.Done()
             case _:
@@ -387,8 +387,6 @@ class Agent:
         return api.Done(phases=phases)
 
     async def _thaw(self, call: api.Thaw) -> api.Started:
-        if call.epoch != -1 and (call.epoch != self.machine.epoch or self.alone()):
-            raise FailedPrecondition("what you know of it is from before it was frozen", reason="STALE_EPOCH")
         sandbox = self._resident(call.actor_uid)
         self.machine.staged.pop(call.actor_uid, None)
         phases = await self._work(QUICK_S)

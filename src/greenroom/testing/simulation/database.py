@@ -33,6 +33,8 @@ FEED_DELAY_S = 0.05
 FEED_LAG_S = 5.0
 #: The smallest time between two changes of one record.
 TICK_S = 1e-6
+#: How many of the states that were overtaken by the time they could be told are not told.
+LEFT_OUT = 0.5
 
 
 def at_once(work: Coroutine[Any, Any, T]) -> T:
@@ -59,6 +61,8 @@ class Database:
         self.memory._broadcast = _Tap(self._written)  # type: ignore[assignment]
         self.feeds: list[Feed] = []
         self.on_write: Callable[[str, Command | None, Effects], None] = lambda who, command, effects: None
+        #: The latest event of each record.
+        self.latest: dict[tuple[type[Stored], str], Stored] = {}
         self._who = ""
         self._command: Command | None = None
 
@@ -70,6 +74,7 @@ class Database:
 
     def _written(self, effects: Effects) -> None:
         if effects:
+            self.latest.update({(type(r), r.pk): r for _, r in effects})
             self.on_write(self._who, self._command, effects)
             for feed in self.feeds:
                 feed.push(effects, own=feed.process.name == self._who)
@@ -130,11 +135,19 @@ class Feed:
             return
         self._watchers = [ref for ref in self._watchers if ref() is not None]
         for kind, record in effects:
+            if not own and self._may_be_left_out(kind, record):
+                continue
             self._sequence += 1
             event = Event(type=kind, record=record, sequence=self._sequence, foreign=not own)
             for ref in self._watchers:
                 if (watcher := ref()) is not None:
                     watcher.push(event)
+
+    def _may_be_left_out(self, kind: EventType, record: Stored) -> bool:
+        """A state that was overtaken before anybody was told of it; who is told anyway is drawn."""
+        latest = self._database.latest.get((type(record), record.pk))
+        overtaken = kind is EventType.PUT and latest is not None and latest is not record
+        return overtaken and self._network.random.random() < LEFT_OUT
 
     def cut(self) -> None:
         """It has a gap: everybody is told to list again."""

@@ -11,8 +11,6 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from msgspec.structs import replace
-
 from greenroom.core.agentapi import AgentCall, Exec, Heartbeat, Hello, Logs, SandboxExited, Welcome
 from greenroom.core.errors import GreenroomError, Unavailable, rebuild
 from greenroom.core.records import Record
@@ -43,8 +41,8 @@ class Link:
         self.hello = agent.hello()
         #: When the replica last heard the agent, and when the agent could last have reached the replica.
         self.hub_heard = self.agent_heard = network.loop.time()
-        #: When the agent sent its heartbeats that are not answered yet, by number.
-        self.unanswered: dict[int, float] = {}
+        #: When the agent sent its heartbeats that are not answered yet, by number; 0 is its hello.
+        self.unanswered: dict[int, float] = {0: network.loop.time()}
         self.beaten = 0
         #: Whether the agent has begun to say that it lives.
         self.beats = False
@@ -112,6 +110,10 @@ class SimHub:
 
     def open(self, worker: str, call: Exec | Logs) -> CallStream:
         raise _disconnected(worker)
+
+    def acknowledge(self, worker: str) -> None:
+        if (link := self._links.get(worker)) is not None:
+            link.down(link.agent.welcomed, link, self.welcome, 0)
 
     async def call(self, worker: str, call: AgentCall, on_progress: OnProgress | None = None) -> Record:
         link = self._links.get(worker)
@@ -184,19 +186,18 @@ class SimHub:
         if old is not None:
             self._close(old, replaced=True)
         self._trace(self.process.name, "hello", hello.worker, hello.boot_id)
-        link.down(link.agent.welcomed, link, self.welcome)
         self._look_after(link)
         if self.listener is not None:
             self.listener.worker_connected(hello)
 
-    def beat(self, link: Link, heartbeat: Heartbeat) -> None:
+    def beat(self, link: Link, heartbeat: Heartbeat, number: int) -> None:
         """An agent says that it lives."""
         if not link.hub_open:
             link.down(link.agent.hung_up, link)
             return
         link.hub_heard = self.network.loop.time()
         if self.listener is not None and self.listener.worker_heard(link.agent.worker, heartbeat):
-            link.down(link.agent.welcomed, link, replace(self.welcome, beat=heartbeat.beat))
+            link.down(link.agent.welcomed, link, self.welcome, number)
 
     def exited(self, link: Link, event: SandboxExited) -> None:
         if link.hub_open and self.listener is not None:

@@ -130,6 +130,21 @@ class MemoryJournal:
         pass
 
 
+class MemoryFile:
+    """As much of a `pathlib.Path` as keeps one small thing."""
+
+    def __init__(self) -> None:
+        self._content: bytes | None = None
+
+    def read_bytes(self) -> bytes:
+        if self._content is None:
+            raise FileNotFoundError
+        return self._content
+
+    def write_bytes(self, content: bytes) -> None:
+        self._content = content
+
+
 class Machine:
     """Args:
         register: every sandbox that there ever was, anywhere, by the path of its endpoint.
@@ -139,9 +154,7 @@ class Machine:
         sandboxes: by actor uid.
         staged: snapshots that were written and not published, by actor uid.
         held: snapshots that are kept here until they are uploaded, by id.
-        alone_s: what the control plane last said of it.
-        answered_at: when the last heartbeat was sent that was answered.
-        epoch: how often an agent here has frozen what ran because it was alone.
+        welcome: where agents keep what they must remember of the control plane.
     """
 
     def __init__(self, loop: SimLoop, name: str, capacity: int, watch: Watch, register: dict[str, Sandbox]) -> None:
@@ -159,9 +172,7 @@ class Machine:
         self.journal = MemoryJournal()
         self.staged: dict[str, tuple[Snapshot, int]] = {}
         self.held: dict[str, tuple[Snapshot, int]] = {}
-        self.alone_s = 0.0
-        self.answered_at = 0.0
-        self.epoch = 0
+        self.welcome = MemoryFile()
 
     def boot(self) -> None:
         self.up = True

@@ -29,6 +29,9 @@ CLOCKS = EngineConfig(
 )
 
 
+PACE = Pace()
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Attributes:
@@ -51,7 +54,7 @@ class Plan:
     parts: int = 0
     kinds: tuple[Fault, ...] = ()
     without: frozenset[Fault] = frozenset()
-    pace: Pace = Pace()
+    pace: Pace = PACE
     durability: Durability = Durability.ACKED_AFTER_UPLOAD
     on_crash: OnCrash = OnCrash.RESTORE_LAST
     idle_timeout_s: float = 15.0

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from greenroom.core.errors import Conflict, DataLoss, NotFound, Unavailable
 from greenroom.core.records import FileDigest, Snapshot, SnapshotState
+from greenroom.snapshots.objects import OnBytes
 from greenroom.testing.simulation.faults import AT_ASK, HEAVY, Fault
 from greenroom.testing.simulation.network import Network
 from greenroom.testing.simulation.trace import Trace
@@ -69,13 +70,13 @@ class SimSnapshots:
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
 
-    async def publish(self, snapshot: Snapshot, source: Path) -> Snapshot:
+    async def publish(self, snapshot: Snapshot, source: Path, progress: OnBytes | None = None) -> Snapshot:
         raise AssertionError("only workers publish")
 
-    async def fetch(self, snapshot: Snapshot, cache: Path) -> Path:
+    async def fetch(self, snapshot: Snapshot, cache: Path, progress: OnBytes | None = None) -> Path:
         raise AssertionError("only workers fetch")
 
-    async def verify(self, snapshot: Snapshot, directory: Path) -> None:
+    async def verify(self, snapshot: Snapshot, directory: Path, progress: OnBytes | None = None) -> None:
         raise AssertionError("only workers verify")
 
     async def manifest(self, snapshot_id: str) -> Snapshot:
