@@ -16,7 +16,9 @@ TEMPLATE = "t"
 #: How long somebody waits for an answer, in seconds; some are less patient.
 PATIENT_S = 40.0
 #: What people do, and how often each.
-ACTS = {"request": 10, "suspend": 4, "pause": 2, "resume": 2, "delete": 1, "hurry": 2}
+ACTS = {"request": 6, "burst": 4, "suspend": 4, "pause": 2, "resume": 2, "delete": 1, "hurry": 2}
+#: Requests of a burst, and the longest time between two, in seconds.
+BURST, BURST_PAUSE_S = 6, 2.0
 
 
 class World(Protocol):
@@ -26,14 +28,16 @@ class World(Protocol):
 
 
 class User:
-    """Somebody who uses one actor. What comes of what they do, well or ill, the oracle judges."""
+    """Somebody who uses one actor, ``acts`` times until ``until_s`` at the latest. What comes of what they do, well or
+    ill, the oracle judges."""
 
-    def __init__(self, world: World, key: Key, seed: str, acts: int, over_s: float) -> None:
+    def __init__(self, world: World, key: Key, seed: str, acts: int, until_s: float) -> None:
         self._world = world
         self._key = key
         self._random = random.Random(f"user {seed}")
         self._acts = acts
-        self._pause_s = over_s / acts
+        self._until_s = until_s
+        self._pause_s = until_s / acts
         self.did: Counter[str] = Counter()
 
     async def live(self) -> None:
@@ -41,7 +45,13 @@ class User:
         await self._try("create")
         for _ in range(self._acts):
             await asyncio.sleep(self._random.expovariate(1 / self._pause_s))
-            await self._try(self._random.choices(list(ACTS), list(ACTS.values()))[0])
+            if asyncio.get_running_loop().time() > self._until_s:
+                return
+            act = self._random.choices(list(ACTS), list(ACTS.values()))[0]
+            for number in range(BURST if act == "burst" else 1):
+                if number:
+                    await asyncio.sleep(self._random.random() * BURST_PAUSE_S)
+                await self._try("request" if act == "burst" else act)
 
     async def _try(self, act: str) -> None:
         try:

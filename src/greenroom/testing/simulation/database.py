@@ -22,6 +22,8 @@ from greenroom.testing.simulation.trace import Trace
 
 T = TypeVar("T")
 Effects = list[tuple[EventType, Stored]]
+#: A lifecycle command, or a record as it is to be stored.
+Write = Command | Free
 
 #: The date on which every simulation begins, in seconds since the epoch.
 EPOCH_S = 1_800_000_000.0
@@ -60,22 +62,22 @@ class Database:
         self.memory = MemoryStore(lambda: EPOCH_S + network.loop.time())
         self.memory._broadcast = _Tap(self._written)  # type: ignore[assignment]
         self.feeds: list[Feed] = []
-        self.on_write: Callable[[str, Command | None, Effects], None] = lambda who, command, effects: None
+        self.on_write: Callable[[str, Write | None, Effects], None] = lambda who, write, effects: None
         #: The latest event of each record.
         self.latest: dict[tuple[type[Stored], str], Stored] = {}
         self._who = ""
-        self._command: Command | None = None
+        self._write: Write | None = None
 
-    def do(self, who: str, what: str, work: Coroutine[Any, Any, T], command: Command | None = None) -> T:
-        """Carries out a call of a replica."""
-        self._who, self._command = who, command
+    def do(self, who: str, what: str, work: Coroutine[Any, Any, T], write: Write | None = None) -> T:
+        """Carries out a call of a replica; ``write``: what it wants to have written."""
+        self._who, self._write = who, write
         self.trace(who, "store", what)
         return at_once(work)
 
     def _written(self, effects: Effects) -> None:
         if effects:
             self.latest.update({(type(r), r.pk): r for _, r in effects})
-            self.on_write(self._who, self._command, effects)
+            self.on_write(self._who, self._write, effects)
             for feed in self.feeds:
                 feed.push(effects, own=feed.process.name == self._who)
 
@@ -172,16 +174,18 @@ class SimStore:
         self.feed = Feed(database, process)
         self.skew_s = skew_s
 
-    async def _ask(self, what: str, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        return await self._network.ask(STORE, lambda: self._database.do(self._me, what, make()), _away)
+    async def _ask(
+        self, what: str, make: Callable[[], Coroutine[Any, Any, T]], write: Write | None = None, weight: float = 1.0
+    ) -> T:
+        act = lambda: self._database.do(self._me, what, make(), write)  # noqa: E731
+        return await self._network.ask(STORE, act, _away, weight=weight)
 
     async def apply(self, command: ActorCommand) -> Change:
         what = f"{type(command).__name__} {command.key}"
-        act = lambda: self._database.do(self._me, what, self._memory.apply(command), command)  # noqa: E731
-        return await self._network.ask(STORE, act, _away, weight=HEAVY)
+        return await self._ask(what, lambda: self._memory.apply(command), command, HEAVY)
 
     async def put(self, record: W) -> W:
-        return await self._ask(f"put {type(record).__name__} {record.pk}", lambda: self._memory.put(record))
+        return await self._ask(f"put {type(record).__name__} {record.pk}", lambda: self._memory.put(record), record)
 
     async def remove(self, record: Free) -> None:
         await self._ask(f"remove {type(record).__name__} {record.pk}", lambda: self._memory.remove(record))

@@ -13,6 +13,7 @@ from greenroom.agent.journal import KEPT_FENCES
 from greenroom.core.agentapi import ActorCall, Identity, ResidentState
 from greenroom.core.records import Endpoint, Snapshot
 from greenroom.testing.simloop import SimLoop
+from greenroom.testing.simulation.network import data_path
 
 Answer = Callable[[int], None]
 
@@ -176,7 +177,7 @@ class Machine:
 
     def boot(self) -> None:
         self.up = True
-        self.process = self.loop.process(f"{self.name}-box")
+        self.process = self.loop.process(data_path(self.name))
         self.sandboxes: dict[str, Sandbox] = {}
 
     def crash(self) -> None:

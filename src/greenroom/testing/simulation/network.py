@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+
+def data_path(worker: str) -> str:
+    """What the network calls the sandboxes of a worker, which are reached on another way than its agent."""
+    return f"{worker}-box"
+
+
 #: How long somebody who gets no answer waits, in seconds: between these two.
 PATIENCE_S = (0.05, 2.0)
 #: By how much a message may be late, in seconds.

@@ -24,7 +24,7 @@ from typing import Protocol
 
 from greenroom.core import states
 from greenroom.core.agentapi import ActorCall
-from greenroom.core.commands import Command, OperationCommand
+from greenroom.core.commands import Begin, Command, OperationCommand, TakeOver
 from greenroom.core.records import (
     Actor,
     ActorState,
@@ -39,9 +39,9 @@ from greenroom.core.records import (
 )
 from greenroom.engine.bindings import BindingTable
 from greenroom.store.memory import MemoryStore
-from greenroom.store.port import EventType, Stored
+from greenroom.store.port import EventType, Free, Stored
 from greenroom.testing.contracts.store_world import audit
-from greenroom.testing.simulation.database import Effects, at_once
+from greenroom.testing.simulation.database import Effects, Write, at_once
 from greenroom.testing.simulation.machine import Machine, Sandbox
 
 #: The whole audit is done after every so many writes.
@@ -124,11 +124,13 @@ class Oracle:
 
     # --- the store ----------------------------------------------------------------------------------------
 
-    def wrote(self, who: str, command: Command | None, effects: Effects) -> None:
+    def wrote(self, who: str, write: Write | None, effects: Effects) -> None:
         """After every write, in the same instant."""
         self.writes += 1
-        if isinstance(command, OperationCommand):
-            self._check_owner(who, command)
+        if isinstance(write, OperationCommand):
+            self._check_owner(who, write)
+        elif write is not None and not isinstance(write, Command):
+            self._check_read(who, write)
         for kind, record in effects:
             known = (type(record), record.pk)
             before = self.records.get(known)
@@ -138,7 +140,7 @@ class Oracle:
                 self.records[known] = record
             match record:
                 case Actor():
-                    self._actor(before, record, deleted=kind is EventType.DELETED)
+                    self._actor(before, record, write, deleted=kind is EventType.DELETED)
                 case Operation():
                     self._operation(before, record, deleted=kind is EventType.DELETED)
                 case Worker():
@@ -162,6 +164,12 @@ class Oracle:
         actor = self.records.get((Actor, str(c.key)))
         if not isinstance(actor, Actor) or (actor.operation, actor.generation) != (c.operation_id, c.generation):
             raise self.broken(f"{who} has lost {c.key} and has changed it all the same: {c}; it was {actor}")
+
+    def _check_read(self, who: str, record: Free) -> None:
+        """Of a record that was stored: it was made from the one that was there."""
+        before = self.records.get((type(record), record.pk))
+        if record.version != getattr(before, "version", 0):
+            raise self.broken(f"a write was lost: {who} replaced {before}, which it had not read, by {record}")
 
     def _version(self, before: Stored | None, record: Stored) -> None:
         if isinstance(record, Lease) or before is None or before is record:
@@ -200,7 +208,7 @@ class Oracle:
 
     # --- actors -------------------------------------------------------------------------------------------
 
-    def _actor(self, before: Stored | None, actor: Actor, *, deleted: bool) -> None:
+    def _actor(self, before: Stored | None, actor: Actor, write: Write | None, *, deleted: bool) -> None:
         old = before if isinstance(before, Actor) and before.uid == actor.uid else None
         if deleted:
             self.lines[actor.uid].deleted = True
@@ -217,8 +225,8 @@ class Oracle:
         self._version(old, actor)
         if actor.generation < old.generation:
             raise self.broken(f"the generation went back: {old} -> {actor}")
-        if actor.operation and actor.operation != old.operation and actor.generation <= old.generation:
-            raise self.broken(f"an operation began without a new generation: {old} -> {actor}")
+        if isinstance(write, Begin | TakeOver) and actor.generation <= old.generation:
+            raise self.broken(f"somebody took it without a new generation: {old} -> {actor}")
         if actor.state is not old.state:
             if actor.state not in states.LEGAL[old.state]:
                 raise self.broken(f"no legal transition: {old} -> {actor}")
@@ -333,7 +341,8 @@ class Oracle:
         return True
 
     def call_acts(self, machine: str, call: ActorCall) -> None:
-        """It is about to change a sandbox. Who goes on with an operation may have joined the call of the owner before."""
+        """It is about to change a sandbox. Who goes on with an operation may have joined the call of the owner
+        before."""
         seen = self.seen[machine, call.actor_uid]
         joined = (type(seen), seen.operation_id) == (type(call), call.operation_id)
         if call.generation < seen.generation and not joined:

@@ -16,14 +16,14 @@ from greenroom.testing.simulation.faults import OF_PARTS, Fault
 CLOCKS = EngineConfig(
     owner="",
     lease_ttl_s=6.0,
-    operation_deadline_s=30.0,
+    operation_deadline_s=25.0,
     prepare_deadline_s=60.0,
-    worker_return_s=5.0,
+    worker_return_s=8.0,
     drain_grace_s=0.5,
     capacity_wait_s=12.0,
     idle_scan_s=1.0,
     janitor_s=2.0,
-    reconcile_s=5.0,
+    reconcile_s=6.0,
     retry_s=0.2,
     store_away_s=5.0,
 )
@@ -49,7 +49,7 @@ class Plan:
     slots: int = 2
     actors: int = 4
     acts: int = 8
-    trouble_s: float = 60.0
+    trouble_s: float = 40.0
     step_rate: float = 0.0
     parts: int = 0
     kinds: tuple[Fault, ...] = ()

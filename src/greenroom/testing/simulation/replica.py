@@ -148,13 +148,14 @@ class Replica:
 
     def _arrive(self, sandbox: Sandbox, answer: asyncio.Future[Answer]) -> None:
         """At the sandbox."""
-        if not self.network.reaches(self.name, sandbox.machine.name):
+        if not self.network.reaches(self.name, sandbox.machine.process.name):
             return
 
         def answered(count: int) -> None:
             said = self.oracle.counted(sandbox, count)
             self.trace(sandbox.machine.name, sandbox.identity.name, "counts", count)
-            self.loop.call_later(self.network.latency(), _settle, answer, said, None, context=self.process.context)
+            if self.network.reaches(self.name, sandbox.machine.process.name):
+                self.loop.call_later(self.network.latency(), _settle, answer, said, None, context=self.process.context)
 
         sandbox.request(answered)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from greenroom.testing.simloop import Process, SimLoop
@@ -12,7 +12,7 @@ from greenroom.testing.simulation.agent import Agent
 from greenroom.testing.simulation.database import STORE
 from greenroom.testing.simulation.faults import Fault, Injector
 from greenroom.testing.simulation.machine import Machine
-from greenroom.testing.simulation.network import Network
+from greenroom.testing.simulation.network import Network, data_path
 from greenroom.testing.simulation.replica import Replica
 from greenroom.testing.simulation.snapshots import SNAPSHOTS, Bucket
 from greenroom.testing.simulation.trace import Trace
@@ -98,10 +98,9 @@ class Trouble:
             case Fault.LINK_CUT if agent is not None:
                 agent.cut(replica.name)
             case Fault.PARTITION:
-                self._cut(replica.name, worker, away_s)
+                self._part([replica.name], worker, away_s)
             case Fault.ISOLATION:
-                for name in world.names:
-                    self._cut(name, worker, away_s)
+                self._part(world.names, worker, away_s)
             case Fault.STORE_CUT:
                 self._cut(replica.name, STORE, away_s)
             case Fault.STORE_OUTAGE:
@@ -133,6 +132,14 @@ class Trouble:
                 undo()
 
         self._world.loop.call_later(after_s, do)
+
+    def _part(self, replicas: Sequence[str], worker: str, away_s: float) -> None:
+        """Replicas and a worker: sometimes its agent alone, and requests go on reaching what runs there."""
+        whole = self._random.random() < 0.5
+        for name in replicas:
+            self._cut(name, worker, away_s)
+            if whole:
+                self._cut(name, data_path(worker), away_s)
 
     def _cut(self, one: str, other: str, away_s: float) -> None:
         self._world.network.cut(one, other)
