@@ -5,8 +5,13 @@ store is SQLite with synchronous=FULL on this machine's disk, and each wake-up i
 sleeps. Two ways in: an HTTP request through the gateway, and a ResumeActor call through gRPC; 32 at a time. The load
 comes from a third process on the same two cores.
 
-Goal: at least 1000 wake-ups per second through the gateway. The floor in the same run: as many fsyncs, one after the
-other, of the same disk, and requests to actors that are awake already.
+The same with PostgreSQL: two replicas, each with its gateway and half of the load, share one database (commits synced)
+and one agent; database, replicas, agent and load generator share the two cores.
+
+Goal: at least 1000 wake-ups per second through the gateway, on either store. The floor in the same run: as many fsyncs,
+one after the other, of the same disk, and requests to actors that are awake already.
+
+    python bench/control.py [--wakes 5000] [--store sqlite|postgres|both]
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ import argparse
 import asyncio
 import os
 import shutil
+import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -29,7 +36,8 @@ from greenroom.api import convert
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
 from greenroom.api.client import AioClient
 from greenroom.core.records import Operation, OperationState, Probe, TemplateSpec, TemplateState
-from greenroom.testing.live import LiveServer, cpu_seconds
+from greenroom.testing.live import GREENROOM, LiveServer, cpu_seconds, descendants
+from greenroom.testing.postgres import PostgresServer
 
 GOAL_PER_S = 1000
 CONCURRENCY = 32
@@ -161,11 +169,95 @@ async def measure(server: LiveServer, wakes: int) -> dict[str, Any]:
     return figures
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--wakes", type=int, default=5000, help="actors woken in each run")
-    wakes = parser.parse_args().wakes
-    before = conditions()
+async def measure_replicas(cluster: Cluster, wakes: int) -> dict[str, Any]:
+    """Half of the load through each replica's gateway, at the same time."""
+    figures: dict[str, Any] = {}
+    client = AioClient(cluster.replicas[0].address)
+    await create(client, [f"p{n}" for n in range(wakes)])
+    await client.close()
+    gateways = [replica.gateway for replica in cluster.replicas]
+    for run in ("wakes", "awake"):
+        shares = [[f"p{n}" for n in range(k, wakes, len(gateways))] for k in range(len(gateways))]
+        parts = {name: cpu_seconds(pids) for name, pids in cluster.pids().items()}
+        own, started = time.process_time(), time.perf_counter()
+        each = CONCURRENCY // len(gateways)
+        took = await asyncio.gather(
+            *(through_gateway(gateway, names, each) for gateway, names in zip(gateways, shares, strict=True))
+        )
+        seconds, own = time.perf_counter() - started, time.process_time() - own
+        latencies = [latency for _, part in took for latency in part]
+        spent = {name: cpu_seconds(pids) - parts[name] for name, pids in cluster.pids().items()}
+        figures |= {
+            f"{run}_per_s": round(wakes / seconds, 1),
+            f"{run}_p50_ms": round(percentile(latencies, 0.5) * 1e3, 2),
+            f"{run}_p99_ms": round(percentile(latencies, 0.99) * 1e3, 2),
+            f"{run}_load_generator_cpu_us_each": round(own / wakes * 1e6, 1),
+            **{f"{run}_{name}_cpu_us_each": round(s / wakes * 1e6, 1) for name, s in spent.items()},
+        }
+        say(f"{run}: {figures[f'{run}_per_s']} per s; CPU in us each: {spent_line(spent, wakes)}")
+    return figures
+
+
+def spent_line(spent: dict[str, float], wakes: int) -> str:
+    return ", ".join(f"{name} {s / wakes * 1e6:.0f}" for name, s in spent.items())
+
+
+class Cluster:
+    """Two replicas on one PostgreSQL that syncs every commit, and one agent of the `sim` backend that both reach."""
+
+    def __init__(self, server: PostgresServer, home: Path, slots: int) -> None:
+        self._server = server
+        url = server.url(server.create_database())
+        shared = (f"--store={url}", f"--snapshots={home / 'snapshots'}", "--no-workers", "--log-level=warning")
+        self.replicas = [
+            LiveServer(home / name, backend="sim", workers=0, slots=1, options=(*shared, f"--name={name}"))
+            for name in ("a", "b")
+        ]
+        links = [f"--control=unix:{home / name / 'run' / 'agents.sock'}" for name in ("a", "b")]
+        places = ["--worker=w0", "--pool=default", "--backend=sim", f"--slots={slots}", f"--state-dir={home / 'w0'}"]
+        stores = [f"--images={home / 'images'}", f"--snapshots={home / 'snapshots'}", "--log-level=warning"]
+        self._agent_command = [*GREENROOM, "agent", *places, *stores, *links]
+        self._log = home / "w0.log"
+
+    def __enter__(self) -> Cluster:
+        for replica in self.replicas:
+            replica.start()
+        with self._log.open("ab") as log:
+            self._agent = subprocess.Popen(self._agent_command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._agent.send_signal(signal.SIGUSR1)  # wipe: see greenroom.cli.agent
+        self._agent.wait(60)
+        for replica in self.replicas:
+            replica.stop()
+
+    def pids(self) -> dict[str, list[int]]:
+        assert self._server.process is not None
+        postmaster = self._server.process.pid
+        servers = [r.process.pid for r in self.replicas if r.process is not None]
+        return {"replicas": servers, "agent": [self._agent.pid], "postgres": [postmaster, *descendants(postmaster)]}
+
+
+def postgres(wakes: int) -> dict[str, Any]:
+    home = WORK / "control-postgres"
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir(parents=True)
+    settings = {"shared_buffers": "256MB"}
+    with (
+        PostgresServer(durable=True, settings=settings, directory=home / "pg") as server,
+        Cluster(server, home, min(10_000, wakes + 16)) as cluster,
+    ):
+        spec = TemplateSpec(image="none", readyz=Probe(path="/healthz"), idle_timeout_s=0)
+        template = cluster.replicas[0].apply("sim", spec)
+        assert template.state is TemplateState.READY, template
+        figures = uvloop.run(measure_replicas(cluster, wakes))
+        figures["fsyncs_per_s"] = round(fsyncs_per_s(home), 1)
+    shutil.rmtree(home)
+    return figures
+
+
+def embedded(wakes: int) -> dict[str, Any]:
     shutil.rmtree(WORK / "control", ignore_errors=True)
     server = LiveServer(WORK / "control", backend="sim", workers=1, slots=10_000, options=("--log-level=warning",))
     slots = 3 * wakes
@@ -181,8 +273,25 @@ def main() -> None:
     finally:
         server.stop()
     shutil.rmtree(WORK / "control")
-    setup = {"wakes": wakes, "concurrency": CONCURRENCY, "workers": server.workers, "goal_gateway_per_s": GOAL_PER_S}
-    report("control", {**setup, **figures}, before=before, ok=figures["gateway_per_s"] >= GOAL_PER_S)
+    return {"workers": server.workers, **figures}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wakes", type=int, default=5000, help="actors woken in each run")
+    parser.add_argument("--store", choices=("sqlite", "postgres", "both"), default="both")
+    args = parser.parse_args()
+    before = conditions()
+    setup = {"wakes": args.wakes, "concurrency": CONCURRENCY, "goal_per_s": GOAL_PER_S}
+    figures: dict[str, Any] = {}
+    reached: list[float] = []
+    if args.store != "postgres":
+        figures["sqlite"] = embedded(args.wakes)
+        reached.append(figures["sqlite"]["gateway_per_s"])
+    if args.store != "sqlite":
+        figures["postgres"] = postgres(args.wakes)
+        reached.append(figures["postgres"]["wakes_per_s"])
+    report("control", {**setup, **figures}, before=before, ok=min(reached) >= GOAL_PER_S)
 
 
 if __name__ == "__main__":

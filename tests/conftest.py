@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from _pytest.runner import runtestprotocol
+
+from greenroom.testing.postgres import PostgresServer, find_programs
 
 # What `make setup` put into .tools is found without the Makefile too.
 os.environ["PATH"] += f":{Path(__file__).parents[1] / '.tools' / 'bin'}"
@@ -55,3 +57,19 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
         report.outcome = "failed"
         report.longrepr = f"skipped in CI: {report.longrepr}"
     return report
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    if find_programs() is None:
+        pytest.skip("no PostgreSQL server; scripts/setup.sh --test gets one")
+    with PostgresServer(tcp=True) as server:
+        yield server
+
+
+@pytest.fixture
+def database(postgres: PostgresServer) -> Iterator[str]:
+    """The URL of an empty database."""
+    name = postgres.create_database()
+    yield postgres.url(name)
+    postgres.drop_database(name)

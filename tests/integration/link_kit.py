@@ -23,6 +23,8 @@ class Replica:
         self.address = f"unix:{root}/{name}.sock"
         self.hub = AgentHub()
         self.hub.listener = self
+        #: False: as when it does not reach the store.
+        self.answers = True
         self.say()
         self.connects: list[Hello] = []
         self.gone: list[str] = []
@@ -56,9 +58,12 @@ class Replica:
 
     def worker_connected(self, hello: Hello) -> None:
         self.connects.append(hello)
+        if self.answers:
+            self.hub.acknowledge(hello.worker)
 
-    def worker_heard(self, worker: str, heartbeat: Heartbeat) -> None:
+    def worker_heard(self, worker: str, heartbeat: Heartbeat) -> bool:
         self.heartbeats.append(heartbeat)
+        return self.answers
 
     def worker_leaving(self, worker: str, boot_id: str) -> None:
         self.leaving.append(boot_id)

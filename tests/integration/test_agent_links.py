@@ -14,6 +14,7 @@ from link_kit import HEARTBEAT_S, Replica
 from greenroom.agent import link as agent_link
 from greenroom.agent.links import Links
 from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2
+from greenroom.api.link import NO_HEARTBEAT
 from greenroom.core import agentapi as api
 from greenroom.core.agentapi import ResidentState
 from greenroom.core.errors import Unavailable
@@ -255,7 +256,7 @@ async def test_an_older_control_plane_that_says_nothing_in_its_welcome(
     one = site.replicas[0]
 
     def answer(peer: Any, number: int) -> None:
-        if number == 0:
+        if number == NO_HEARTBEAT:
             peer.send(link_pb2.Frame(kind=link_pb2.Frame.WELCOME))
 
     monkeypatch.setattr(one.hub, "_answer", answer)
@@ -267,16 +268,27 @@ async def test_an_older_control_plane_that_says_nothing_in_its_welcome(
     assert site.bench.state() is ResidentState.RUNNING and not site.bench.agent._alone.alone
 
 
-async def test_heartbeats_that_nobody_answers_do_not_pile_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_replica_that_answers_none_for_long_is_told_on_and_counts_again_when_it_does(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not reach the store; what was not answered will never be."""
     one = site.replicas[0]
-    answer = one.hub._answer
-    monkeypatch.setattr(one.hub, "_answer", lambda peer, number: answer(peer, number) if number == 0 else None)
     monkeypatch.setattr(agent_link, "MAX_UNANSWERED", 3)
+    one.say(alone_s=0.5)
     await one.start()
     await site.link(one.address)
-    await until(lambda: len(one.heartbeats) == 3)
-    await asyncio.sleep(5 * HEARTBEAT_S)
-    assert len(one.heartbeats) == 3 and site.links is not None and site.links.is_up
+    await site.connected(0)
+    await one.hub.call("w", start_call(site.bench, "op", "a"))
+    one.answers = False
+    heard = len(one.heartbeats)
+    await until(lambda: len(one.heartbeats) > heard + 12)
+    await until(lambda: site.bench.state() is ResidentState.FROZEN)
+    assert site.links is not None and site.links.is_up and site.bench.agent._alone.alone
+    one.answers = True
+    await until(lambda: not site.bench.agent._alone.alone)
+    (connection,) = site.bench.agent.links
+    assert isinstance(connection, agent_link._Connection)
+    await until(lambda: len(connection._unanswered) <= 1)
 
 
 async def test_an_older_agent_whose_frames_have_no_body(site: Site) -> None:

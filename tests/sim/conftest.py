@@ -11,6 +11,7 @@ import pytest
 
 from greenroom.store.memory import MemoryStore
 from greenroom.store.port import Store
+from greenroom.store.postgres import PostgresStore
 from greenroom.store.sqlite import SqliteStore
 from greenroom.testing.world import SimWorld
 
@@ -34,11 +35,13 @@ def make_world(place: Path) -> Callable[..., Any]:
     return make
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
 async def any_store(request: pytest.FixtureRequest, place: Path) -> Store:
     """An empty store of each kind. The world that it is given to closes it."""
     match request.param:
         case "memory":
             return MemoryStore()
-        case _:
+        case "sqlite":
             return await SqliteStore.open(place / "store")
+        case _:
+            return await PostgresStore.open(request.getfixturevalue("database"))

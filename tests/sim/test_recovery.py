@@ -148,7 +148,7 @@ async def test_a_request_before_the_worker_has_come_back_waits_for_it(world: Sim
 
 
 async def test_a_worker_that_does_not_come_back(make_world: Callable[..., Any]) -> None:
-    async with make_world(config=replace(QUICK, worker_return_s=0.1)) as world:
+    async with make_world(config=replace(QUICK, worker_return_s=0.4)) as world:
         await world.apply()
         key, actor = await running(world, "a")
         away = world.agents.pop(actor.worker)
@@ -175,7 +175,7 @@ async def test_a_worker_that_does_not_come_back(make_world: Callable[..., Any]) 
 
 async def test_a_revenant_on_the_worker_of_its_successor(make_world: Callable[..., Any]) -> None:
     """The link was away, the worker was not: the old sandbox is still there when the actor is resumed there again."""
-    async with make_world(workers=1, config=replace(QUICK, worker_return_s=0.05)) as world:
+    async with make_world(workers=1, config=replace(QUICK, worker_return_s=0.5)) as world:
         await world.apply()
         key, actor = await running(world, "a")
         world.hub.disconnect("w0")
@@ -195,7 +195,7 @@ async def test_a_revenant_on_the_worker_of_its_successor(make_world: Callable[..
 
 @pytest.mark.parametrize("method", ["restore", "checkpoint", "freeze", "thaw", "destroy"])
 async def test_a_worker_that_goes_for_good_in_an_operation(make_world: Callable[..., Any], method: str) -> None:
-    async with make_world(config=replace(QUICK, worker_return_s=0.1)) as world:
+    async with make_world(config=replace(QUICK, worker_return_s=0.4)) as world:
         await world.apply()
         key, actor = await running(world, "a")
         if method == "restore":
@@ -649,7 +649,7 @@ async def test_what_was_published_before_the_sandbox_was_lost_counts(world: SimW
 
 
 async def test_a_snapshot_published_after_the_suspend_had_failed_is_removed(make_world: Callable[..., Any]) -> None:
-    async with make_world(config=replace(QUICK, worker_return_s=0.05)) as world:
+    async with make_world(config=replace(QUICK, worker_return_s=0.5)) as world:
         await world.apply()
         key, actor = await running(world, "a")
         publish = world.snapshots.publish

@@ -1,4 +1,4 @@
-"""The night that docs/bad-night.md tells of, as records with fixed times: three workers, two replicas, four actors."""
+"""The night that docs/bad-night.md tells of, as records with fixed times: three replicas and workers, five actors."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ from greenroom.engine.clock import make_id
 NOW = 1771038760.0
 BEGIN = {"Resume": lc.BeginResume, "Suspend": lc.BeginSuspend}
 FINGERPRINT = "runsc-20240729/x86-64-v3"
+#: Processes of the control plane, one of which has died a moment ago; and workers.
+OWNER, DEAD = "gr-1/4f9b02d1e7aa", "gr-2/7c41b8e09d3f"
+NEAR, QUARANTINED, AWAY = "gr-1-default-0", "gr-1-default-1", "gr-3-default-0"
 
 
 def at(clock: str) -> float:
@@ -73,10 +76,10 @@ class Night:
                     image_digest=DIGEST,
                 )
             )
-        for number in range(3):
+        for name in (NEAR, QUARANTINED, AWAY):
             await self.store.put(
                 Worker(
-                    name=f"default-{number}",
+                    name=name,
                     pool="default",
                     backend="gvisor",
                     fingerprint=FINGERPRINT,
@@ -86,11 +89,12 @@ class Night:
                     labels={"zone": "a"},
                 )
             )
-        for name, seen in (("gr-1", NOW - 4), ("gr-2", NOW - 22)):
+        for owner, seen in ((OWNER, NOW - 4), (DEAD, NOW - 22), ("gr-3/c2f0a7b19e55", at("03:09:01"))):
+            name = owner.split("/")[0]
             await self.store.put(
                 Replica(
                     name=name,
-                    incarnation=f"{name}-7c41",
+                    incarnation=owner,
                     link=f"{name}.example.org:7070",
                     started_at=at("00:00:00"),
                     seen_at=seen,
@@ -132,7 +136,7 @@ class Night:
             )
         )
 
-    async def begin(self, kind: str, name: str, clock: str, *, owner: str = "gr-1-7c41", **fields: Any) -> Operation:
+    async def begin(self, kind: str, name: str, clock: str, *, owner: str = OWNER, **fields: Any) -> Operation:
         now = at(clock)
         if kind == "Suspend":
             fields["snapshot_id"] = self.new_id(now)
@@ -199,21 +203,21 @@ async def furnish(control: FakeControl) -> None:
     for minute, name in enumerate(("alice", "bob", "dave", "erin"), 10):
         await night.create(name, f"00:{minute}:00", "quick" if name == "erin" else "counter")
     await night.create("carol", "00:14:00", worker_selector={"gpu": "a100"})
-    await night.resume("bob", "01:00:00", prefer=("default-0",))
+    await night.resume("bob", "01:00:00", prefer=(NEAR,))
     await night.suspend("bob", "01:30:00")
-    await night.resume("alice", "02:01:17", prefer=("default-2",))
+    await night.resume("alice", "02:01:17", prefer=(QUARANTINED,))
     await night.suspend("alice", "02:50:30")
     op = await night.begin("Resume", "alice", "02:58:11", cause="request")
     why = "restore failed: no space left on device"
-    await night.finish_resume(await night.rebind(op, "02:58:12", why, avoid=("default-0", "default-2")), 1.4)
-    await night.worker("default-2", failures=3, quarantined_until=NOW + 24)
-    await night.resume("dave", "03:00:00", prefer=("default-0",))
-    await night.resume("erin", "03:01:00", prefer=("default-1",))
+    await night.finish_resume(await night.rebind(op, "02:58:12", why, avoid=(NEAR, QUARANTINED)), 1.4)
+    await night.worker(QUARANTINED, failures=3, quarantined_until=NOW + 24)
+    await night.resume("dave", "03:00:00", prefer=(NEAR,))
+    await night.resume("erin", "03:01:00", prefer=(AWAY,))
     await night.suspend("erin", "03:07:40", state=SnapshotState.LOCAL)
-    await night.worker("default-1", state=WorkerState.DISCONNECTED, last_seen=at("03:09:02"))
-    await night.crash("alice", "03:09:17", "worker default-1 went away and did not come back within 15 s")
+    await night.worker(AWAY, state=WorkerState.DISCONNECTED, last_seen=at("03:09:02"))
+    await night.crash("alice", "03:09:17", f"worker {AWAY} went away and did not come back within 15 s")
 
-    op = await night.begin("Resume", "bob", "03:10:55", owner="gr-2-7c41", cause="request", lease_ttl_s=113.0)
+    op = await night.begin("Resume", "bob", "03:10:55", owner=DEAD, cause="request", lease_ttl_s=113.0)
     control.stuck.add(op.id)
     change = await control.store.apply(
         lc.Advance(**night.step(op, at("03:11:24")), phase="fetch", done_bytes=12 << 20, total_bytes=48 << 20)

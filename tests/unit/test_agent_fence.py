@@ -230,3 +230,47 @@ async def test_who_waits_when_the_agent_ends_is_told_to_ask_again(bench: Bench) 
             await task
         assert gone.value.reason == "WORKER_DISCONNECTED"
     assert bench.begun == ["first"] and bench.stopped == ["first"]
+
+
+# --- what the agent does of its own accord ----------------------------------------------------------------------
+
+
+async def test_what_is_done_aside_waits_for_calls_stops_none_and_holds_up_others(bench: Bench) -> None:
+    first = bench.send(start(), "start")
+    await turns()
+    aside = asyncio.ensure_future(bench.fence.aside("a", bench.work("aside")))  # type: ignore[arg-type]
+    other = asyncio.ensure_future(bench.fence.aside("b", bench.work("other")))  # type: ignore[arg-type]
+    await turns()
+    assert bench.begun == ["start", "other"] and not bench.stopped
+    bench.ends["other"].set_result(STARTED)
+    await other
+    bench.ends["start"].set_result(STARTED)
+    assert await first == STARTED
+    await turns()
+    second = bench.send(freeze("two", 2), "freeze")
+    await turns()
+    assert bench.begun == ["start", "other", "aside"] and not bench.stopped
+    bench.ends["aside"].set_result(STARTED)
+    await aside
+    await turns()
+    assert bench.begun[-1] == "freeze"
+    bench.ends["freeze"].set_result(api.Done())
+    assert await second == api.Done()
+
+
+async def test_a_failure_aside_is_its_own_and_nothing_is_begun_when_the_agent_ends(bench: Bench) -> None:
+    aside = asyncio.ensure_future(bench.fence.aside("a", bench.work("aside")))  # type: ignore[arg-type]
+    await turns()
+    call = bench.send(freeze(), "freeze")
+    bench.ends["aside"].set_exception(Internal("no"))
+    with pytest.raises(Internal):
+        await aside
+    await turns()
+    bench.ends["freeze"].set_result(api.Done())
+    assert await call == api.Done()
+    hanging = asyncio.ensure_future(bench.fence.aside("a", bench.work("hanging")))  # type: ignore[arg-type]
+    await turns()
+    await bench.fence.close()
+    await hanging
+    await bench.fence.aside("a", bench.work("late"))  # type: ignore[arg-type]
+    assert bench.stopped == ["hanging"] and "late" not in bench.begun

@@ -138,7 +138,8 @@ strategies = st.one_of(
         read_at=times,
         operations=st.just((OPERATION,)),
         older_operations=st.integers(0, 10_000),
-        lease=st.none() | st.builds(Lease, uid=words, owner=words, operation=words, expires_at=times),
+        lease=st.none()
+        | st.builds(Lease, uid=words, owner=words, operation=words, generation=st.integers(0, 2**60), expires_at=times),
         wakes_on=st.lists(words, max_size=2).map(tuple),
         rejected=st.lists(st.builds(Rejection, worker=words, why=words), max_size=2).map(tuple),
     ),

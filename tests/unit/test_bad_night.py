@@ -71,12 +71,12 @@ def test_the_page_shows_what_is_printed(typed: Typed) -> None:
 def test_an_actor_that_no_worker_could_take(typed: Typed) -> None:
     told = typed("greenroom explain carol")
     assert "wakes      nowhere: no worker of pool default could ever take it; a request is refused at once\n" in told
-    assert "not on default-0: has no label gpu=a100\n" in told
+    assert "not on gr-1-default-0: has no label gpu=a100\n" in told
     assert "workers with gpu=a100,zone=a\n" in told and "it has none of its own yet, so it begins anew" in told
 
 
 def test_one_that_is_awake(typed: Typed) -> None:
     told = typed("greenroom explain dave")
-    assert "now        awake on default-0 since 2026-02-14 03:00:00 (13m ago)\n" in told
+    assert "now        awake on gr-1-default-0 since 2026-02-14 03:00:00 (13m ago)\n" in told
     assert "survives   if every worker died now, it would begin anew, as it was created\n" in told
     assert "wakes " not in told and "held by" not in told

@@ -5,21 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import pty
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from click.testing import CliRunner, Result
-from fake_control import ThreadedServer, threaded
+from cli_kit import Shell, Terminal, process
+from click.testing import CliRunner
 
 from greenroom.cli.main import COMMANDS, cli
-from greenroom.core.records import Actor, ActorState, Failure, Key, Operation, OperationState, Template, Worker
+from greenroom.core.records import Actor, ActorState, Key, Operation, OperationState, Template, Worker
 
 TEMPLATE = """\
 apiVersion: greenroom.dev/v1alpha1
@@ -32,47 +29,6 @@ kind: WorkerPool
 metadata: {name: extra}
 spec: {replicas: 1, backend: sim}
 """
-
-
-class Shell:
-    def __init__(self, server: ThreadedServer) -> None:
-        self.server, self.control = server, server.control
-
-    def __call__(self, *args: str, code: int = 0, stdin: str = "") -> Result:
-        result = CliRunner().invoke(cli, args, input=stdin)
-        assert result.exit_code == code, (args, result.exit_code, result.output)
-        if code not in (0, 7):
-            assert "Traceback" not in result.stderr and result.stderr.strip()
-        return result
-
-    def fail_next(self, code: str, reason: str, message: str) -> None:
-        def set_it() -> None:
-            self.control.fail = Failure(code=code, reason=reason, message=message)
-
-        self.server.call(set_it)
-
-    def actor(self, name: str) -> Actor:
-        found = self.server.run(self.control.store.get(Actor, f"default/{name}"))
-        assert isinstance(found, Actor)
-        return found
-
-
-@pytest.fixture
-def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shell]:
-    with threaded(tmp_path) as server:
-        monkeypatch.setenv("GREENROOM_SERVER", server.address)
-        yield Shell(server)
-
-
-@pytest.fixture
-def mine(shell: Shell) -> Shell:
-    shell("create", "actor", "mine", "-t", "counter", "-l", "team=x")
-    return shell
-
-
-def process(*args: str, **more: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", "from greenroom.cli.main import main; main()", *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)  # type: ignore[call-overload,no-any-return]
 
 
 # --- without a server -------------------------------------------------------------------------------------------
@@ -330,28 +286,11 @@ def test_bars_on_a_terminal(shell: Shell, tmp_path: Path) -> None:
     path = tmp_path / "all.yaml"
     path.write_text(TEMPLATE)
     shell.server.call(shell.control.gate.clear)
-    parent, child = pty.openpty()
-    command = [sys.executable, "-c", "from greenroom.cli.main import main; main()", "apply", "-f", str(path)]
-    running = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=child, text=True, env={**os.environ, "TERM": "xterm"}
-    )
-    os.close(child)
-    shown = ""
-    while "3.0 MiB of 3.0 MiB" not in shown:
-        shown += os.read(parent, 65536).decode()
-    assert "abababababab" in shown
-    threading.Thread(target=lambda: [None for _ in iter(lambda: _read(parent), b"")], daemon=True).start()
+    terminal = Terminal("apply", "-f", str(path))
+    terminal.until("3.0 MiB of 3.0 MiB")
+    assert "abababababab" in terminal.shown
     shell.server.call(shell.control.gate.set)
-    out, _ = running.communicate(timeout=30)
-    assert running.returncode == 0 and out.endswith("template/web ready\n")
-    os.close(parent)
-
-
-def _read(descriptor: int) -> bytes:
-    try:
-        return os.read(descriptor, 65536)
-    except OSError:  # the terminal is closed
-        return b""
+    assert terminal.end().endswith("template/web ready\n")
 
 
 # --- exec, logs and the rest ------------------------------------------------------------------------------------

@@ -57,8 +57,10 @@ class AloneWatch:
         self._loop = asyncio.get_running_loop()
         remembered = self._recall()
         self._alone_s, self.epoch = remembered.alone_s, remembered.epoch
-        # An agent that comes back is as alone as the one before was. After a boot of the machine nothing runs anyway.
-        self._heard_at = self._loop.time() - max(0.0, boot_time() - remembered.heard_at)
+        # An agent that comes back is as alone as the one before was. After a boot of the machine nothing runs anyway,
+        # nor does anything where nobody was ever heard.
+        away_s = max(0.0, boot_time() - remembered.heard_at) if remembered.heard_at else 0.0
+        self._heard_at = self._loop.time() - away_s
         self._was_alone = False
         self._news = asyncio.Event()
         self._freezing: dict[str, asyncio.Task[None]] = {}
@@ -129,7 +131,9 @@ class AloneWatch:
         try:
             heard_at = self._boot_time() - (self._loop.time() - self._heard_at)
             now = _Remembered(alone_s=self._alone_s, epoch=self.epoch, heard_at=heard_at)
-            self._path.write_bytes(msgspec.json.encode(now))
+            new = self._path.with_suffix(".new")  # a process that is killed here must not forget its epoch
+            new.write_bytes(msgspec.json.encode(now))
+            new.replace(self._path)
         except OSError as error:
             log.warning("what the control plane said is not remembered", path=str(self._path), error=str(error))
 

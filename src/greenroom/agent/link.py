@@ -42,8 +42,12 @@ KEEPALIVE = [
 MIN_HEARTBEAT_S = 0.05
 #: Part of the time between heartbeats by which it varies, so that those of many workers spread.
 HEARTBEAT_JITTER = 0.1
-#: Heartbeats that may wait for their answer; a peer that answers none (an older one) gets no more.
+#: Heartbeats whose sending is remembered until they are answered. An older peer answers none, and one that does not
+#: reach its store none of that time; an answer that is so late would prove nothing.
 MAX_UNANSWERED = 100
+#: Frames that may wait to be sent before no heartbeats are added to them: the peer does not read, and is soon found to
+#: be dead.
+MAX_WAITING = 100
 #: How long what waits to be sent may take when the link is closed.
 FLUSH_S = 1.0
 
@@ -195,9 +199,11 @@ class _Connection:
         while True:
             every = max(self._link.welcome.heartbeat_s, MIN_HEARTBEAT_S)
             await asyncio.sleep(every * random.uniform(1 - HEARTBEAT_JITTER, 1))
-            if len(self._unanswered) < MAX_UNANSWERED:
-                number += 1
-                self._unanswered[number] = asyncio.get_running_loop().time()
+            number += 1
+            self._unanswered[number] = asyncio.get_running_loop().time()
+            if len(self._unanswered) > MAX_UNANSWERED:
+                del self._unanswered[min(self._unanswered)]
+            if self._out.qsize() < MAX_WAITING:
                 self.send(Frame(kind=Frame.HEARTBEAT, id=number, body=_encode(self._agent.heartbeat())))
 
     def _receive(self, frame: link_pb2.Frame) -> None:
@@ -216,7 +222,9 @@ class _Connection:
         welcome = _decode_welcome(frame.body) if frame.body else api.Welcome()
         # It was alive when it got what it answers. When that was only it knows, but it was after this was sent; when
         # the answer came proves less: it may have been on the way for long.
-        sent_at = self._unanswered.pop(frame.id, float("-inf"))
+        sent_at = self._unanswered.get(frame.id, float("-inf"))
+        if frame.id in self._unanswered:  # answers are in order: those to earlier ones do not come any more
+            self._unanswered = {number: at for number, at in self._unanswered.items() if number > frame.id}
         first, self.welcomed = not self.welcomed, True
         self._link.heard(welcome, sent_at)
         if first:
@@ -232,7 +240,7 @@ class _Connection:
             self._fail(number, "CANCELLED", "CANCELLED", "the call was cancelled")
             raise
         except GreenroomError as error:
-            self._fail(number, error.code, error.reason, error.message, error.metadata)
+            self._fail(number, error.code, error.reason, error.message, error.facts())
         except Exception as error:
             log.exception("a call failed in a way nobody thought of", call=type(call).__name__)
             self._fail(number, "INTERNAL", "INTERNAL", f"{type(error).__name__}: {error}")

@@ -18,7 +18,10 @@ from greenroom.core.records import OperationState
 #: Drawn so often: ages count seconds.
 DRAWS_PER_S = 2
 #: Lines of the screen that are not for rows: titles, what is left out, the cursor.
-OTHER_LINES = 3
+OTHER_LINES = 4
+GAP = 3
+#: Columns that a narrow screen does without, the first one first: better none than a piece of each.
+DISPENSABLE = ("TAKEOVERS", "ATTEMPTS", "OWNER", "TOOK", "CAUSE", "WORKER", "ID")
 
 
 class LiveTable:
@@ -56,12 +59,29 @@ class LiveTable:
         room = max(1, self._console.height - OTHER_LINES)
         # The oldest that are under way are the ones to worry about; of the others the latest are news.
         shown = ended[len(ended) - max(0, min(len(ended), room - len(running))) :] + running[:room]
-        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), caption_justify="left")
-        for title, _ in self._columns:
-            # What a person copies stays whole; the rest gives way on a narrow screen.
-            table.add_column(title, no_wrap=True, min_width=32 if title == "ID" else None)
-        for record in shown:
-            table.add_row(*(Text(clean(cell) or "-") for cell in self._kind.row(record, self._columns)))
-        if len(running) > room:
-            table.caption = f"and {len(running) - room} more under way"
+        titles = [title for title, _ in self._columns]
+        rows = [[clean(cell) or "-" for cell in self._kind.row(record, self._columns)] for record in shown]
+        left_out = _left_out(titles, rows, self._console.width)
+        table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), caption_justify="left")
+        for title in titles:
+            if title not in left_out:
+                table.add_column(title, no_wrap=True)
+        for row in rows:
+            table.add_row(*(Text(cell) for title, cell in zip(titles, row, strict=True) if title not in left_out))
+        notes = [f"and {len(running) - room} more under way"] if len(running) > room else []
+        notes += [f"on a wider screen also: {', '.join(left_out)}"] if left_out else []
+        table.caption = "; ".join(notes) or None
         return table
+
+
+def _left_out(titles: list[str], rows: list[list[str]], width: int) -> list[str]:
+    """The titles of the columns that there is no room for."""
+    widths = {title: max(len(title), *(len(row[i]) for row in rows)) for i, title in enumerate(titles) if rows}
+    left_out = []
+    for title in DISPENSABLE:
+        if sum(widths.values()) + GAP * len(widths) <= width:
+            break
+        if title in widths:
+            del widths[title]
+            left_out.append(title)
+    return left_out

@@ -27,7 +27,7 @@ from greenroom.api.service import ServerInfo
 from greenroom.cli.supervisor import AgentPaths, Supervisor, awake_actors
 from greenroom.core.errors import FailedPrecondition, GreenroomError, InvalidArgument, NotFound, Unavailable
 from greenroom.core.records import Actor, OperationKind, Pool, PoolSpec
-from greenroom.engine.config import EngineConfig
+from greenroom.engine.config import DEADLINES_S, PREPARE_DEADLINE_S, EngineConfig
 from greenroom.engine.engine import Engine
 from greenroom.gateway.gateway import Gateway
 from greenroom.gateway.limits import Limits
@@ -126,7 +126,8 @@ class Server:
             lease_ttl_s=options.lease_ttl_s,
             stall_s=options.stall_s,
             worker_return_s=options.worker_return_s,
-            deadlines_s=dict(EngineConfig(owner="").deadlines_s) | options.deadlines_s,
+            deadlines_s=DEADLINES_S | options.deadlines_s,
+            prepare_deadline_s=options.deadlines_s.get(OperationKind.PREPARE, PREPARE_DEADLINE_S),
             operation_deadline_s=options.operation_deadline_s,
             capacity_wait_s=options.capacity_wait_s,
         )

@@ -140,18 +140,21 @@ def _wakes(told: Explanation) -> Iterator[str]:
 
 
 def _places(told: Explanation, pool: str) -> Iterator[str]:
+    held_back = _is_held_back(told)
     if told.wakes_on:
         first, *others = told.wakes_on
-        who = "resume" if _is_held_back(told) else "a request"
+        who = "resume" if held_back else "a request"
         yield f"{who} wakes it on {first}" + (f", or on {', '.join(others)}" if others else "")
-        if _is_held_back(told):
-            yield "a request does not: it is answered 503, because onCrash is hold"
     elif told.no_worker_fits:
-        yield f"nowhere: no worker of pool {pool} could ever take it; a request is refused at once"
+        refused = "" if held_back else "; a request is refused at once"
+        yield f"nowhere: no worker of pool {pool} could ever take it{refused}"
     elif told.rejected:
-        yield "nowhere now: a request waits for a place, and is answered 503 when there is none in time"
+        waits = ": a request waits for a place, and is answered 503 when there is none in time"
+        yield "nowhere now" + ("" if held_back else waits)
     else:
         yield f"nowhere: pool {pool} has no workers; `greenroom get pools` shows how many it is to have"
+    if held_back:
+        yield "a request does not wake it: it is answered 503, because onCrash is hold"
     for rejection in told.rejected:
         yield f"not on {rejection.worker}: {rejection.why}"
 
@@ -209,7 +212,8 @@ def _policy(told: Explanation) -> Iterator[str]:
     if told.template is None:
         return
     spec = told.template.spec
-    idle = f"suspended after {format_duration(spec.idle_timeout_s)} idle" if spec.idle_timeout_s else "never idle"
+    timeout = format_duration(spec.idle_timeout_s)
+    idle = f"suspended after {timeout} idle" if spec.idle_timeout_s else "not suspended when idle"
     words = [f"onCrash {spec.on_crash}", f"durability {spec.durability}", idle]
     words.append("evictable" if spec.evictable else "not evictable")
     words.append(f"pool {spec.pool}")

@@ -9,6 +9,11 @@ from dataclasses import dataclass, field
 
 from greenroom.core.records import OperationKind
 
+#: A large image on a slow link.
+PREPARE_DEADLINE_S = 3600.0
+#: Kinds whose deadline is another than that of all. Freezing takes milliseconds.
+DEADLINES_S = {OperationKind.PAUSE: 30.0}
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -49,9 +54,9 @@ class EngineConfig:
     exclusive: bool = True
     lease_ttl_s: float = 30.0
     operation_deadline_s: float = 300.0
-    deadlines_s: Mapping[OperationKind, float] = field(default_factory=lambda: {OperationKind.PAUSE: 30.0})
+    deadlines_s: Mapping[OperationKind, float] = field(default_factory=lambda: dict(DEADLINES_S))
     stall_s: float = 60.0
-    prepare_deadline_s: float = 3600.0
+    prepare_deadline_s: float = PREPARE_DEADLINE_S
     worker_return_s: float = 15.0
     worker_gone_s: float = 600.0
     drain_grace_s: float = 1.0
@@ -68,4 +73,4 @@ class EngineConfig:
     randbits: Callable[[int], int] = secrets.randbits
 
     def deadline_s(self, kind: OperationKind) -> float:
-        return min(self.deadlines_s.get(kind, self.operation_deadline_s), self.operation_deadline_s)
+        return self.deadlines_s.get(kind, self.operation_deadline_s)

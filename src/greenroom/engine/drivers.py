@@ -553,7 +553,7 @@ class Drivers:
                 operation_id=op.id,
                 generation=op.generation,
                 to_state=to,
-                error=Failure(code=error.code, reason=error.reason, message=error.message, metadata=error.metadata),
+                error=Failure(code=error.code, reason=error.reason, message=error.message, metadata=error.facts()),
                 endpoint=endpoint or actor.endpoint,
                 phases=phases.all(),
             )

@@ -92,6 +92,8 @@ class Engine:
     async def start(self) -> None:
         """Takes up what an earlier process left and starts the background loops. When the store does not answer, that
         is done as soon as it does."""
+        with contextlib.suppress(Unavailable):
+            await self.replicas.check_name()
         self.spawn(self.follower.loop(), "follower")
         self.spawn(self.replicas.loop(), "replicas-loop")
         try:

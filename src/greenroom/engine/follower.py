@@ -68,7 +68,7 @@ class Follower:
                 await self._bind(actor)
             return
         bound = self._engine.bindings.peek(actor.key)
-        if bound is not None and _is_over(bound, actor, deleted):
+        if bound is not None and _is_over(bound, actor, deleted=deleted):
             self._engine.bindings.revoke(actor.key)
         if event.foreign and not actor.worker:
             self._engine.slot_freed(probe=True)
@@ -103,7 +103,7 @@ class Follower:
             gone = now is None or now.uid != binding.uid or now.generation > binding.generation
             if gone and not self._engine.ops.busy(binding.uid):
                 current = await self._current(binding.key)
-                if current is None or current.uid != binding.uid or current.generation > binding.generation:
+                if current is None or current.uid != binding.uid or _is_over(binding, current, deleted=False):
                     self._engine.bindings.revoke(binding.key)
         for actor in running.values():
             await self._bind(actor)
@@ -141,7 +141,7 @@ class Follower:
             await self._bind(actor)
 
 
-def _is_over(bound: Binding, actor: Actor, deleted: bool) -> bool:
+def _is_over(bound: Binding, actor: Actor, *, deleted: bool) -> bool:
     """Whether a binding can't be good any more, by a record of the actor that may be an older one: what is on its way
     to RUNNING has the generation of the incarnation that it leads to."""
     if deleted or bound.uid != actor.uid:

@@ -70,7 +70,7 @@ class RunningOperation:
     def request_cancel(self) -> None:
         """The step that its driver waits in ends, if it is one that may be cut short; so does every later one."""
         self.cancel_requested = True
-        if self.step is not None:
+        if self.step is not None and not self.step.expired():
             self.step.reschedule(clock.monotonic())
 
     def release(self) -> None:

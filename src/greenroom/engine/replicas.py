@@ -17,7 +17,7 @@ import structlog
 from msgspec.structs import replace
 
 from greenroom.core.agentapi import Welcome
-from greenroom.core.errors import Conflict, GreenroomError, NotFound
+from greenroom.core.errors import Conflict, FailedPrecondition, GreenroomError, NotFound
 from greenroom.core.records import Replica
 from greenroom.engine import clock
 
@@ -55,6 +55,25 @@ class Replicas:
             heartbeat_s=config.worker_return_s / HEARTBEATS_PER_RETURN,
             alone_s=config.worker_return_s * ALONE_SHARE,
         )
+
+    async def check_name(self) -> None:
+        """Raises:
+        FailedPrecondition: another process that seems to live has this replica's name (reason
+            ``REPLICA_NAME_TAKEN``). One that took agents at the same place has died before this one began.
+        """
+        config = self._engine.config
+        if config.exclusive:
+            return
+        try:
+            other = await self._store.get(Replica, config.replica)
+        except NotFound:
+            return
+        if other.link != config.link and other.seen_at + config.lease_ttl_s > self._engine.now():
+            raise FailedPrecondition(
+                f"another replica of the control plane is called {config.replica!r} (it takes agents at {other.link}); "
+                f"give this one another name with --name, or wait {config.lease_ttl_s:g} s if that one has ended",
+                reason="REPLICA_NAME_TAKEN",
+            )
 
     async def loop(self) -> None:
         if self._engine.config.exclusive:

@@ -499,7 +499,7 @@ class Preparer:
             running.ending = True
         failure = None
         if error is not None:
-            failure = Failure(code=error.code, reason=error.reason, message=error.message, metadata=error.metadata)
+            failure = Failure(code=error.code, reason=error.reason, message=error.message, metadata=error.facts())
         return await self._note(
             op,
             state=OperationState.FAILED if error else OperationState.DONE,

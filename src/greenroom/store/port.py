@@ -136,7 +136,8 @@ class Store(Protocol):
         """
 
     def watch(self, *, capacity: int = 10_000) -> AsyncIterator[Event]:
-        """Events from the moment of this call on. A watcher that falls more than ``capacity`` events behind gets
+        """Events from the moment of this call on; of what another process wrote also some from just before. A watcher
+        that falls more than ``capacity`` events behind, or whose process could not follow the others, gets
         `ResourceExhausted` (reason ``WATCH_TOO_SLOW``) and must list again; when the store is closed it gets
         `Unavailable` after what came before. It is dropped when nobody refers to it any more."""
 

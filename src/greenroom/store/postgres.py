@@ -30,10 +30,11 @@ from greenroom.store.postgres_change import Code, Written, effects, write
 from greenroom.store.postgres_clock import DatabaseClock
 from greenroom.store.postgres_errors import Overtaken
 from greenroom.store.postgres_feed import Feed, Published
+from greenroom.store.postgres_hints import Hints
 from greenroom.store.postgres_pool import MAX_CONNECTIONS, Connection, Database
-from greenroom.store.postgres_rows import TABLES, Table, cell, encode, without_used
+from greenroom.store.postgres_rows import PARTITIONED, TABLES, Row, Table, cell, encode, without_used, xmin_of
 from greenroom.store.postgres_schema import Migration, migrations
-from greenroom.store.postgres_view import Wanted, fetch, fetch_more
+from greenroom.store.postgres_view import Fetched, Wanted, fetch, fetch_more, guess
 from greenroom.store.transaction import Effects
 from greenroom.store.watch import Broadcast, Watcher, closed
 
@@ -59,7 +60,10 @@ class PostgresStore:
         self._broadcast = Broadcast()
         self._published = Published(self._broadcast)
         self._clock = DatabaseClock()
-        self._feed = Feed(self._database, scripts, self._writer, self._published, self._broadcast, self._clock)
+        self._hints = Hints()
+        self._feed = Feed(
+            self._database, scripts, self._writer, self._published, self._broadcast, self._hints, self._clock
+        )
         self._calls = 0
         self._quiet = asyncio.Event()  # set when closed and no call is under way
         self._closed = False
@@ -102,14 +106,18 @@ class PostgresStore:
         return await self._until_not_stale(lambda attempt: self._apply(command, attempt), str(command.key))
 
     async def _apply(self, command: ActorCommand, attempt: int) -> Change | None:
-        """None: somebody was faster."""
+        """None: it has to be tried again; somebody was faster, or what was known here was not enough."""
 
         async def work(connection: Connection) -> tuple[Change, Written | None] | None:
-            if attempt < LOCK_FROM:
-                return await self._decide(connection, command, locked=False)
-            async with connection.transaction():
-                await connection.execute(_LOCK, [cell(*command.key), str(command.key)], prepare=True)
-                return await self._decide(connection, command, locked=True)
+            if attempt == 0:
+                return await self._decide(connection, command, guess(self._hints, command), hints=self._hints)
+            async with contextlib.AsyncExitStack() as stack:
+                if locked := attempt >= LOCK_FROM:
+                    await stack.enter_async_context(connection.transaction())
+                    await connection.execute(_LOCK, [cell(*command.key), str(command.key)], prepare=True)
+                fetched = await fetch(connection, command)
+                self._hints.learn(fetched)
+                return await self._decide(connection, command, fetched, locked=locked)
 
         done = await self._call(work)
         if done is None:
@@ -117,30 +125,50 @@ class PostgresStore:
         change, written = done
         if written is not None:
             self._published.publish(effects(change), written.event)
+            self._hints.written(change, written.xmin)
         return change
 
     async def _decide(
-        self, connection: Connection, command: ActorCommand, *, locked: bool
+        self,
+        connection: Connection,
+        command: ActorCommand,
+        fetched: Fetched,
+        *,
+        hints: Hints | None = None,
+        locked: bool = False,
     ) -> tuple[Change, Written | None] | None:
-        """What to do, and that it is done; raises what `decide` raises. None: something has changed meanwhile."""
-        fetched, one_look = await fetch(connection, command), True
+        """What to do, and that it is done; raises what `decide` raises. None: something has changed meanwhile, or the
+        answer is not sure. ``hints``: to begin with, what this process knows is enough."""
+        only_hints = hints is not None
         while True:
             try:
                 view = transaction.load(fetched, command)
                 break
             except Wanted as wanted:
-                one_look = False
-                await fetch_more(connection, fetched, wanted)
+                if only_hints and wanted.cls in PARTITIONED:  # one statement for all that is the actor's own
+                    only_hints, fetched = False, await fetch(connection, command, hints)
+                else:
+                    await fetch_more(connection, fetched, wanted)
+                self._hints.learn(fetched)
         try:
             change = decide(view, command)
         except GreenroomError:
-            if one_look or locked:
+            if fetched.sure or locked:
                 raise
             return None  # perhaps only because what was read does not belong together
         if change.outcome is not Outcome.CHANGED:
-            return (change, None) if one_look or locked else None
-        written = await write(connection, self._writer, command.key, change, fetched, check_new=False)
-        return (change, written) if written.code == Code.WRITTEN else None
+            return (change, None) if fetched.sure or locked else None
+        # Counted from now on, so that many who choose at the same time do not all choose the same worker.
+        self._hints.count(change)
+        part = self._feed.partitions[cell(*command.key)]
+        done = False
+        try:
+            written = await write(connection, part, self._writer, command.key, change, fetched)
+            done = written.code == Code.WRITTEN
+        finally:
+            if not done:
+                self._hints.count(change, -1)
+        return (change, written) if done else None
 
     async def put(self, record: W) -> W:
         return await self._until_not_stale(lambda _: self._put(record), record.pk)
@@ -151,16 +179,17 @@ class PostgresStore:
         data = (without_used(new) if isinstance(new, Worker) else encode(new)).decode()
         values: list[Any] = [self._writer, new.pk, new.version, data, record.version, *table.values(new)]
 
-        async def work(connection: Connection) -> tuple[W, int] | None:
+        async def work(connection: Connection) -> tuple[W, int, str] | None:
+            row: Any
             if isinstance(new, Worker):
                 row = await (await connection.execute(_PUT_WORKER, values, prepare=True)).fetchone()
                 if row is not None and row[0] is not None:
-                    return replace(new, used=row[0]), row[1]
+                    return replace(new, used=row[0]), row[1], row[2]
             else:
                 sql = table.replace if record.version else table.insert
                 row = await (await connection.execute(sql, values, prepare=True)).fetchone()
                 if row is not None:
-                    return new, row[0]
+                    return new, *row
             row = await (await connection.execute(table.select_version, [new.pk], prepare=True)).fetchone()
             transaction.check_put(record, row[0] if row else None)
             return None  # it was, a moment ago
@@ -168,8 +197,10 @@ class PostgresStore:
         done = await self._call(work)
         if done is None:
             return None
-        self._published.publish([(EventType.PUT, done[0])], done[1])
-        return done[0]
+        stored, event, xact = done
+        self._published.publish([(EventType.PUT, stored)], event)
+        self._hints.put(type(stored), stored.pk, Row(stored, xmin_of(xact)))
+        return stored
 
     async def remove(self, record: Free) -> None:
         await self._until_not_stale(lambda _: self._remove(record), record.pk)
@@ -192,6 +223,7 @@ class PostgresStore:
         done = await self._call(work)
         if isinstance(done, tuple):
             self._published.publish([(EventType.DELETED, done[1])], done[0])
+            self._hints.put(type(record), record.pk, None)
         return None if done is None else True
 
     async def trim(self, keep: int = KEPT_OPERATIONS) -> int:
@@ -237,11 +269,10 @@ class PostgresStore:
     ) -> list[R]:
         check_list(cls, where or {}, limit)
         table = TABLES[cls]
-        sql, values = table.page(namespace, where or {}, after, limit)
+        page = table.page(namespace, where or {}, after, limit)
 
         async def work(connection: Connection) -> list[R]:
-            # Planned for these very values: which index is best depends on how many rows have them.
-            rows = await (await connection.execute(sql, values, prepare=False)).fetchall()
+            rows = await (await connection.execute(page, prepare=False)).fetchall()
             return [table.record(row[0], *row[2:]) for row in rows]
 
         return await self._call(work)
@@ -300,7 +331,7 @@ class PostgresStore:
 
 _LOCK = "SELECT FROM actors WHERE cell = $1 AND pk = $2 FOR UPDATE"
 _PUT_WORKER = (
-    "SELECT used, event FROM put_worker_v1("
+    "SELECT used, event, pg_current_xact_id()::text FROM put_worker_v1("
     "$1::text, $2::text, $3::bigint, $4::text, $5::bigint, $6::text, $7::text, $8::int)"
 )
 _REMOVE_WORKER = "SELECT event, data, used FROM remove_worker_v1($1::text, $2::text, $3::bigint)"

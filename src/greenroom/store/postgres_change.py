@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import random
 from typing import Any, NamedTuple
 
 from psycopg import AsyncConnection
@@ -10,7 +11,7 @@ from psycopg import AsyncConnection
 from greenroom.core.commands import Change
 from greenroom.core.records import Actor, Key, Lease, Operation, Snapshot, Template, Worker
 from greenroom.store.port import EventType
-from greenroom.store.postgres_rows import cell, cell_of, encode
+from greenroom.store.postgres_rows import PARTITIONS, cell, cell_of, encode
 from greenroom.store.postgres_view import Fetched
 from greenroom.store.transaction import Effects, request_key
 
@@ -36,21 +37,17 @@ _TYPES = (  # noqa: SIM905  # as a table
     "xid text text text boolean "
     "text xid "
     "smallint[] text[] xid[] "
-    "text xid text "
+    "text xid integer text "
     "smallint[] text[] xid[] bigint[] text[] text[] text[] text[] text[]"
 ).split()
-_CALL = (
-    "SELECT code, xact::text, event FROM write_change_v1("
-    + ", ".join(f"${i}::{t}" for i, t in enumerate(_TYPES, 1))
-    + ")"
-)
+_VALUES = ", ".join(f"${i}::{t}" for i, t in enumerate(_TYPES, 1))
+_CALLS = [f"SELECT code, xact::text, event FROM write_change_v1_{n}({_VALUES})" for n in range(PARTITIONS)]
 
 
 async def write(
-    connection: AsyncConnection[Any], writer: str, key: Key, change: Change, fetched: Fetched, *, check_new: bool
+    connection: AsyncConnection[Any], part: int, writer: str, key: Key, change: Change, fetched: Fetched
 ) -> Written:
-    """Writes ``change`` of the actor ``key``, which was decided from ``fetched``, if all of that is still so.
-    ``check_new``: whether the operation is new has not been looked up.
+    """Writes ``change`` of the actor ``key`` (in partition ``part``), decided from ``fetched``, if that is still so.
 
     Raises:
         psycopg.Error: among them a conflict (`postgres_errors.CONFLICTS`), which is `Code.STALE` noticed late.
@@ -58,7 +55,7 @@ async def write(
     actor = fetched.rows.get((Actor, str(key)))
     uid = change.actor.uid if change.actor is not None else actor.record.uid if actor is not None else ""
     values = [
-        *(writer, cell(*key), check_new),
+        *(writer, cell(*key), fetched.assumed_new),
         *(str(key), actor.xmin if actor else None, change.delete_actor, *_actor(change.actor, uid)),
         *_operation(change.operation, fetched),
         *_lease(change, uid, fetched),
@@ -66,7 +63,7 @@ async def write(
         *_slots(change, fetched),
         *_snapshots(change.snapshots, fetched),
     ]
-    found = await (await connection.execute(_CALL, values, prepare=True)).fetchone()
+    found = await (await connection.execute(_CALLS[part], values, prepare=True)).fetchone()
     assert found is not None
     return Written(*found)
 
@@ -117,7 +114,12 @@ def _slots(change: Change, fetched: Fetched) -> tuple[Any, ...]:
         else:
             assert free is None, "an actor frees the one slot that it has"
             free = name
-    return take, fetched.xmin(Worker, take) if take else None, free
+    if take is None:
+        return None, None, None, free
+    row = fetched.rows[Worker, take]
+    assert row is not None, "it was chosen from them"
+    # Where to begin to look for a free slot: anywhere, so that not everybody looks through the same taken ones.
+    return take, row.xmin, random.randrange(max(row.record.capacity, 1)), free
 
 
 def _snapshots(snapshots: tuple[Snapshot, ...], fetched: Fetched) -> tuple[Any, ...]:

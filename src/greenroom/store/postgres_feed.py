@@ -21,12 +21,14 @@ import psycopg
 import structlog
 
 from greenroom.core.errors import GreenroomError, ResourceExhausted
+from greenroom.core.records import Worker
 from greenroom.store.port import EventType, Stored
 from greenroom.store.postgres_clock import DatabaseClock
 from greenroom.store.postgres_errors import translate
+from greenroom.store.postgres_hints import Hints
 from greenroom.store.postgres_pool import Connection, Database, limited
-from greenroom.store.postgres_rows import BY_KIND
-from greenroom.store.postgres_schema import Migration, migrate
+from greenroom.store.postgres_rows import BY_KIND, xmin_of
+from greenroom.store.postgres_schema import Migration, check, migrate, partitions
 from greenroom.store.transaction import Effects
 from greenroom.store.watch import Broadcast
 
@@ -51,11 +53,14 @@ TRIM_CHUNK = 2_000
 #: Before it connects again, in seconds: at first, and at most.
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.05, 1.0
 
+#: The planner can't know that nearly all rows have been seen already.
+_BY_INDEX = "SET enable_seqscan = off"
 _SNAPSHOT = "SELECT pg_current_snapshot()::text"
-#: $1 the snapshot of the look before, $2 this process. Its first row is the new snapshot and the time. What this
-#: process wrote comes without its content.
+#: $1 the snapshot of the look before, $2 this process. Its first row is the new snapshot, the time, and from which
+#: schema on programs can use the database. What this process wrote comes without its content.
 _LOOK = """
-SELECT 0, pg_current_snapshot()::text, extract(epoch FROM clock_timestamp())::float8, '', '', '', NULL::text
+SELECT 0, pg_current_snapshot()::text, extract(epoch FROM clock_timestamp())::float8,
+    (SELECT compatible_from::text FROM schema), '', '', NULL::text
 UNION ALL
 SELECT o.id, o.xact::text, 0, o.type, o.kind, o.pk, CASE WHEN o.writer <> $2 THEN o.data END
 FROM outbox o
@@ -95,14 +100,18 @@ class Published:
         """Whether that event, or a later one of the same record, has been published."""
         return self._newest.get(key, (0, 0))[0] >= number
 
+    def note(self, key: Key, number: int) -> None:
+        """That event needs no publishing any more."""
+        self._newest.pop(key, None)  # to the end of the order
+        self._newest[key] = number, self._round
+
     def publish(self, effects: Effects, number: int, *, foreign: bool = False) -> None:
         """``number``: of the last of them; all are of one transaction. ``foreign``: of another process."""
         new: Effects = []
         for kind, record in effects:
             key = type(record).__name__, record.pk
             if not self.knows(key, number):
-                self._newest.pop(key, None)  # to the end of the order
-                self._newest[key] = number, self._round
+                self.note(key, number)
                 new.append((kind, record))
         self._broadcast.publish(new, foreign=foreign)
 
@@ -120,8 +129,13 @@ class Published:
 
 
 class Feed:
-    """The task. ``tried`` is set when it is known for the first time whether the database can be used; while it can
-    not, ``trouble`` says why."""
+    """The task.
+
+    Attributes:
+        tried: set when it is known for the first time whether the database can be used.
+        trouble: why it can't be used now.
+        partitions: the partition of each cell; known when it could be used once.
+    """
 
     def __init__(
         self,
@@ -130,6 +144,7 @@ class Feed:
         writer: str,
         published: Published,
         broadcast: Broadcast,
+        hints: Hints,
         clock: DatabaseClock,
     ) -> None:
         self._database = database
@@ -137,9 +152,11 @@ class Feed:
         self._writer = writer
         self._published = published
         self._broadcast = broadcast
+        self._hints = hints
         self._clock = clock
         self.tried = asyncio.Event()
         self.trouble: GreenroomError | None = None
+        self.partitions: list[int] = []
         self._open = False
         self._snapshot = ""
         self._looked_at = 0.0  # the database's time at the last look
@@ -157,8 +174,10 @@ class Feed:
             try:
                 connection = await self._database.connect()
                 try:
+                    await migrate(connection, self._scripts, self._database.where)  # takes the time that it takes
                     async with limited(connection):
-                        await migrate(connection, self._scripts, self._database.where)
+                        await connection.execute(_BY_INDEX)
+                        self.partitions = await partitions(connection)
                         if not self._snapshot:
                             await self._begin(connection)
                     await self._usable()
@@ -214,12 +233,15 @@ class Feed:
         self._published.begin_round()
         started = time.monotonic()
         rows = await (await connection.execute(_LOOK, [self._snapshot, self._writer], prepare=True)).fetchall()
-        (_, snapshot, now, *_), *found = sorted(rows)
+        (_, snapshot, now, compatible_from, *_), *found = sorted(rows)
+        if int(compatible_from) > len(self._scripts):
+            await check(connection, self._scripts, self._database.where)
         self._clock.learn(started, now, time.monotonic())
         missed = self._missed(snapshot, now)
         self._snapshot, self._looked_at = snapshot, now
         if missed:
             self._unknown.clear()
+            self._hints.forget()
             message = "this process could not follow what others wrote; list again, then watch anew"
             self._broadcast.end(ResourceExhausted(message, reason="WATCH_TOO_SLOW"))
             return len(found)
@@ -251,9 +273,18 @@ class Feed:
                 self._publish(seen._replace(data=content[seen.id]), foreign=False)
 
     def _publish(self, seen: _Seen, *, foreign: bool) -> None:
-        if not self._published.knows(seen.key, seen.id):
-            record: Stored = BY_KIND[seen.kind].record(seen.data)
-            self._published.publish([(EventType(seen.type), record)], seen.id, foreign=foreign)
+        if self._published.knows(seen.key, seen.id):
+            return
+        table, kind = BY_KIND[seen.kind], EventType(seen.type)
+        record: Stored | None = None
+        if self._broadcast.watched or table.cls is Worker:
+            record = table.record(seen.data)
+        there = record if kind is EventType.PUT else None
+        self._hints.written_elsewhere(table.cls, seen.pk, there, xmin_of(seen.xact))
+        if record is None:
+            self._published.note(seen.key, seen.id)
+        else:
+            self._published.publish([(kind, record)], seen.id, foreign=foreign)
 
     async def _trim(self, connection: Connection) -> None:
         await connection.execute(_TRIM, [TRIM_CHUNK, KEPT_S])

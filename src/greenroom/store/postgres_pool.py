@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import select
 import socket
@@ -48,6 +49,9 @@ IDLE_TRANSACTION_TIMEOUT_MS = 5_000
 #: server's own limits, so that where it answers, it says what was wrong. In seconds.
 CALL_TIMEOUT_S = 15.0
 
+# What it has to say (that it could not connect, again and again) the feed says once, in our words.
+logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
+
 _PARAMETERS: dict[str, Any] = {
     "connect_timeout": CONNECT_TIMEOUT_S,
     "client_encoding": "utf8",
@@ -83,6 +87,9 @@ class Database:
             "statement_timeout": STATEMENT_TIMEOUT_MS,
             "lock_timeout": LOCK_TIMEOUT_MS,
             "idle_in_transaction_session_timeout": IDLE_TRANSACTION_TIMEOUT_MS,
+            # A row is found by its key, which needs no plan of its own for each key; the server would make one, because
+            # it reckons that it saves looking into seven of eight partitions, and that takes longer than the look.
+            "plan_cache_mode": "force_generic_plan",
         }
         self._parameters["fallback_application_name"] = f"greenroom {name}".strip()
         options = "".join(f" -c {name}={value}" for name, value in limits.items())

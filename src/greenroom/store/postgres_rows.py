@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
+from psycopg import sql
 
 from greenroom.core.errors import DataLoss
 from greenroom.core.records import Actor, Lease, Operation, Pool, Replica, Snapshot, Template, Worker
@@ -17,6 +18,9 @@ from greenroom.store.transaction import request_key
 
 #: Actors are spread over so many cells, and these over the partitions of the tables. Part of the schema: never changed.
 CELLS = 64
+
+#: How many partitions these tables have.
+PARTITIONS = 8
 
 #: Tables that are partitioned by cell.
 PARTITIONED: frozenset[type[Stored]] = frozenset({Actor, Snapshot, Operation, Lease})
@@ -33,12 +37,20 @@ def cell_of(record: Actor | Operation | Snapshot) -> int:
     return cell(record.namespace, record.actor if isinstance(record, Snapshot) else record.name)
 
 
+Reference = tuple[type[Stored], str]  # class and key
+
+
 class Row(NamedTuple):
     """A record as it was read. ``xmin``: the transaction that wrote the row; with the key it names this state of the
     record, because a row that is written again, or deleted and made anew, has another."""
 
     record: Any
     xmin: str
+
+
+def xmin_of(xact: str) -> str:
+    """What rows show that were written by a transaction of that number, of which they keep the lower half."""
+    return str(int(xact) & 0xFFFFFFFF)
 
 
 #: The columns beside ``pk``, ``version`` and ``data``, and what of the record is in them; see the schema.
@@ -78,7 +90,7 @@ class Table:
         self.select_version = f"SELECT t.version FROM {self.name} t WHERE t.pk = $1"
 
         # Writes: $1 writer, $2 key, $3 new version, $4 JSON, $5 old version, then the columns. Each says the event's
-        # number if it was done.
+        # number and the transaction's if it was done.
         columns = list(self._columns)
         number = {c: f"${i}" for i, c in enumerate(columns, 6)}
         event = "INSERT INTO outbox (writer, type, kind, pk, data)"
@@ -87,14 +99,14 @@ class Table:
             f"WITH r AS (INSERT INTO {self.name} (pk, version, data{''.join(f', {c}' for c in columns)}) "
             f"SELECT $2, $3, $4{''.join(f', {number[c]}' for c in columns)} "
             f"WHERE $5 = 0 AND NOT EXISTS (SELECT FROM {self.name} WHERE pk = $2) ON CONFLICT DO NOTHING RETURNING 1) "
-            f"{event} SELECT $1, 'Put', '{self.kind}', $2, $4 FROM r RETURNING id"
+            f"{event} SELECT $1, 'Put', '{self.kind}', $2, $4 FROM r RETURNING id, xact::text"
         )
         changes = "".join(f", {c} = {number[c]}" for c in columns if c != "cell")
         within = f" AND cell = {number['cell']}" if "cell" in columns else ""
         self.replace = (
             f"WITH r AS (UPDATE {self.name} SET version = $3, data = $4{changes} "
             f"WHERE pk = $2 AND version = $5{within} RETURNING 1) "
-            f"{event} SELECT $1, 'Put', '{self.kind}', $2, $4 FROM r RETURNING id"
+            f"{event} SELECT $1, 'Put', '{self.kind}', $2, $4 FROM r RETURNING id, xact::text"
         )
         #: $1 writer, $2 key, $3 version.
         self.remove = (
@@ -116,21 +128,19 @@ class Table:
             ) from error
         return replace(record, used=used) if used else record
 
-    def page(self, namespace: str, where: Mapping[str, str], after: str, limit: int) -> tuple[str, list[Any]]:
-        """The statement of a list, and its values."""
-        conditions, values = ["t.pk > $1"], [after]
-        if namespace and self._namespace_in_key:
-            values[0] = max(after, f"{namespace}/")
-            conditions.append("t.pk < $2")
-            values.append(f"{namespace}0")  # "0" follows "/"
+    def page(self, namespace: str, where: Mapping[str, str], after: str, limit: int) -> sql.Composed:
+        """The statement of a list. The values are in it, so that it is planned for them: which index is best depends on
+        how many rows have them, and some are for certain values only."""
+        within = namespace if self._namespace_in_key else ""
+        conditions = [sql.SQL("t.pk > {}").format(max(after, f"{within}/") if within else after)]
+        if within:
+            conditions.append(sql.SQL("t.pk < {}").format(f"{within}0"))  # "0" follows "/"
         elif namespace and self._namespaced:
-            conditions.append("t.namespace = $2")
-            values.append(namespace)
+            conditions.append(sql.SQL("t.namespace = {}").format(namespace))
         for name, value in where.items():
-            values.append(str(value))
-            conditions.append(f"t.{name} = ${len(values)}")
-        sql = f"{self.select} WHERE {' AND '.join(conditions)} ORDER BY t.pk LIMIT {limit}"
-        return sql, values
+            conditions.append(sql.SQL("t.{} = {}").format(sql.Identifier(name), str(value)))
+        select, order = sql.SQL(self.select), sql.SQL("ORDER BY t.pk LIMIT {}").format(limit)
+        return sql.SQL("{} WHERE {} {}").format(select, sql.SQL(" AND ").join(conditions), order)
 
 
 _USED = ", (SELECT count(*) FROM slots s WHERE s.worker = t.pk AND s.actor_uid <> '')"

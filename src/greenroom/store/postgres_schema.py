@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 from psycopg import AsyncConnection
 
 from greenroom.core.errors import FailedPrecondition
+from greenroom.store.postgres_rows import CELLS, PARTITIONS
 
 #: Held while the schema is brought up to date, so that of several programs that start at once one does it. Any number
 #: that nobody else uses in this database: "greenroom" as hexadecimal digits of its first letters.
 ADVISORY_LOCK = 0x677265656E
 
-#: Beyond a statement's ordinary time: a migration may have to look at every row of a large table.
+#: Beyond a statement's ordinary time: a migration may have to look at every row of a large table. It waits for a table
+#: no longer than other statements do, because those queue up behind it; then it is tried again.
 MIGRATION_TIMEOUT_MS = 3_600_000
 
 _TABLE = "CREATE TABLE IF NOT EXISTS schema (version int NOT NULL, compatible_from int NOT NULL)"
@@ -56,7 +58,6 @@ async def migrate(connection: AsyncConnection[Any], scripts: list[Migration], wh
         return
     async with connection.transaction():
         await connection.execute(f"SET LOCAL statement_timeout = {MIGRATION_TIMEOUT_MS}")
-        await connection.execute(f"SET LOCAL lock_timeout = {MIGRATION_TIMEOUT_MS}")
         await connection.execute(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})")
         have = await _have(connection, scripts, where)
         for migration in scripts[have:]:
@@ -69,6 +70,17 @@ async def migrate(connection: AsyncConnection[Any], scripts: list[Migration], wh
             await connection.execute(
                 "INSERT INTO schema VALUES ($1::int, $2::int)", [len(scripts), scripts[-1].compatible_from]
             )
+
+
+async def partitions(connection: AsyncConnection[Any]) -> list[int]:
+    """In which partition each cell is; the same for every table that has partitions."""
+    sql = (
+        "SELECT part FROM generate_series(0, $1 - 1) cell, generate_series(0, $2 - 1) part "
+        "WHERE satisfies_hash_partition('actors'::regclass, $2, part, cell::smallint) ORDER BY cell"
+    )
+    found = [part for (part,) in await (await connection.execute(sql, [CELLS, PARTITIONS])).fetchall()]
+    assert len(found) == CELLS, "each cell is in one partition"
+    return found
 
 
 async def check(connection: AsyncConnection[Any], scripts: list[Migration], where: str) -> None:

@@ -26,33 +26,45 @@ from greenroom.core.commands import (
 )
 from greenroom.core.records import Actor, Lease, Operation, Snapshot, Template, Worker
 from greenroom.store.port import R, Stored
-from greenroom.store.postgres_rows import BY_KIND, TABLES, Row, cell
+from greenroom.store.postgres_hints import Hints
+from greenroom.store.postgres_rows import BY_KIND, TABLES, Reference, Row, cell
 from greenroom.store.transaction import request_key
-
-Reference = tuple[type[Stored], str]
 
 
 class Wanted(Exception):
-    """A row was not fetched."""
+    """A row was not fetched; or, with ``Worker`` and a pool, the pool's workers were not."""
 
-    def __init__(self, cls: type[Stored], pk: str) -> None:
+    def __init__(self, cls: type[Stored], pk: str, *, pool: bool = False) -> None:
         super().__init__(cls, pk)
-        self.what = cls, pk
+        self.cls, self.pk, self.pool = cls, pk, pool
 
 
 class Fetched:
-    """`transaction.Rows`, for reading, over what was fetched. Notes which rows were read."""
+    """`transaction.Rows`, for reading, over what was fetched. Notes which rows were read.
 
-    def __init__(self) -> None:
+    Attributes:
+        rows: what was fetched; None where there is no such row.
+        read_rows: what the decision is made from.
+        pools: of which all workers were fetched, and their names.
+        sure: it all belongs to one state of the database.
+        assumed_new: an operation that is taken to be new, without having looked.
+    """
+
+    def __init__(self, hints: Hints | None = None, *, new_operation: str = "", new_actor: str = "") -> None:
+        """With ``hints``, rows that were not fetched are looked for there, and an operation and an actor of the names
+        that are given are taken to be new."""
         self.rows: dict[Reference, Row | None] = {}
+        self.read_rows: set[Reference] = set()
+        self.sure = True
+        self.assumed_new = False
+        self._hints = hints
+        self._new_operation = new_operation
+        self._new_actor = new_actor
         self._requests: dict[str, str] = {}  # request key -> operation id, or ""
         self._owned: dict[str, list[str]] = {}  # actor uid -> snapshot ids
-        self._pools: dict[str, list[str]] = {}  # pool -> names of workers
-        #: What the decision is made from.
-        self.read_rows: set[Reference] = set()
+        self.pools: dict[str, list[str]] = {}
 
     def put(self, cls: type[Stored], pk: str, row: Row | None) -> None:
-        """``None``: there is no such row."""
         self.rows[cls, pk] = row
 
     def put_request(self, request: str, operation_id: str) -> None:
@@ -62,7 +74,7 @@ class Fetched:
         self._owned[actor_uid] = ids
 
     def put_pool(self, pool: str, workers: list[str]) -> None:
-        self._pools[pool] = workers
+        self.pools[pool] = workers
 
     def xmin(self, cls: type[Stored], pk: str) -> str | None:
         row = self.rows.get((cls, pk))
@@ -72,22 +84,42 @@ class Fetched:
 
     def read(self, cls: type[R], pk: str) -> R | None:
         if (cls, pk) not in self.rows:
-            raise Wanted(cls, pk)
+            self.put(cls, pk, self._guess(cls, pk))
         row = self.rows[cls, pk]
         self.read_rows.add((cls, pk))
         return row.record if row is not None else None
 
+    def _guess(self, cls: type[Stored], pk: str) -> Row | None:
+        row = self._hints.get(cls, pk) if self._hints is not None else None
+        if row is None:
+            if cls is Operation and pk == self._new_operation:
+                self.assumed_new = True
+            elif not (cls is Actor and pk == self._new_actor):
+                raise Wanted(cls, pk)
+        self.sure = False
+        return row
+
     def operation_of_request(self, request: str) -> Operation | None:
-        found = self._requests[request]
+        # One that was not looked for is when the new operation is written.
+        found = self._requests.get(request)
         return self.read(Operation, found) if found else None
 
     def snapshots_of(self, actor_uid: str) -> Sequence[Snapshot]:
+        if actor_uid not in self._owned:
+            raise Wanted(Snapshot, actor_uid)  # that all are known is only sure when they were just read
         return [s for s in (self.read(Snapshot, pk) for pk in self._owned[actor_uid]) if s is not None]
 
     def workers_of(self, pool: str) -> Sequence[Worker]:
         """Not noted as read: only the one that is chosen must still be as it was."""
-        rows = [self.rows[Worker, name] for name in self._pools[pool]]
-        return [row.record for row in rows if row is not None]
+        if pool in self.pools:
+            found = [self.rows[Worker, name] for name in self.pools[pool]]
+            return [row.record for row in found if row is not None]
+        rows = self._hints.workers_of(pool) if self._hints is not None else None
+        if rows is None:
+            raise Wanted(Worker, pool, pool=True)
+        self.sure = False
+        self.rows |= {(Worker, row.record.name): row for row in rows}
+        return [row.record for row in rows]
 
     def bound_to(self, worker: str) -> int:
         raise NotImplementedError("counted by the database")
@@ -99,6 +131,14 @@ class Fetched:
 
     def delete(self, cls: type[Stored], pk: str) -> None:
         raise NotImplementedError("written by `postgres_change`")
+
+
+def guess(hints: Hints, command: ActorCommand) -> Fetched:
+    """Nothing fetched: what can be decided from ``hints``."""
+    if isinstance(command, CreateActor):
+        taken = hints.get(Actor, str(command.key)) is not None
+        return Fetched(hints, new_operation=command.operation_id, new_actor="" if taken else str(command.key))
+    return Fetched(hints, new_operation=command.operation_id if isinstance(command, Begin) else "")
 
 
 # --- fetching ---------------------------------------------------------------------------------------------
@@ -139,7 +179,7 @@ _NEEDS = {
     "source": ("owned",),
     "previous": ("owned",),
     "golden": ("template", "golden"),
-    "restart": ("template", "golden"),
+    "restart": ("template", "golden", "owned"),
     "named": ("named",),
     "owned": ("owned",),
     "workers": ("template", "workers"),
@@ -165,18 +205,24 @@ def _statement(cls: type[ActorCommand], needs: frozenset[str], request: bool) ->
     return text.format(**{name: f"${i}" for i, name in enumerate(names, 1)}), names
 
 
-async def fetch(connection: AsyncConnection[Any], command: ActorCommand) -> Fetched:
-    """What ``command`` is going to be decided from, as far as it can be known."""
+#: What is the same for many actors and seldom changes: left out of a fetch with hints.
+_SHARED = frozenset({"template", "golden", "restart", "workers"})
+
+
+async def fetch(connection: AsyncConnection[Any], command: ActorCommand, hints: Hints | None = None) -> Fetched:
+    """What ``command`` is going to be decided from, as far as it can be known. With ``hints``, what is not the actor's
+    own is left to them."""
     key, begins = command.key, isinstance(command, Begin | CreateActor)
     request = request_key(key.namespace, command.request_id) if isinstance(command, Begin | CreateActor) else ""
-    sql, names = _statement(type(command), command.needs, bool(request))
+    needs = command.needs - _SHARED if hints is not None else command.needs
+    sql, names = _statement(type(command), needs, bool(request))
     values: dict[str, Any] = {"cell": cell(*key), "actor": str(key), "namespace": key.namespace, "request": request}
     values["operation"] = getattr(command, "operation_id", "")
     values["snapshot"] = command.snapshot_id if isinstance(command, FinishUpload | LoseSnapshot) else ""
     values["template"] = f"{key.namespace}/{command.template}" if isinstance(command, CreateActor) else ""
     found = await (await connection.execute(sql, [values[n] for n in names], prepare=True)).fetchall()
 
-    fetched = Fetched()
+    fetched = Fetched(hints)
     fetched.put(Actor, str(key), None)
     if begins:
         fetched.put(Operation, values["operation"], None)
@@ -194,20 +240,31 @@ async def fetch(connection: AsyncConnection[Any], command: ActorCommand) -> Fetc
     fetched.put_request(request, first_request)
     actor = fetched.rows[Actor, str(key)]
     if actor is not None:
-        if "lease" in command.needs and (Lease, actor.record.uid) not in fetched.rows:
+        if "lease" in needs and (Lease, actor.record.uid) not in fetched.rows:
             fetched.put(Lease, actor.record.uid, None)
-        if not command.needs.isdisjoint(("source", "previous", "owned")):
+        if not needs.isdisjoint(("source", "previous", "owned")):
             fetched.put_owned(actor.record.uid, sorted(owned))
-    if "template" in command.needs:
+    if "template" in needs:
         name = values["template"] or (f"{key.namespace}/{actor.record.template}" if actor is not None else "")
         template = fetched.rows.setdefault((Template, name), None)
-        if template is not None and "workers" in command.needs:
+        if template is not None and "workers" in needs:
             fetched.put_pool(template.record.spec.pool, sorted(workers))
     return fetched
 
 
 async def fetch_more(connection: AsyncConnection[Any], fetched: Fetched, wanted: Wanted) -> None:
-    """A single row that could not be known before; then what is decided is not from one state of the database."""
-    cls, pk = wanted.what
-    row = await (await connection.execute(TABLES[cls].select_one, [pk], prepare=True)).fetchone()
-    fetched.put(cls, pk, Row(TABLES[cls].record(*row[::2]), row[1]) if row else None)
+    """What could not be known before; then what is decided is not from one state of the database."""
+    fetched.sure = False
+    table = TABLES[wanted.cls]
+    select = _WORKERS if wanted.pool else table.select_one
+    found = await (await connection.execute(select, [wanted.pk], prepare=True)).fetchall()
+    rows = [Row(table.record(data, *count), xmin) for data, xmin, *count in found]
+    if wanted.pool:
+        for row in rows:
+            fetched.put(Worker, row.record.name, row)
+        fetched.put_pool(wanted.pk, [row.record.name for row in rows])
+    else:
+        fetched.put(wanted.cls, wanted.pk, rows[0] if rows else None)
+
+
+_WORKERS = f"{TABLES[Worker].select} WHERE t.pool = $1 ORDER BY t.pk"

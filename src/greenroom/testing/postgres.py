@@ -54,6 +54,10 @@ def _memory() -> str | None:
     return str(shm) if roomy else None
 
 
+def _children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 class PostgresServer:
     """One server with one cluster. A context manager, for the main thread: it ends with the thread that starts it.
 
@@ -131,7 +135,7 @@ class PostgresServer:
             "log_timezone": "GMT",
         }
         if not self._durable:
-            settings |= {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+            settings |= {"fsync": "off", "full_page_writes": "off"}  # a commit still survives the server's death
         settings |= self._settings
         options = [option for name, value in settings.items() for option in ("-c", f"{name}={value}")]
         with open(self.log_file, "ab") as log:
@@ -157,11 +161,21 @@ class PostgresServer:
         """At once, without tidying up; it recovers at the next `start`. What was committed is kept."""
         self._end(signal.SIGQUIT)
 
+    def freeze(self, seconds: float) -> None:
+        """All its processes stand still that long, and none answers. Blocks."""
+        assert self.process is not None
+        pids = [self.process.pid, *_children(self.process.pid)]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(seconds)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
     def _end(self, how: signal.Signals) -> None:
         if self.process is None:
             return
         process, self.process = self.process, None
-        process.send_signal(signal.SIGCONT)  # in case it is frozen
         process.send_signal(how)
         try:
             process.wait(STOP_TIMEOUT_S)

@@ -55,7 +55,7 @@ CREATE TABLE operations (
     namespace TEXT NOT NULL,
     state TEXT NOT NULL,
     uid TEXT NOT NULL,
-    request TEXT NOT NULL,  -- namespace/name/kind/request id, or "" without one
+    request TEXT NOT NULL,  -- namespace/request id, or "" without one
     data TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX operations_kind ON operations (kind);

@@ -18,6 +18,7 @@ CREATE TABLE actors (
     worker text COLLATE "C" NOT NULL,
     template text COLLATE "C" NOT NULL,
     uid text COLLATE "C" NOT NULL,
+    slot integer,  -- of the worker; the only thing here that the record does not say
     data text COLLATE "C" NOT NULL,
     PRIMARY KEY (pk, cell)
 ) PARTITION BY HASH (cell);
@@ -117,6 +118,9 @@ CREATE INDEX workers_state ON workers (state);
 -- One row a slot of a worker. A free one is taken by locking it and skipping those that are locked, so that no row is
 -- waited for. As many rows as the worker's capacity, or as many as are taken if those are more: then the worker is
 -- `crowded`, none is free, and one that is given back is deleted.
+--
+-- What changes is in no index, so that a row is written anew within its page and the page cleans itself. A free slot is
+-- looked for from a random number on, which takes as many rows as there are slots to a free one.
 CREATE TABLE slots (
     worker text COLLATE "C" NOT NULL,
     number integer NOT NULL,
@@ -124,8 +128,6 @@ CREATE TABLE slots (
     crowded boolean NOT NULL DEFAULT false,
     PRIMARY KEY (worker, number)
 ) WITH (fillfactor = 50);
-CREATE INDEX slots_free ON slots (worker, number) WHERE actor_uid = '';
-CREATE UNIQUE INDEX slots_taken ON slots (worker, actor_uid) WHERE actor_uid <> '';
 
 -- What was written, for the other processes: each reads what has become visible since its last look. Rows are written
 -- after the row that they tell of has been locked, so the order of `id` is the order in which one record changed.
@@ -152,130 +154,153 @@ CREATE TABLE outbox (
 --
 -- event: the last row in the outbox, if there is one. code: '' when it is written, 'stale' when something has changed, 'full' when the worker has no free slot. Otherwise
 -- raises GR001, which is 'stale' noticed after the first write.
-CREATE FUNCTION write_change_v1(
-    p_writer text, p_cell smallint, check_new boolean,
-    a_pk text, a_xmin xid, a_deletes boolean, a_version bigint,
-    a_state text, a_worker text, a_template text, a_uid text, a_data text,
-    o_pk text, o_xmin xid, o_version bigint, o_kind text, o_namespace text, o_state text, o_request text, o_data text,
-    l_xmin xid, l_owner text, l_operation text, l_data text, l_drops boolean,
-    t_pk text, t_xmin xid,
-    r_cells smallint[], r_pks text[], r_xmins xid[],
-    w_take text, w_take_xmin xid, w_free text,
-    s_cells smallint[], s_pks text[], s_xmins xid[], s_versions bigint[],
-    s_actor_uids text[], s_namespaces text[], s_states text[], s_templates text[], s_datas text[],
-    OUT code text, OUT xact xid, OUT event bigint
-) LANGUAGE plpgsql AS $$
-DECLARE
-    room integer;
-    taken integer;
-    i integer;
-BEGIN
-    code := 'stale';
-    IF check_new AND EXISTS (SELECT FROM operations WHERE pk = o_pk) THEN RETURN; END IF;
-    IF o_xmin IS NULL AND o_request <> '' THEN
-        -- A request may be repeated for another actor at the same time, whose row says nothing about it.
-        PERFORM pg_advisory_xact_lock(hashtextextended(o_request, 0));
-        IF EXISTS (SELECT FROM operations WHERE request = o_request AND request <> '') THEN RETURN; END IF;
-    END IF;
-    IF t_pk IS NOT NULL AND NOT EXISTS (SELECT FROM templates WHERE pk = t_pk AND xmin = t_xmin) THEN RETURN; END IF;
-    FOR i IN 1 .. coalesce(array_length(r_pks, 1), 0) LOOP
-        IF NOT EXISTS (SELECT FROM snapshots WHERE cell = r_cells[i] AND pk = r_pks[i] AND xmin = r_xmins[i]) THEN
-            RETURN;
+--
+-- One function a partition: a statement on a whole partitioned table would open all of its partitions each time, which
+-- takes longer than the write. Its caller knows in which one the actor is.
+DO $do$ BEGIN FOR part IN 0..7 LOOP EXECUTE replace($function$
+    CREATE FUNCTION write_change_v1_{part}(
+        p_writer text, p_cell smallint, check_new boolean,
+        a_pk text, a_xmin xid, a_deletes boolean, a_version bigint,
+        a_state text, a_worker text, a_template text, a_uid text, a_data text,
+        o_pk text, o_xmin xid, o_version bigint, o_kind text, o_namespace text, o_state text, o_request text, o_data text,
+        l_xmin xid, l_owner text, l_operation text, l_data text, l_drops boolean,
+        t_pk text, t_xmin xid,
+        r_cells smallint[], r_pks text[], r_xmins xid[],
+        w_take text, w_take_xmin xid, w_take_from integer, w_free text,
+        s_cells smallint[], s_pks text[], s_xmins xid[], s_versions bigint[],
+        s_actor_uids text[], s_namespaces text[], s_states text[], s_templates text[], s_datas text[],
+        OUT code text, OUT xact xid, OUT event bigint
+    ) LANGUAGE plpgsql AS $body$
+    DECLARE
+        room integer;
+        old_slot integer;
+        new_slot integer;
+        taken integer;
+        i integer;
+    BEGIN
+        code := 'stale';
+        IF check_new AND EXISTS (SELECT FROM operations WHERE pk = o_pk) THEN RETURN; END IF;
+        IF o_xmin IS NULL AND o_request <> '' THEN
+            -- A request may be repeated for another actor at the same time, whose row says nothing about it.
+            PERFORM pg_advisory_xact_lock(hashtextextended(o_request, 0));
+            IF EXISTS (SELECT FROM operations WHERE request = o_request AND request <> '') THEN RETURN; END IF;
         END IF;
-    END LOOP;
+        IF t_pk IS NOT NULL AND NOT EXISTS (SELECT FROM templates WHERE pk = t_pk AND xmin = t_xmin) THEN RETURN; END IF;
+        FOR i IN 1 .. coalesce(array_length(r_pks, 1), 0) LOOP
+            IF NOT EXISTS (SELECT FROM snapshots WHERE cell = r_cells[i] AND pk = r_pks[i] AND xmin = r_xmins[i]) THEN
+                RETURN;
+            END IF;
+        END LOOP;
 
-    IF w_take IS NOT NULL THEN
-        UPDATE slots SET actor_uid = a_uid WHERE worker = w_take AND number = (
-            SELECT number FROM slots WHERE worker = w_take AND actor_uid = '' LIMIT 1 FOR UPDATE SKIP LOCKED);
-        IF NOT FOUND THEN code := 'full'; RETURN; END IF;
-        -- After the slot, which who changes the worker's state locks.
-        IF NOT EXISTS (SELECT FROM workers WHERE pk = w_take AND xmin = w_take_xmin AND state = 'Active') THEN
-            RAISE EXCEPTION 'worker % has changed', w_take USING ERRCODE = 'GR001';
+        IF w_take IS NOT NULL THEN
+            UPDATE slots SET actor_uid = a_uid WHERE worker = w_take AND number = (
+                SELECT number FROM slots WHERE worker = w_take AND number >= w_take_from AND actor_uid = ''
+                ORDER BY number LIMIT 1 FOR UPDATE SKIP LOCKED)
+            RETURNING number INTO new_slot;
+            IF NOT FOUND THEN
+                UPDATE slots SET actor_uid = a_uid WHERE worker = w_take AND number = (
+                    SELECT number FROM slots WHERE worker = w_take AND number < w_take_from AND actor_uid = ''
+                    ORDER BY number LIMIT 1 FOR UPDATE SKIP LOCKED)
+                RETURNING number INTO new_slot;
+                IF NOT FOUND THEN code := 'full'; RETURN; END IF;
+            END IF;
+            -- After the slot, which who changes the worker's state locks.
+            IF NOT EXISTS (SELECT FROM workers WHERE pk = w_take AND xmin = w_take_xmin AND state = 'Active') THEN
+                RAISE EXCEPTION 'worker % has changed', w_take USING ERRCODE = 'GR001';
+            END IF;
         END IF;
-    END IF;
 
-    IF a_data IS NULL THEN
-        IF a_xmin IS NOT NULL THEN
-            PERFORM FROM actors WHERE cell = p_cell AND pk = a_pk AND xmin = a_xmin FOR NO KEY UPDATE;
-            IF NOT FOUND THEN RAISE EXCEPTION 'actor % has changed', a_pk USING ERRCODE = 'GR001'; END IF;
+        IF w_free IS NOT NULL THEN
+            SELECT slot INTO old_slot FROM actors_{part} WHERE cell = p_cell AND pk = a_pk AND xmin = a_xmin;
         END IF;
-    ELSIF a_xmin IS NULL THEN
-        INSERT INTO actors (cell, pk, version, state, worker, template, uid, data)
-        VALUES (p_cell, a_pk, a_version, a_state, a_worker, a_template, a_uid, a_data);
-    ELSIF a_deletes THEN
-        DELETE FROM actors WHERE cell = p_cell AND pk = a_pk AND xmin = a_xmin;
-    ELSE
-        UPDATE actors SET version = a_version, state = a_state, worker = a_worker, data = a_data
-        WHERE cell = p_cell AND pk = a_pk AND xmin = a_xmin;
-    END IF;
-    IF a_data IS NOT NULL AND NOT FOUND THEN
-        RAISE EXCEPTION 'actor % has changed', a_pk USING ERRCODE = 'GR001';
-    END IF;
 
-    -- After the actor, which who makes a worker that is in use locks.
-    IF w_free IS NOT NULL THEN
-        UPDATE slots SET actor_uid = '' WHERE worker = w_free AND actor_uid = a_uid AND NOT crowded;
-        IF NOT FOUND THEN
-            SELECT capacity INTO room FROM workers WHERE pk = w_free FOR UPDATE;
-            IF FOUND THEN
-                DELETE FROM slots WHERE worker = w_free AND actor_uid = a_uid AND crowded;
+        IF a_data IS NULL THEN
+            IF a_xmin IS NOT NULL THEN
+                PERFORM FROM actors_{part} WHERE cell = p_cell AND pk = a_pk AND xmin = a_xmin FOR NO KEY UPDATE;
+                IF NOT FOUND THEN RAISE EXCEPTION 'actor % has changed', a_pk USING ERRCODE = 'GR001'; END IF;
+            END IF;
+        ELSIF a_xmin IS NULL THEN
+            INSERT INTO actors_{part} (cell, pk, version, state, worker, template, uid, data)
+            VALUES (p_cell, a_pk, a_version, a_state, a_worker, a_template, a_uid, a_data);
+        ELSIF a_deletes THEN
+            DELETE FROM actors_{part} WHERE cell = p_cell AND pk = a_pk AND xmin = a_xmin;
+        ELSE
+            UPDATE actors_{part} SET version = a_version, state = a_state, worker = a_worker, data = a_data,
+                slot = CASE WHEN a_worker <> '' THEN coalesce(new_slot, slot) END
+            WHERE cell = p_cell AND pk = a_pk AND xmin = a_xmin;
+        END IF;
+        IF a_data IS NOT NULL AND NOT FOUND THEN
+            RAISE EXCEPTION 'actor % has changed', a_pk USING ERRCODE = 'GR001';
+        END IF;
+
+        -- After the actor, which who makes a worker that is in use locks.
+        IF w_free IS NOT NULL THEN
+            UPDATE slots SET actor_uid = ''
+            WHERE worker = w_free AND number = old_slot AND actor_uid = a_uid AND NOT crowded;
+            IF NOT FOUND THEN
+                SELECT capacity INTO room FROM workers WHERE pk = w_free FOR UPDATE;
                 IF FOUND THEN
-                    SELECT count(*) INTO taken FROM slots WHERE worker = w_free;
-                    IF taken <= room THEN UPDATE slots SET crowded = false WHERE worker = w_free; END IF;
-                ELSE  -- it has become less crowded, or was made anew, since the first look
-                    UPDATE slots SET actor_uid = '' WHERE worker = w_free AND actor_uid = a_uid;
-                    IF NOT FOUND THEN RAISE EXCEPTION 'actor % has no slot of worker %', a_pk, w_free; END IF;
-                END IF;
-            END IF;  -- else the worker was removed, and its slots with it
+                    DELETE FROM slots
+                    WHERE worker = w_free AND number = old_slot AND actor_uid = a_uid AND crowded;
+                    IF FOUND THEN
+                        SELECT count(*) INTO taken FROM slots WHERE worker = w_free;
+                        IF taken <= room THEN UPDATE slots SET crowded = false WHERE worker = w_free; END IF;
+                    ELSE  -- it has become less crowded, or was made anew, since the first look
+                        UPDATE slots SET actor_uid = ''
+                        WHERE worker = w_free AND number = old_slot AND actor_uid = a_uid;
+                        IF NOT FOUND THEN RAISE EXCEPTION 'actor % has no slot of worker %', a_pk, w_free; END IF;
+                    END IF;
+                END IF;  -- else the worker was removed, and its slots with it
+            END IF;
         END IF;
-    END IF;
 
-    IF l_data IS NOT NULL AND l_xmin IS NOT NULL THEN
-        UPDATE leases SET owner = l_owner, operation = l_operation, data = l_data
-        WHERE cell = p_cell AND pk = a_uid AND xmin = l_xmin;
-        IF NOT FOUND THEN RAISE EXCEPTION 'the lease of % has changed', a_pk USING ERRCODE = 'GR001'; END IF;
-    ELSIF l_data IS NOT NULL THEN
-        INSERT INTO leases (cell, pk, owner, operation, data) VALUES (p_cell, a_uid, l_owner, l_operation, l_data)
-        ON CONFLICT (pk, cell) DO UPDATE
-        SET owner = excluded.owner, operation = excluded.operation, data = excluded.data;
-    ELSIF l_drops THEN
-        DELETE FROM leases WHERE cell = p_cell AND pk = a_uid;
-    END IF;
+        IF l_data IS NOT NULL AND l_xmin IS NOT NULL THEN
+            UPDATE leases_{part} SET owner = l_owner, operation = l_operation, data = l_data
+            WHERE cell = p_cell AND pk = a_uid AND xmin = l_xmin;
+            IF NOT FOUND THEN RAISE EXCEPTION 'the lease of % has changed', a_pk USING ERRCODE = 'GR001'; END IF;
+        ELSIF l_data IS NOT NULL THEN
+            INSERT INTO leases_{part} (cell, pk, owner, operation, data) VALUES (p_cell, a_uid, l_owner, l_operation, l_data)
+            ON CONFLICT (pk, cell) DO UPDATE
+            SET owner = excluded.owner, operation = excluded.operation, data = excluded.data;
+        ELSIF l_drops THEN
+            DELETE FROM leases_{part} WHERE cell = p_cell AND pk = a_uid;
+        END IF;
 
-    -- Events in the order of what happened; the operation's comes last: who waits for its end then finds the rest.
-    FOR i IN 1 .. coalesce(array_length(s_pks, 1), 0) LOOP
-        IF s_xmins[i] IS NULL THEN
-            INSERT INTO snapshots (cell, pk, version, actor_uid, namespace, state, template, data)
-            VALUES (s_cells[i], s_pks[i], s_versions[i], s_actor_uids[i], s_namespaces[i], s_states[i], s_templates[i],
-                    s_datas[i]);
-        ELSE
-            UPDATE snapshots SET version = s_versions[i], state = s_states[i], data = s_datas[i]
-            WHERE cell = s_cells[i] AND pk = s_pks[i] AND xmin = s_xmins[i];
-            IF NOT FOUND THEN RAISE EXCEPTION 'snapshot % has changed', s_pks[i] USING ERRCODE = 'GR001'; END IF;
+        -- Events in the order of what happened; the operation's comes last: who waits for its end then finds the rest.
+        FOR i IN 1 .. coalesce(array_length(s_pks, 1), 0) LOOP
+            IF s_xmins[i] IS NULL THEN
+                INSERT INTO snapshots (cell, pk, version, actor_uid, namespace, state, template, data)
+                VALUES (s_cells[i], s_pks[i], s_versions[i], s_actor_uids[i], s_namespaces[i], s_states[i], s_templates[i],
+                        s_datas[i]);
+            ELSE
+                UPDATE snapshots SET version = s_versions[i], state = s_states[i], data = s_datas[i]
+                WHERE cell = s_cells[i] AND pk = s_pks[i] AND xmin = s_xmins[i];
+                IF NOT FOUND THEN RAISE EXCEPTION 'snapshot % has changed', s_pks[i] USING ERRCODE = 'GR001'; END IF;
+            END IF;
+            INSERT INTO outbox (writer, type, kind, pk, data) VALUES (p_writer, 'Put', 'Snapshot', s_pks[i], s_datas[i])
+            RETURNING id INTO event;
+        END LOOP;
+        IF a_data IS NOT NULL THEN
+            INSERT INTO outbox (writer, type, kind, pk, data)
+            VALUES (p_writer, CASE WHEN a_deletes THEN 'Deleted' ELSE 'Put' END, 'Actor', a_pk, a_data)
+            RETURNING id INTO event;
         END IF;
-        INSERT INTO outbox (writer, type, kind, pk, data) VALUES (p_writer, 'Put', 'Snapshot', s_pks[i], s_datas[i])
-        RETURNING id INTO event;
-    END LOOP;
-    IF a_data IS NOT NULL THEN
-        INSERT INTO outbox (writer, type, kind, pk, data)
-        VALUES (p_writer, CASE WHEN a_deletes THEN 'Deleted' ELSE 'Put' END, 'Actor', a_pk, a_data)
-        RETURNING id INTO event;
-    END IF;
-    IF o_data IS NOT NULL THEN
-        IF o_xmin IS NULL THEN
-            INSERT INTO operations (cell, pk, version, kind, namespace, state, uid, request, data)
-            VALUES (p_cell, o_pk, o_version, o_kind, o_namespace, o_state, a_uid, o_request, o_data);
-        ELSE
-            UPDATE operations SET version = o_version, state = o_state, data = o_data
-            WHERE cell = p_cell AND pk = o_pk AND xmin = o_xmin;
-            IF NOT FOUND THEN RAISE EXCEPTION 'operation % has changed', o_pk USING ERRCODE = 'GR001'; END IF;
+        IF o_data IS NOT NULL THEN
+            IF o_xmin IS NULL THEN
+                INSERT INTO operations_{part} (cell, pk, version, kind, namespace, state, uid, request, data)
+                VALUES (p_cell, o_pk, o_version, o_kind, o_namespace, o_state, a_uid, o_request, o_data);
+            ELSE
+                UPDATE operations_{part} SET version = o_version, state = o_state, data = o_data
+                WHERE cell = p_cell AND pk = o_pk AND xmin = o_xmin;
+                IF NOT FOUND THEN RAISE EXCEPTION 'operation % has changed', o_pk USING ERRCODE = 'GR001'; END IF;
+            END IF;
+            INSERT INTO outbox (writer, type, kind, pk, data) VALUES (p_writer, 'Put', 'Operation', o_pk, o_data)
+            RETURNING id INTO event;
         END IF;
-        INSERT INTO outbox (writer, type, kind, pk, data) VALUES (p_writer, 'Put', 'Operation', o_pk, o_data)
-        RETURNING id INTO event;
-    END IF;
-    code := '';
-    xact := pg_current_xact_id()::xid;
-END $$;
+        code := '';
+        xact := pg_current_xact_id()::xid;
+    END $body$
+$function$, '{part}', part::text); END LOOP; END $do$;
 
 -- Inserts a worker (p_old 0) or replaces the one of version p_old, and makes its slots as many as it has room for.
 -- used: how many are taken; null when the version was another.
@@ -295,6 +320,8 @@ BEGIN
         PERFORM FROM actors WHERE worker = p_pk AND worker <> '' FOR UPDATE;
         INSERT INTO slots (worker, number, actor_uid)
         SELECT p_pk, row_number() OVER (ORDER BY pk) - 1, uid FROM actors WHERE worker = p_pk AND worker <> '';
+        UPDATE actors a SET slot = s.number FROM slots s
+        WHERE a.worker = p_pk AND a.worker <> '' AND s.worker = p_pk AND s.actor_uid = a.uid;
     ELSE
         UPDATE workers SET version = p_version, pool = p_pool, state = p_state, capacity = p_capacity, data = p_data
         WHERE pk = p_pk AND version = p_old;

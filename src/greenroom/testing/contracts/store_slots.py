@@ -92,6 +92,30 @@ class Slots:
         await world.finish(deleting)
         await world.do(BeginResume, second)
 
+    async def test_a_worker_that_gets_fewer_slots_than_are_taken(self, store: Store) -> None:
+        world = await World(store).setup({"w1": 4})
+        keys = [await world.create(f"a{i}") for i in range(6)]
+        for key in keys[:4]:
+            await world.do(BeginResume, key)
+        await store.put(replace(await store.get(Worker, "w1"), capacity=2))
+        await audit(store)
+        for key in keys[:3]:
+            with pytest.raises(ResourceExhausted):
+                await world.begin(BeginResume, keys[4])
+            await world.do(BeginSuspend, key)
+        assert (await store.get(Worker, "w1")).used == 1
+        await world.do(BeginResume, keys[4])
+        with pytest.raises(ResourceExhausted):
+            await world.begin(BeginResume, keys[5])
+        await store.put(replace(await store.get(Worker, "w1"), capacity=3))
+        await world.do(BeginResume, keys[5])
+        with pytest.raises(ResourceExhausted):
+            await world.begin(BeginResume, keys[0])
+        await store.put(replace(await store.get(Worker, "w1"), capacity=0))
+        for key in keys[3:]:
+            await world.do(BeginSuspend, key)
+        assert (await store.get(Worker, "w1")).used == 0
+
     async def test_full_draining_and_disconnected_workers_take_nobody(self, store: Store) -> None:
         world = await World(store).setup({"w1": 1, "w2": 5, "w3": 5})
         await store.put(replace(await store.get(Worker, "w2"), state=WorkerState.DRAINING))

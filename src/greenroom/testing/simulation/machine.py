@@ -132,7 +132,7 @@ class MemoryJournal:
 
 
 class MemoryFile:
-    """As much of a `pathlib.Path` as keeps one small thing."""
+    """As much of a `pathlib.Path` as keeps one small thing, written anew beside it and moved over it."""
 
     def __init__(self) -> None:
         self._content: bytes | None = None
@@ -144,6 +144,12 @@ class MemoryFile:
 
     def write_bytes(self, content: bytes) -> None:
         self._content = content
+
+    def with_suffix(self, suffix: str) -> MemoryFile:
+        return MemoryFile()
+
+    def replace(self, target: MemoryFile) -> None:
+        target._content = self._content
 
 
 class Machine:

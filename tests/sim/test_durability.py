@@ -1,0 +1,155 @@
+"""Suspends that are answered from the worker's disk: uploaded afterwards, and what a lost worker costs until then."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from greenroom.core.errors import FailedPrecondition, ResourceExhausted, Unavailable
+from greenroom.core.records import ActorState, Durability, Key, OnCrash, Snapshot, SnapshotState
+from greenroom.testing.world import QUICK, SimWorld
+
+
+@pytest.fixture
+async def world(make_world: Callable[..., Any]) -> AsyncIterator[SimWorld]:
+    async with make_world(config=replace(QUICK, worker_return_s=0.4, worker_gone_s=0.8)) as world:
+        await world.apply(durability=Durability.LOCAL)
+        yield world
+
+
+async def until(check: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(10):
+        while not await check():
+            await asyncio.sleep(0.002)
+
+
+async def slept(world: SimWorld, key: Key) -> Snapshot:
+    await world.engine.suspend(key)
+    return await world.store.get(Snapshot, (await world.actor(key)).snapshot)
+
+
+def hold_uploads(world: SimWorld) -> asyncio.Event:
+    """Uploads wait until it is set."""
+    go, publish = asyncio.Event(), world.snapshots.publish
+
+    async def later(*args: Any, **more: Any) -> Snapshot:
+        await go.wait()
+        return await publish(*args, **more)
+
+    world.snapshots.publish = later  # type: ignore[method-assign]
+    return go
+
+
+async def test_it_is_answered_first_and_uploaded_then(world: SimWorld) -> None:
+    key = await world.create("a")
+    await world.request(key)
+    go = hold_uploads(world)
+    made = await slept(world, key)
+    assert (made.state, made.held) == (SnapshotState.LOCAL, True)
+    actor = await world.actor(key)
+    assert actor.state is ActorState.SUSPENDED and actor.durable_at is None, "the loss of its worker would cost it all"
+    assert made.id not in await world.snapshots.list()
+    assert (await world.request(key)).count == 2, "it wakes on the worker that has it"
+    assert (await world.actor(key)).worker == made.worker
+    go.set()
+
+    async def uploaded() -> bool:
+        return (await world.actor(key)).durable_at == made.created_at
+
+    await until(uploaded)
+    assert (await world.store.get(Snapshot, made.id)).state is SnapshotState.PRESENT
+    await world.settle()
+
+
+async def test_it_waits_for_the_worker_that_has_it(world: SimWorld) -> None:
+    key = await world.create("a")
+    await world.request(key)
+    hold_uploads(world)
+    made = await slept(world, key)
+    world.configure(capacity_wait_s=0.1)
+    await world.kill_agent(made.worker)
+    with pytest.raises((ResourceExhausted, Unavailable)):
+        await world.request(key)
+    assert (await world.actor(key)).state is ActorState.SUSPENDED
+    await world.start_agent(made.worker)
+
+    async def wakes() -> bool:
+        try:
+            return (await world.request(key)).count == 2
+        except (ResourceExhausted, Unavailable):
+            return False
+
+    await until(wakes)
+
+
+async def test_a_worker_that_is_gone_costs_what_was_not_uploaded_and_says_so(world: SimWorld) -> None:
+    key = await world.create("a")
+    assert (await world.request(key)).count == 1
+    safe = await slept(world, key)
+
+    async def uploaded() -> bool:
+        return (await world.actor(key)).durable_at == safe.created_at
+
+    await until(uploaded)
+    assert (await world.request(key)).count == 2
+    hold_uploads(world)
+    lost = await slept(world, key)
+    await world.kill_agent(lost.worker)
+
+    async def crashed() -> bool:
+        return (await world.actor(key)).state is ActorState.CRASHED
+
+    await until(crashed)
+    actor = await world.actor(key)
+    assert (actor.reason, actor.unsaved_since, actor.snapshot) == ("SnapshotLost", safe.created_at, safe.id)
+    with pytest.raises(FailedPrecondition) as held:
+        await world.request(key)
+    assert held.value.reason == "ACTOR_CRASHED", "never silently reset"
+    await world.engine.resume(key)
+    assert (await world.request(key)).count == 2, "from what was uploaded"
+    await world.start_agent(lost.worker)
+
+
+async def test_the_way_back_is_never_one_that_the_same_loss_takes(world: SimWorld) -> None:
+    key = await world.create("a")
+    await world.request(key)
+    safe = await slept(world, key)
+
+    async def uploaded() -> bool:
+        return (await world.actor(key)).durable_at == safe.created_at
+
+    await until(uploaded)
+    go = hold_uploads(world)
+    for _ in range(3):
+        await world.request(key)
+        await slept(world, key)
+    actor = await world.actor(key)
+    assert actor.previous_snapshot == safe.id and (await world.store.get(Snapshot, safe.id)).state == "Present"
+    go.set()
+    await world.settle()
+    assert (await world.request(key)).count == 5
+
+
+async def test_golden_snapshots_are_uploaded_before_the_template_is_ready(world: SimWorld) -> None:
+    template = await world.template()
+    golden = await world.store.get(Snapshot, template.golden_snapshot)
+    assert golden.state is SnapshotState.PRESENT and golden.id in await world.snapshots.list()
+
+
+async def test_a_crashed_actor_that_boots_begins_anew(make_world: Callable[..., Any]) -> None:
+    async with make_world() as world:
+        await world.apply(on_crash=OnCrash.BOOT)
+        key = await world.create("a")
+        await world.request(key)
+        saved = await slept(world, key)
+        await world.request(key)
+        world.end_program(key)
+        await world.settle()
+        assert (await world.actor(key)).state is ActorState.CRASHED
+        assert (await world.request(key)).count == 1, "as one that was just created"
+        assert (await world.actor(key)).previous_snapshot == saved.id
+        await world.settle()
