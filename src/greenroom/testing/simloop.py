@@ -193,6 +193,10 @@ class SimLoop(asyncio.BaseEventLoop):
         process.held_until = min(process.held_until, self._now)
 
     @staticmethod
+    def process_of(task: asyncio.Task[Any]) -> Process | None:
+        return task.process if isinstance(task, _SimTask) else None
+
+    @staticmethod
     def current() -> Process:
         return _PROCESS.get()
 

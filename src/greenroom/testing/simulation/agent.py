@@ -29,6 +29,7 @@ from greenroom.core.errors import (
 )
 from greenroom.core.records import PhaseTime, Record, Snapshot, SnapshotScope, SnapshotState
 from greenroom.testing.simloop import Process
+from greenroom.testing.simulation.faults import Fault
 from greenroom.testing.simulation.links import DEAD_AFTER, Link, SimHub
 from greenroom.testing.simulation.machine import Machine, Sandbox
 from greenroom.testing.simulation.network import Network
@@ -42,9 +43,11 @@ LOAD_S = (0.03, 0.3, 8.0)
 WRITE_S = (0.01, 0.2, 4.0)
 QUICK_S = (0.002, 0.02, 1.0)
 SLOW_ONE_IN = 100
+#: And how long it takes when it hangs, while there is trouble.
+HANG_S, HANGS_ONE_IN = (10.0, 60.0), 500
 #: Between two tries to connect, at most.
 REDIAL_S = 1.0
-#: How long an agent waits for the answer to its hello.
+#: How often an agent that is not welcome yet looks whether anybody is there.
 HELLO_S = 2.0
 
 Reply = Callable[[Link, Any, Record | GreenroomError], None]
@@ -86,6 +89,8 @@ class Agent:
         self._tasks: set[asyncio.Task[None]] = set()
         self._welcome = Welcome()
         self.leaving = False
+        #: Ends the process; with its argument everything that runs here, too. Set by whoever runs the world.
+        self.end: Callable[[bool], None] = lambda wipe: None
 
     # --- its life -----------------------------------------------------------------------------------------
 
@@ -126,7 +131,7 @@ class Agent:
         link = Link(self.network, self, replica)
         self._links[replica] = link
         loop.call_later(self.network.latency(), self._knock, link, context=loop.main.context)
-        loop.call_later(HELLO_S, self._redial_unless_welcomed, link)
+        loop.call_later(HELLO_S, self._await_welcome, link)
 
     def _knock(self, link: Link) -> None:
         """On the network: whoever has the replica's name now gets it."""
@@ -135,9 +140,13 @@ class Agent:
             link.hub = hub
             self.network.loop.call_soon(hub.accept, link, link.hello, context=hub.process.context)
 
-    def _redial_unless_welcomed(self, link: Link) -> None:
-        if not link.hub_open:
-            self.hung_up(link)
+    def _await_welcome(self, link: Link) -> None:
+        """Until it is welcome, or nobody is there."""
+        if link.agent_open and not link.beats:
+            if not link.hub_open:
+                self.hung_up(link)
+            elif not self._is_dead(link):
+                self.network.loop.call_later(HELLO_S, self._await_welcome, link)
 
     def hung_up(self, link: Link) -> None:
         """The connection is closed, or counts as dead."""
@@ -156,6 +165,8 @@ class Agent:
             self._alone.heard(welcome, sent_at)
         if not link.beats:
             link.beats = True
+            if self.leaving:
+                self._say_leaving(link)
             self.network.loop.call_later(welcome.heartbeat_s, self._beat, link)
 
     def _beat(self, link: Link) -> None:
@@ -242,7 +253,10 @@ class Agent:
             case api.ListResident():
                 _ = self._alone.alone  # whether it has just become so is in the epoch
                 return api.Residents(epoch=self._alone.epoch, residents=self._list())
-            case api.Warm() | api.Shutdown():
+            case api.Warm():
+                return api.Done()
+            case api.Shutdown():
+                self.end(call.wipe)
                 return api.Done()
             case _:
                 raise Unimplemented(f"simulated agents know no {type(call).__name__}")
@@ -252,6 +266,10 @@ class Agent:
         short, long, longest = how_long
         slow = self._random.randrange(SLOW_ONE_IN) == 0
         seconds = self._random.uniform(long, longest) if slow else self._random.uniform(short, long)
+        faults = self.network.faults
+        if faults.trouble and Fault.HANG not in faults.without and self._random.randrange(HANGS_ONE_IN) == 0:
+            faults.hits[Fault.HANG] += 1
+            seconds = self._random.uniform(*HANG_S)
         await asyncio.sleep(seconds)
         return (PhaseTime(name="work", seconds=seconds),)
 
@@ -324,11 +342,14 @@ class Agent:
                 link.up(link.hub.hung_up, link)
 
     def leave(self) -> None:
-        """It was asked to end: its actors are to be suspended."""
+        """It was asked to end: its actors are to be suspended first."""
         self.leaving = True
         for link in self._links.values():
-            if link.agent_open and link.hub is not None:
-                link.up(link.hub.leaving, link, self.boot_id)
+            self._say_leaving(link)
+
+    def _say_leaving(self, link: Link) -> None:
+        if link.agent_open and link.hub is not None and link.beats:
+            link.up(link.hub.leaving, link, self.boot_id)
 
     # --- wake and end -------------------------------------------------------------------------------------
 

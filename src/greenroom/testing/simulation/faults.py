@@ -23,9 +23,11 @@ class Fault(enum.Enum):
     AGENT_AFTER = "agent-after"  # the agent dies when it has carried it out
 
     REPLICA_CRASH = "replica-crash"
+    REPLICA_STOP = "replica-stop"  # it ends as it should, and is started again
     REPLICA_PAUSE = "replica-pause"  # the process stops for longer than a lease, and goes on
     CLOCK_JUMP = "clock-jump"  # a replica's clock, back or forth
     AGENT_CRASH = "agent-crash"  # its sandboxes live on, for the next agent process to find
+    AGENT_LEAVES = "agent-leaves"  # it is asked to end, and waits until its actors are suspended
     AGENT_PAUSE = "agent-pause"  # the agent stops; its sandboxes run on
     MACHINE_CRASH = "machine-crash"  # with everything that ran there
     MACHINE_PAUSE = "machine-pause"  # everything there stops, and goes on
@@ -38,6 +40,7 @@ class Fault(enum.Enum):
     FEED_LAG = "feed-lag"  # a replica hears of others' writes seconds later
     FEED_CUT = "feed-cut"  # a replica's change feed has a gap and says so
     SANDBOX_EXIT = "sandbox-exit"  # an actor's program ends by itself
+    HANG = "hang"  # a sandbox backend takes tens of seconds
     DISK_FULL = "disk-full"  # a worker can't write snapshots for a while
     DISK_LOST = "disk-lost"  # a machine comes back with nothing on its disk
     CORRUPTION = "corruption"  # a stored snapshot is not what was written
@@ -48,7 +51,7 @@ AT_ASK = (Fault.LOST, Fault.REPLY_LOST, Fault.LATE, Fault.TWICE, Fault.SLOW, Fau
 #: At a call to a worker.
 AT_CALL = (*AT_ASK, Fault.AGENT_BEFORE, Fault.AGENT_AFTER)
 #: To parts of the world.
-OF_PARTS = tuple(fault for fault in Fault if fault not in AT_CALL)
+OF_PARTS = tuple(fault for fault in Fault if fault not in AT_CALL and fault is not Fault.HANG)
 
 #: Weight of a step that changes something.
 HEAVY = 5.0
@@ -67,8 +70,8 @@ class Chosen:
 class Injector:
     """Asked at every step of a replica whether it goes wrong.
 
-    Most steps are looks at the same few records again and again. Those that change something are more likely to go wrong
-    (`HEAVY`).
+    Most steps are looks at the same few records again and again. Those that change something are more likely to go
+    wrong (`HEAVY`).
 
     Args:
         rate: share of steps that do, while there is `trouble`.
@@ -81,7 +84,7 @@ class Injector:
         self._random = random.Random(f"faults {seed}")
         self._rate = rate
         self._deadly = deadly
-        self._without = without
+        self.without = without
         self._chosen: Chosen | None = None
         #: Whether faults are drawn now.
         self.trouble = False
@@ -102,7 +105,7 @@ class Injector:
         if not self.trouble or self._random.random() >= self._rate * weight:
             return None
         dies = self._random.random() < self._deadly
-        among = [f for f in possible if (f in _DEADLY) is dies and f not in self._without]
+        among = [f for f in possible if (f in _DEADLY) is dies and f not in self.without]
         return self._hit(self._random.choice(among)) if among else None
 
     def _hit(self, fault: Fault) -> Fault:

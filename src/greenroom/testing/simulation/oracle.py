@@ -59,6 +59,7 @@ class World(Protocol):
 
     def tables(self) -> list[BindingTable]: ...
     def stored_count(self, snapshot_id: str) -> int | None: ...
+    def is_damaged(self, snapshot_id: str) -> bool: ...
     def sandbox_at(self, path: str) -> Sandbox | None: ...
 
 
@@ -145,6 +146,8 @@ class Oracle:
                     self._operation(before, record, deleted=kind is EventType.DELETED)
                 case Worker():
                     self._worker(before, record)
+                case Snapshot():
+                    self._snapshot(before, record)
                 case _:
                     self._version(before, record)
         for _, record in effects:
@@ -289,12 +292,27 @@ class Oracle:
         """It has lost something, and says so."""
         if actor.snapshot != old.snapshot:
             begun_anew = old.state is ActorState.CRASHED and actor.state is ActorState.RESUMING
-            if actor.reason not in ("SnapshotCorrupt", "SnapshotLost") and not begun_anew:
+            not_begun = old.state is ActorState.RESUMING and actor.state is ActorState.CRASHED and not old.snapshot
+            if not (begun_anew or not_begun or self._is_bad(old.snapshot)):
                 raise self.broken(f"another snapshot for no reason: {old} -> {actor}")
             self.ends[f"set back: {actor.reason or 'boot'}"] += 1
             line.saved = (self.world.stored_count(actor.snapshot) or 0) if actor.snapshot else 0
         line.losses += 1
         line.acked = line.saved
+
+    def _is_bad(self, snapshot_id: str) -> bool:
+        record = self.records.get((Snapshot, snapshot_id))
+        return isinstance(record, Snapshot) and record.state is SnapshotState.CORRUPT
+
+    def _snapshot(self, before: Stored | None, record: Snapshot) -> None:
+        self._version(before, record)
+        if record.state is SnapshotState.CORRUPT and isinstance(before, Snapshot) and not self._is_bad_now(before):
+            raise self.broken(f"a good snapshot counts as corrupt: {before} -> {record}")
+
+    def _is_bad_now(self, snapshot: Snapshot) -> bool:
+        """Whether it may be given up: nobody can read it, or only a worker that has been away for long."""
+        damaged = self.world.stored_count(snapshot.id) is None or self.world.is_damaged(snapshot.id)
+        return damaged or snapshot.state in (SnapshotState.LOCAL, SnapshotState.CORRUPT)
 
     # --- the audit of what was touched --------------------------------------------------------------------
 
@@ -390,6 +408,21 @@ class Oracle:
         elif named is not None and named is not line and named.current is not None:
             stale = f"another actor has its name: {named.actor}"
         return Answer(sandbox, key, count, stale, line.losses)
+
+    def before_suspend(self, key: Key) -> tuple[Line, int, int] | None:
+        """What an actor must have in its snapshot when a suspend that is asked for now is said to be done."""
+        line = self.by_key.get(str(key))
+        return None if line is None else (line, line.acked, line.losses)
+
+    def after_suspend(self, before: tuple[Line, int, int] | None) -> None:
+        """A suspend was said to be done."""
+        if before is None:
+            return
+        line, acked, losses = before
+        if line.losses == losses and line.saved < acked and not line.deleted:
+            raise self.broken(
+                f"suspended, as was said, with {line.saved}, and {acked} was answered before: {line.actor}"
+            )
 
     def answered(self, answer: Answer) -> None:
         """Somebody has the answer."""

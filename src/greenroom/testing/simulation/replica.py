@@ -76,6 +76,18 @@ class Replica:
         await self.engine.start()
         self.started = True
 
+    async def stop(self) -> None:
+        self.alive = False  # nobody gets to it any more
+        await self.engine.close()
+
+    def left_behind(self) -> list[str]:
+        """What runs in a process whose engine has been closed, beside what people wait for."""
+        return sorted(
+            t.get_name()
+            for t in asyncio.all_tasks(self.loop)
+            if self.loop.process_of(t) is self.process and not t.get_name().startswith(("ask-", "start-", "stop-"))
+        )
+
     def die(self) -> None:
         """From this instant nothing of it runs. What it has sent arrives all the same."""
         self.alive = False
@@ -114,7 +126,7 @@ class Replica:
 
         def arrive() -> None:
             if self.alive:
-                self.loop.start(self.process, serve(), what)
+                self.loop.start(self.process, serve(), f"ask-{what}")
 
         self.loop.call_later(self.network.latency(), arrive, context=self.loop.main.context)
         try:

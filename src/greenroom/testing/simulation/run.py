@@ -7,7 +7,7 @@ import gc
 import random
 from collections import Counter
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,8 +15,9 @@ from typing import Any
 import structlog
 
 from greenroom.core.errors import GreenroomError
-from greenroom.core.records import Actor, Key, Probe, Template, TemplateSpec, TemplateState
+from greenroom.core.records import Actor, Key, Probe, Template, TemplateSpec, TemplateState, Worker
 from greenroom.engine.bindings import BindingTable
+from greenroom.engine.engine import DRAINED
 from greenroom.testing.contracts.store_world import list_all
 from greenroom.testing.simloop import SimLoop
 from greenroom.testing.simulation.agent import Agent
@@ -92,6 +93,13 @@ class Simulation:
             for name in (f"w{n}" for n in range(plan.machines))
         }
         self.agents: dict[str, Agent] = {}
+        self.spec = TemplateSpec(
+            image="sim:t",
+            readyz=Probe(path="/healthz", timeout_s=5.0),
+            idle_timeout_s=plan.idle_timeout_s,
+            on_crash=plan.on_crash,
+            durability=plan.durability,
+        )
         self._processes = 0
         self._random = random.Random(f"world {seed}")
         self._trouble = Trouble(self, seed)
@@ -115,6 +123,9 @@ class Simulation:
         if snapshot_id in self.bucket.stored:
             return self.bucket.stored[snapshot_id][1]
         return next((m.held[snapshot_id][1] for m in self.machines.values() if snapshot_id in m.held), None)
+
+    def is_damaged(self, snapshot_id: str) -> bool:
+        return snapshot_id in self.bucket.corrupt
 
     def sandbox_at(self, path: str) -> Sandbox | None:
         return self.sandboxes.get(path)
@@ -157,6 +168,21 @@ class Simulation:
         after_s = self._random.uniform(0.1, 8.0) if restart_s is None else restart_s
         self.loop.call_later(after_s, self.start_replica, name, context=self.loop.main.context)
 
+    def stop_replica(self, name: str) -> None:
+        """It ends as it should. Whoever has stopped it starts it again."""
+        replica = self.replicas[name]
+        self.trace(name, "stops")
+        stopping = self.loop.start(replica.process, replica.stop(), f"stop-{name}")
+        stopping.add_done_callback(lambda done: self._stopped(replica, done), context=self.loop.main.context)
+
+    def _stopped(self, replica: Replica, task: asyncio.Task[None]) -> None:
+        if task.exception() is not None:
+            self.oracle.broken(f"{replica.name} could not stop: {task.exception()!r}")
+        left = replica.left_behind()
+        replica.die()
+        if left:
+            self.oracle.broken(f"{replica.name} was closed, and these go on: {left}")
+
     def start_agent(self, name: str) -> None:
         if name in self.agents:
             return
@@ -165,6 +191,7 @@ class Simulation:
             machine.boot()
         self._processes += 1
         agent = Agent(machine, self.network, self.bucket, self, self._processes, str(self.seed), self.trace)
+        agent.end = lambda wipe: self._agent_ends(agent, wipe)
         self.agents[name] = agent
         self.trace(name, "starts with", len(machine.sandboxes))
         agent.start()
@@ -175,6 +202,16 @@ class Simulation:
         self.trace(name, "agent dies")
         self.loop.kill(agent.process)
         agent.hang_up()
+
+    def _agent_ends(self, agent: Agent, wipe: bool) -> None:
+        """As it was told to; a while later there is a new one."""
+        if self.agents.get(agent.worker) is agent:
+            self.crash_agent(agent.worker)
+            for sandbox in list(agent.machine.sandboxes.values()) if wipe else ():
+                sandbox.ended_by_call = True
+                agent.machine.remove(sandbox)
+            after_s = self._random.uniform(0.1, 8.0)
+            self.loop.call_later(after_s, self.start_agent, agent.worker, context=self.loop.main.context)
 
     def _kill_agent(self, agent: Agent) -> None:
         """At a step. Sometimes the whole machine dies."""
@@ -224,16 +261,8 @@ class Simulation:
             self.oracle.ends.update({f"user: {act}": times for act, times in user.did.items()})
 
     async def _apply(self) -> None:
-        plan = self.plan
-        spec = TemplateSpec(
-            image="sim:t",
-            readyz=Probe(path="/healthz", timeout_s=5.0),
-            idle_timeout_s=plan.idle_timeout_s,
-            on_crash=plan.on_crash,
-            durability=plan.durability,
-        )
         replica = self.replicas[self.names[0]]
-        await replica.ask("apply", lambda: replica.engine.apply_template(Key(NAMESPACE, TEMPLATE), spec))
+        await replica.ask("apply", lambda: replica.engine.apply_template(Key(NAMESPACE, TEMPLATE), self.spec))
         while (await self.database.memory.get(Template, f"{NAMESPACE}/{TEMPLATE}")).state is not TemplateState.READY:
             assert self.loop.time() < SETUP_S, "the template does not become ready, and nothing goes wrong"
             await asyncio.sleep(0.5)
@@ -246,11 +275,24 @@ class Simulation:
         for replica in self.replicas_alive():
             replica.store.skew_s = self._random.uniform(-SKEW_S, SKEW_S)
         begin = self.loop.time()
-        await self._settle(begin + bound_s(self.plan.clocks))
+        await self._undrain()
+        await self._settle(begin + self._bound_s())
         self._settle_s = self.loop.time() - begin
         for actor in await list_all(self.database.memory, Actor):
             await self._use(actor)
-        await self._settle(self.loop.time() + bound_s(self.plan.clocks))
+        await self._settle(self.loop.time() + self._bound_s())
+
+    async def _undrain(self) -> None:
+        """Whoever had drained a worker and could not undo it does it now."""
+        for worker in await list_all(self.database.memory, Worker):
+            while (await self.database.memory.get(Worker, worker.name)).message == DRAINED:
+                for replica in self.replicas_alive():
+                    with suppress(GreenroomError):
+                        await replica.ask("undrain", partial(replica.engine.drain_worker, worker.name, undo=True))
+                await asyncio.sleep(1.0)
+
+    def _bound_s(self) -> float:
+        return bound_s(self.plan.clocks, self._trouble.furthest_jump_s)
 
     async def _settle(self, until: float) -> None:
         while found := await problems(self.database.memory, list(self.replicas.values()), self.machines, self.bucket):

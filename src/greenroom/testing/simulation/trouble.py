@@ -21,6 +21,8 @@ from greenroom.testing.simulation.trace import Trace
 AWAY_S = ((0.1, 1.0), (1.0, 6.0), (6.0, 20.0))
 #: By how much clocks jump.
 JUMPS_S = (-20.0, -3.0, 3.0, 20.0)
+#: The same, seldom: it takes an hour until leases of such a clock have run out.
+FAR_JUMPS_S, FAR_ONE_IN = (-3600.0, 3600.0), 20
 
 
 class World(Protocol):
@@ -35,6 +37,7 @@ class World(Protocol):
     agents: dict[str, Agent]
 
     def crash_replica(self, name: str) -> None: ...
+    def stop_replica(self, name: str) -> None: ...
     def start_replica(self, name: str) -> None: ...
     def crash_agent(self, name: str) -> None: ...
     def start_agent(self, name: str) -> None: ...
@@ -48,6 +51,8 @@ class Trouble:
         #: What is to be undone, by the order of doing.
         self._undo: dict[int, Callable[[], None]] = {}
         self._done = 0
+        #: How far any replica's clock ever was ahead.
+        self.furthest_jump_s = 0.0
 
     async def make(self, kinds: tuple[Fault, ...], times: int, within_s: float) -> None:
         moments = sorted(self._random.random() * within_s for _ in range(times))
@@ -80,10 +85,18 @@ class Trouble:
             case Fault.REPLICA_CRASH if replica.alive:
                 world.crash_replica(replica.name)
                 self._later(away_s, lambda: world.start_replica(replica.name))
+            case Fault.REPLICA_STOP if replica.alive:
+                world.stop_replica(replica.name)
+                self._later(away_s, lambda: world.start_replica(replica.name))
+            case Fault.AGENT_LEAVES if agent is not None:
+                agent.leave()
             case Fault.REPLICA_PAUSE if replica.alive:
                 self._pause(replica.process, away_s)
             case Fault.CLOCK_JUMP if replica.alive:
-                replica.store.skew_s += self._random.choice(JUMPS_S)
+                far = self._random.randrange(FAR_ONE_IN) == 0
+                jump_s = self._random.choice(FAR_JUMPS_S if far else JUMPS_S)
+                replica.store.skew_s += jump_s
+                self.furthest_jump_s = max(self.furthest_jump_s, replica.store.skew_s)
             case Fault.AGENT_CRASH if agent is not None:
                 world.crash_agent(worker)
                 self._later(away_s, lambda: world.start_agent(worker))
