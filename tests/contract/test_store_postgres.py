@@ -240,7 +240,7 @@ async def test_every_filter_can_use_an_index(database: str) -> None:
                 page = TABLES[cls].page("", {field: values.get(field, "x")}, "a", 10)
                 plan = await (await connection.execute(b"EXPLAIN " + page.as_bytes(connection))).fetchall()
                 text = "\n".join(row[0] for row in plan)
-                assert f"_{field}_" in text and "Seq Scan" not in text, text
+                assert f"_{field}" in text and "Seq Scan" not in text, text
 
 
 async def test_a_key_that_is_no_text_is_refused(database: str) -> None:

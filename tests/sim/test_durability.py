@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -112,6 +113,23 @@ async def test_a_worker_that_is_gone_costs_what_was_not_uploaded_and_says_so(wor
     await world.engine.resume(key)
     assert (await world.request(key)).count == 2, "from what was uploaded"
     await world.start_agent(lost.worker)
+
+
+async def test_a_worker_that_comes_back_with_an_empty_disk_costs_it_too(world: SimWorld) -> None:
+    """As a pod does whose volume ends with it."""
+    key = await world.create("a")
+    await world.request(key)
+    hold_uploads(world)
+    lost = await slept(world, key)
+    await world.kill_agent(lost.worker)
+    shutil.rmtree(world.root / lost.worker / "held")
+    await world.start_agent(lost.worker)
+
+    async def crashed() -> bool:
+        return (await world.actor(key)).state is ActorState.CRASHED
+
+    await until(crashed)
+    assert (await world.actor(key)).reason == "SnapshotLost"
 
 
 async def test_the_way_back_is_never_one_that_the_same_loss_takes(world: SimWorld) -> None:

@@ -64,6 +64,10 @@ def test_what_is_there_without_options(up: Up) -> None:
     assert got.name == "server" and got.operation_deadline_s == 300.0 and not got.no_workers
 
 
+def test_a_shared_store_may_be_away_for_longer(up: Up) -> None:
+    assert up(f"--store={PG}", "--snapshots=s3://b/p").worker_return_s == 2 * up().worker_return_s
+
+
 def test_all_of_it(up: Up, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     got = up(

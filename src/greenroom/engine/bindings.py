@@ -107,13 +107,13 @@ class BindingTable:
         return self._by_key.get(key)
 
     def bind(self, binding: Binding) -> None:
-        """Replaces (and revokes) an older binding of the key; never goes back to an older generation. The same
-        incarnation again changes nothing."""
+        """Replaces (and revokes) an older binding of the key; never goes back to an older generation (another replica
+        may have woken the actor again before this one heard how its own operation ended). The same incarnation again
+        changes nothing."""
         old = self._by_key.get(binding.key)
         if old is not None:
-            if (old.uid, old.generation) == (binding.uid, binding.generation):
+            if old.uid == binding.uid and old.generation >= binding.generation:
                 return
-            assert (old.uid != binding.uid) or (old.generation < binding.generation)
             self.revoke(binding.key)
         self._by_key[binding.key] = self._by_uid[binding.uid] = binding
 

@@ -14,7 +14,7 @@ import structlog
 
 from greenroom.core import agentapi as api
 from greenroom.core.commands import FinishUpload, LoseSnapshot
-from greenroom.core.errors import GreenroomError
+from greenroom.core.errors import GreenroomError, NotFound
 from greenroom.core.records import Key, Snapshot, SnapshotState, Worker
 
 if TYPE_CHECKING:
@@ -44,7 +44,13 @@ class Uploads:
 
     async def _upload(self, snapshot: Snapshot) -> None:
         async with self._turns:
-            await self._engine.hub.call(snapshot.worker, api.Upload(snapshot_id=snapshot.id))
+            try:
+                await self._engine.hub.call(snapshot.worker, api.Upload(snapshot_id=snapshot.id))
+            except NotFound as error:
+                if error.reason != "NOT_HELD":
+                    raise
+                await self._lose(snapshot, f"worker {snapshot.worker}, which alone had it, has it no more")
+                return
         await self._ops.commit(FinishUpload(key=_key(snapshot), now=self._engine.now(), snapshot_id=snapshot.id))
         log.info("snapshot uploaded", snapshot=snapshot.id, worker=snapshot.worker)
 
@@ -58,7 +64,10 @@ class Uploads:
             if snapshot.worker in self._engine.hub.connected():
                 self.begin(snapshot)
             elif self.is_gone(workers.get(snapshot.worker)):
-                await self._lose(snapshot)
+                away_s = self._engine.config.worker_gone_s
+                await self._lose(
+                    snapshot, f"it was on worker {snapshot.worker} only, which has been away for more than {away_s:g} s"
+                )
 
     async def flush(self, worker: str) -> None:
         """Uploads everything that is only on that worker, before it ends for good. Raises what an upload fails with."""
@@ -70,18 +79,14 @@ class Uploads:
         """Whether a worker has been away for so long that its disk counts as lost."""
         return worker is None or worker.last_seen + self._engine.config.worker_gone_s < self._engine.now()
 
-    async def _lose(self, snapshot: Snapshot) -> None:
-        message = (
-            f"snapshot {snapshot.id} was on worker {snapshot.worker} only, which has been away for more than "
-            f"{self._engine.config.worker_gone_s:g} s"
-        )
-        log.error("snapshot lost", snapshot=snapshot.id, actor=f"{snapshot.namespace}/{snapshot.actor}")
+    async def _lose(self, snapshot: Snapshot, why: str) -> None:
+        log.error("snapshot lost", snapshot=snapshot.id, actor=f"{snapshot.namespace}/{snapshot.actor}", why=why)
         lose = LoseSnapshot(
             key=_key(snapshot),
             now=self._engine.now(),
             operation_id=self._engine.new_id(),
             snapshot_id=snapshot.id,
-            message=message,
+            message=f"snapshot {snapshot.id} is lost: {why}",
         )
         try:
             await self._ops.commit(lose)

@@ -140,8 +140,17 @@ def _snapshots(snapshots: tuple[Snapshot, ...], fetched: Fetched) -> tuple[Any, 
     return _columns(rows, 9)
 
 
-def _columns(rows: list[Any], width: int) -> tuple[list[Any], ...]:
-    return tuple(map(list, zip(*rows, strict=True))) if rows else ([],) * width
+def _columns(rows: list[Any], width: int) -> tuple[str | None, ...]:
+    """An array for each column, as PostgreSQL writes it (the client takes longer for a list than for all the rest)."""
+    return tuple(map(_array, zip(*rows, strict=True))) if rows else (None,) * width
+
+
+def _array(values: tuple[Any, ...]) -> str:
+    return "{" + ",".join("NULL" if v is None else _quoted(str(v)) for v in values) + "}"
+
+
+def _quoted(value: str) -> str:
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def effects(change: Change) -> Effects:

@@ -83,6 +83,7 @@ class Table:
         # The namespace begins the key of what has a name; of the others it is a column.
         self._namespace_in_key = self._namespaced and cls is not Operation and cls is not Snapshot
         self._columns = _COLUMNS[cls]
+        self.columns = list(self._columns)
         self._decode = msgspec.json.Decoder(cls).decode
         # A worker's taken slots are counted whenever it is read.
         self.select = f"SELECT t.data, t.xmin::text{_USED if cls is Worker else ''} FROM {self.name} t"
@@ -91,7 +92,7 @@ class Table:
 
         # Writes: $1 writer, $2 key, $3 new version, $4 JSON, $5 old version, then the columns. Each says the event's
         # number and the transaction's if it was done.
-        columns = list(self._columns)
+        columns = self.columns
         number = {c: f"${i}" for i, c in enumerate(columns, 6)}
         event = "INSERT INTO outbox (writer, type, kind, pk, data)"
         # A key is taken whatever the cell; $5 is there so that both writes take the same values.
