@@ -195,6 +195,10 @@ class Agent:
     def _running(self) -> list[str]:
         return [uid for uid, s in self.machine.sandboxes.items() if s.state is ResidentState.RUNNING]
 
+    def knows_it_is_alone(self) -> bool:
+        """Looked at from outside: `AloneWatch.alone` would make it so."""
+        return self._alone._left_s() <= 0
+
     async def _freeze_alone(self, uid: str) -> None:
         async def freeze() -> None:
             sandbox = self.machine.sandboxes.get(uid)

@@ -11,7 +11,9 @@ must have in memory it follows by itself, from the requests that were carried ou
 3. Slots are what actors are bound, never more than there are.
 4. Only legal transitions; versions and generations only grow; who lost an operation changes nothing, neither in the
    store nor on a worker.
-5. Whatever `greenroom.testing.contracts.store_world.audit` checks. Here it is checked for the records that a write
+5. A worker counts as lost only when nobody has heard it for long, and by then its agent knows that it is alone, nobody
+   routes there, and nothing goes on there that does not know better.
+6. Whatever `greenroom.testing.contracts.store_world.audit` checks. Here it is checked for the records that a write
    touched; the whole of it from time to time.
 """
 
@@ -60,6 +62,9 @@ class World(Protocol):
     def tables(self) -> list[BindingTable]: ...
     def stored_count(self, snapshot_id: str) -> int | None: ...
     def is_damaged(self, snapshot_id: str) -> bool: ...
+    def knows_it_is_alone(self, worker: str) -> bool | None:
+        """Whether its agent does; None when there is no agent."""
+
     def sandbox_at(self, path: str) -> Sandbox | None: ...
 
 
@@ -104,6 +109,11 @@ class Oracle:
     store: MemoryStore
     world: World
     stop: Callable[[], None]
+    now: Callable[[], float]
+    #: `EngineConfig.worker_return_s`, where there are several replicas.
+    return_s: float | None
+    #: When it was last written down that somebody heard a worker.
+    heard_at: dict[str, float] = field(default_factory=dict)
     lines: dict[str, Line] = field(default_factory=dict)
     by_key: dict[str, Line] = field(default_factory=dict)
     records: dict[tuple[type[Stored], str], Stored] = field(default_factory=dict)
@@ -186,6 +196,8 @@ class Oracle:
             raise self.broken(
                 f"a write was lost: version {worker.version} replaces version {before.version} of {worker}"
             )
+        if not isinstance(before, Worker) or worker.last_seen != before.last_seen:
+            self.heard_at[worker.name] = self.now()
         bound = self.store._rows.bound_to(worker.name)
         if worker.used != bound:
             raise self.broken(f"{worker.used} slots of worker {worker.name} are taken, by {bound} actors")
@@ -285,8 +297,23 @@ class Oracle:
     def _crashed(self, line: Line, old: Actor, actor: Actor) -> None:
         if actor.unsaved_since is None or not actor.reason:
             raise self.broken(f"it does not say since when it has lost something, or why: {actor}")
+        if actor.reason == "WorkerLost":
+            self._lost(old)
         line.current, line.asleep = None, False
         self._set_back(line, old, actor)
+
+    def _lost(self, actor: Actor) -> None:
+        """What must be so when a worker counts as lost. In a world of one replica it is that replica's own business."""
+        if self.return_s is None:
+            return
+        unheard_s = self.now() - self.heard_at.get(actor.worker, 0.0)
+        if unheard_s < self.return_s:
+            raise self.broken(f"{actor.worker} counts as lost, and was heard {unheard_s:.3f} s ago: {actor}")
+        if self.world.knows_it_is_alone(actor.worker) is False:
+            raise self.broken(f"{actor.worker} counts as lost, and does not know that it is alone: {actor}")
+        routed = [b for t in self.world.tables() if (b := t.get(actor.key)) is not None and b.worker == actor.worker]
+        if routed:
+            raise self.broken(f"{actor.worker} counts as lost, and somebody routes there: {routed}, {actor}")
 
     def _set_back(self, line: Line, old: Actor, actor: Actor) -> None:
         """It has lost something, and says so."""
@@ -366,8 +393,11 @@ class Oracle:
         if call.generation < seen.generation and not joined:
             raise self.broken(f"a stale owner changes a sandbox on {machine}, which has seen {seen}: {call}")
 
-    def runs(self, sandbox: Sandbox) -> None:
-        """A sandbox runs from this instant."""
+    def runs(self, sandbox: Sandbox, *, again: bool) -> None:
+        """A sandbox runs from this instant; ``again``: it was frozen."""
+        line = self.lines[sandbox.uid]
+        if again and line.current is not sandbox and line.actor.state is not ActorState.DELETING and not line.deleted:
+            raise self.broken(f"it goes on, and its actor is not there any more: {sandbox}, {line.actor}")
         others = [
             s
             for m in self.world.machines.values()

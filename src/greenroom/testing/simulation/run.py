@@ -83,7 +83,8 @@ class Simulation:
         self.network.crash = lambda process: self.crash_replica(process.name)
         self.database = Database(self.network, self.trace)
         self.bucket = Bucket(self.network, self.trace)
-        self.oracle = Oracle(self.database.memory, self, self.loop.stop)
+        return_s = plan.clocks.worker_return_s if plan.replicas > 1 else None
+        self.oracle = Oracle(self.database.memory, self, self.loop.stop, self.loop.time, return_s)
         self.database.on_write = self.oracle.wrote
         self.names = tuple(f"r{n}" for n in range(plan.replicas))
         self.replicas: dict[str, Replica] = {}
@@ -126,6 +127,10 @@ class Simulation:
 
     def is_damaged(self, snapshot_id: str) -> bool:
         return snapshot_id in self.bucket.corrupt
+
+    def knows_it_is_alone(self, worker: str) -> bool | None:
+        agent = self.agents.get(worker)
+        return None if agent is None else agent.knows_it_is_alone()
 
     def sandbox_at(self, path: str) -> Sandbox | None:
         return self.sandboxes.get(path)

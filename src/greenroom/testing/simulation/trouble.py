@@ -18,7 +18,7 @@ from greenroom.testing.simulation.snapshots import SNAPSHOTS, Bucket
 from greenroom.testing.simulation.trace import Trace
 
 #: How long a part is away, in seconds: sometimes a moment, sometimes much longer than any lease.
-AWAY_S = ((0.1, 1.0), (1.0, 6.0), (6.0, 20.0))
+AWAY_S = ((0.1, 1.0), (1.0, 6.0), (8.0, 20.0), (8.0, 20.0))
 #: By how much clocks jump.
 JUMPS_S = (-20.0, -3.0, 3.0, 20.0)
 #: The same, seldom: it takes an hour until leases of such a clock have run out.
