@@ -415,14 +415,12 @@ class Agent:
         sandbox = self._resident(call.actor_uid)
         self.machine.staged.pop(call.actor_uid, None)
         phases = await self._work(QUICK_S)
-        self._acts(call)
-        self._go_on(sandbox)
-        return api.Started(endpoint=sandbox.endpoint, phases=phases, warm=True)
-
-    def _go_on(self, sandbox: Sandbox) -> None:
         if sandbox.gone:
-            raise NotFound(f"actor {sandbox.uid} has ended", reason="NOT_RESIDENT")
+            raise NotFound(f"actor {call.actor_uid} has ended", reason="NOT_RESIDENT")
+        self._acts(call)
+        self.machine.watch.goes_on(sandbox)
         self.machine.thaw(sandbox)
+        return api.Started(endpoint=sandbox.endpoint, phases=phases, warm=True)
 
     # --- sleep --------------------------------------------------------------------------------------------
 
@@ -447,7 +445,7 @@ class Agent:
             self.machine.staged[call.actor_uid] = made, sandbox.count
         except BaseException:
             if not sandbox.gone:  # after a failure it runs, also when it was frozen before
-                self._go_on(sandbox)
+                self.machine.thaw(sandbox)
             raise
         sandbox.operation_id = call.operation_id
         return api.Checkpointed(size_bytes=8, phases=phases)

@@ -95,7 +95,8 @@ class Sandbox:
 class Watch(Protocol):
     """Who is told in the instant in which it happens."""
 
-    def runs(self, sandbox: Sandbox, *, again: bool) -> None: ...
+    def runs(self, sandbox: Sandbox) -> None: ...
+    def goes_on(self, sandbox: Sandbox) -> None: ...
     def call_arrived(self, machine: str, call: ActorCall) -> bool: ...
     def call_acts(self, machine: str, call: ActorCall) -> None: ...
 
@@ -198,13 +199,12 @@ class Machine:
         sandbox = Sandbox(len(self._register) + 1, self, identity, count, operation_id)
         self._register[sandbox.endpoint.path] = sandbox
         self.sandboxes[identity.uid] = sandbox
-        self.watch.runs(sandbox, again=False)
+        self.watch.runs(sandbox)
         return sandbox
 
     def thaw(self, sandbox: Sandbox) -> None:
-        again = sandbox.frozen
         sandbox.thaw()
-        self.watch.runs(sandbox, again=again)
+        self.watch.runs(sandbox)
 
     def remove(self, sandbox: Sandbox) -> None:
         sandbox.gone = True

@@ -393,11 +393,14 @@ class Oracle:
         if call.generation < seen.generation and not joined:
             raise self.broken(f"a stale owner changes a sandbox on {machine}, which has seen {seen}: {call}")
 
-    def runs(self, sandbox: Sandbox, *, again: bool) -> None:
-        """A sandbox runs from this instant; ``again``: it was frozen."""
+    def goes_on(self, sandbox: Sandbox) -> None:
+        """Somebody has it thawed."""
         line = self.lines[sandbox.uid]
-        if again and line.current is not sandbox and line.actor.state is not ActorState.DELETING and not line.deleted:
+        if line.current is not sandbox and line.actor.state is not ActorState.DELETING and not line.deleted:
             raise self.broken(f"it goes on, and its actor is not there any more: {sandbox}, {line.actor}")
+
+    def runs(self, sandbox: Sandbox) -> None:
+        """A sandbox runs from this instant."""
         others = [
             s
             for m in self.world.machines.values()

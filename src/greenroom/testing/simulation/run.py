@@ -6,7 +6,7 @@ import asyncio
 import gc
 import random
 from collections import Counter
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,7 @@ from greenroom.testing.simloop import SimLoop
 from greenroom.testing.simulation.agent import Agent
 from greenroom.testing.simulation.clients import TEMPLATE, User
 from greenroom.testing.simulation.database import Database
-from greenroom.testing.simulation.faults import Chosen, Fault, Injector
+from greenroom.testing.simulation.faults import Fault, Injector
 from greenroom.testing.simulation.links import SimHub
 from greenroom.testing.simulation.machine import Machine, Sandbox
 from greenroom.testing.simulation.network import Network
@@ -42,6 +42,8 @@ SETUP_S = 60.0
 RESTART_S = 1.0
 #: Clocks of replicas differ by up to this much.
 SKEW_S = 0.5
+#: Actors that two people use.
+MORE_USERS = 2
 #: How often somebody tries to use an actor in the end.
 USES = 5
 
@@ -70,12 +72,16 @@ class Report:
 class Broken(AssertionError):
     """What does not hold, with the seed that shows it."""
 
+    def __init__(self, seed: int, at_s: float, what: BaseException) -> None:
+        super().__init__(f"seed {seed}, at {at_s:.3f} s: {what}\n  alone: make sim SEEDS=1 FROM={seed}")
+        self.seed = seed
+
 
 class Simulation:
     """One world. See `run`."""
 
-    def __init__(self, seed: int, plan: Plan, *, chosen: Chosen | None = None, trace: bool = False) -> None:
-        self.seed, self.plan, self._chosen = seed, plan, chosen
+    def __init__(self, seed: int, plan: Plan, *, trace: bool = False) -> None:
+        self.seed, self.plan = seed, plan
         self.loop = SimLoop(seed, pace=plan.pace)
         self.trace = Trace(self.loop.time, keep=trace)
         self.faults = Injector(seed, rate=plan.step_rate, without=plan.without)
@@ -101,9 +107,10 @@ class Simulation:
             on_crash=plan.on_crash,
             durability=plan.durability,
         )
+        self.people = self.loop.process("people")
         self._processes = 0
         self._random = random.Random(f"world {seed}")
-        self._trouble = Trouble(self, seed)
+        self.trouble = Trouble(self, seed)
         self._settle_s = 0.0
 
     # --- what others look at ------------------------------------------------------------------------------
@@ -246,23 +253,23 @@ class Simulation:
         for name in self.machines:
             self.start_agent(name)
         await self._apply()
+        await self._live()
+        await self._calm()
+
+    async def _live(self) -> None:
+        """People use actors while things go wrong."""
         plan = self.plan
-        if self._chosen is not None:
-            self.faults.choose(self._chosen)
         self.faults.trouble = True
         users = [
             User(self, Key(NAMESPACE, f"a{n % plan.actors}"), f"{self.seed} {n}", plan.acts, plan.trouble_s)
-            for n in range(plan.actors + 2)
+            for n in range(plan.actors + MORE_USERS)
         ]
-        people = self.loop.process("people")
-        lives = [self.loop.start(people, user.live(), f"user-{n}") for n, user in enumerate(users)]
-        await self._trouble.make(plan.kinds, plan.parts, plan.trouble_s)
+        lives = [self.loop.start(self.people, user.live(), f"user-{n}") for n, user in enumerate(users)]
+        await self.trouble.make(plan.kinds, plan.parts, plan.trouble_s)
         await asyncio.sleep(max(0.0, plan.trouble_s - self.loop.time()))
         await asyncio.wait(lives)
-        for life in lives:
+        for life, user in zip(lives, users, strict=True):
             life.result()
-        await self._calm()
-        for user in users:
             self.oracle.ends.update({f"user: {act}": times for act, times in user.did.items()})
 
     async def _apply(self) -> None:
@@ -276,7 +283,7 @@ class Simulation:
         """Nothing goes wrong any more. Everything comes to rest by itself, and every actor can be used."""
         self.trace("calm")
         self.faults.trouble = False
-        self._trouble.heal()
+        self.trouble.heal()
         for replica in self.replicas_alive():
             replica.store.skew_s = self._random.uniform(-SKEW_S, SKEW_S)
         begin = self.loop.time()
@@ -297,7 +304,7 @@ class Simulation:
                 await asyncio.sleep(1.0)
 
     def _bound_s(self) -> float:
-        return bound_s(self.plan.clocks, self._trouble.furthest_jump_s)
+        return bound_s(self.plan.clocks, self.trouble.furthest_jump_s)
 
     async def _settle(self, until: float) -> None:
         while found := await problems(self.database.memory, list(self.replicas.values()), self.machines, self.bucket):
@@ -331,11 +338,11 @@ class Simulation:
                 self.loop.run_until_complete(self.main())
         except BaseException as error:
             first = self.oracle.found[0] if self.oracle.found else error
-            raise Broken(f"seed {self.seed}, at {self.loop.time():.3f} s: {first}") from first
+            raise Broken(self.seed, self.loop.time(), first) from first
         finally:
             self.loop.close()
         if self.oracle.found:
-            raise Broken(f"seed {self.seed}: {self.oracle.found[0]}") from self.oracle.found[0]
+            raise Broken(self.seed, self.loop.time(), self.oracle.found[0]) from self.oracle.found[0]
         return Report(
             seed=self.seed,
             digest=self.trace.digest(),
@@ -372,8 +379,25 @@ def _logs(oracle: Oracle) -> Iterator[None]:
         structlog.configure(**before)
 
 
-def run(seed: int, plan: Plan | None = None, *, chosen: Chosen | None = None) -> Report:
-    """Runs one seed, in a world of its own drawing unless ``plan`` says which."""
-    report = Simulation(seed, plan or Plan.draw(seed), chosen=chosen).run()
-    gc.collect()  # a world is full of circles
-    return report
+def run(seed: int, plan: Plan | None = None) -> Report:
+    """Runs one seed, in a world of its own drawing unless ``plan`` says which. Raises `Broken`."""
+    return Simulation(seed, plan or Plan.draw(seed)).run()
+
+
+def run_all(seeds: Iterable[int], plan: Callable[[int], Plan] = Plan.draw) -> Iterator[Report | Broken]:
+    """Runs one seed after the other."""
+    # A world is full of circles, and a collection in the midst of it finds nothing that is garbage already. So there is
+    # one after each, which does not look at what was there before.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        for seed in seeds:
+            try:
+                yield run(seed, plan(seed))
+            except Broken as broken:
+                yield broken.with_traceback(None)
+            gc.collect()
+    finally:
+        gc.enable()
+        gc.unfreeze()
