@@ -44,9 +44,14 @@ class AloneWatch:
     """
 
     def __init__(
-        self, path: Path, running: Callable[[], Iterable[str]], freeze: Callable[[str], Awaitable[None]]
+        self,
+        path: Path,
+        running: Callable[[], Iterable[str]],
+        freeze: Callable[[str], Awaitable[None]],
+        boot_time: Callable[[], float] = _boot_time,
     ) -> None:
         self._path = path
+        self._boot_time = boot_time
         self._running = running
         self._freeze = freeze
         self._loop = asyncio.get_running_loop()
@@ -54,7 +59,7 @@ class AloneWatch:
         self._alone_s, self.epoch = remembered.alone_s, remembered.epoch
         # An agent that comes back is as alone as the one before was. After a boot of the machine nothing runs anyway,
         # nor does anything where nobody was ever heard.
-        away_s = max(0.0, _boot_time() - remembered.heard_at) if remembered.heard_at else 0.0
+        away_s = max(0.0, boot_time() - remembered.heard_at) if remembered.heard_at else 0.0
         self._heard_at = self._loop.time() - away_s
         self._was_alone = False
         self._news = asyncio.Event()
@@ -124,7 +129,7 @@ class AloneWatch:
 
     def _remember(self) -> None:
         try:
-            heard_at = _boot_time() - (self._loop.time() - self._heard_at)
+            heard_at = self._boot_time() - (self._loop.time() - self._heard_at)
             now = _Remembered(alone_s=self._alone_s, epoch=self.epoch, heard_at=heard_at)
             new = self._path.with_suffix(".new")  # a process that is killed here must not forget its epoch
             new.write_bytes(msgspec.json.encode(now))
