@@ -17,7 +17,7 @@ import structlog
 from greenroom.core.errors import GreenroomError
 from greenroom.core.records import Actor, Key, Probe, Template, TemplateSpec, TemplateState, Worker
 from greenroom.engine.bindings import BindingTable
-from greenroom.engine.engine import DRAINED
+from greenroom.engine.census import ASKED
 from greenroom.testing.contracts.store_world import list_all
 from greenroom.testing.simloop import SimLoop
 from greenroom.testing.simulation.agent import Agent
@@ -297,7 +297,7 @@ class Simulation:
     async def _undrain(self) -> None:
         """Whoever had drained a worker and could not undo it does it now."""
         for worker in await list_all(self.database.memory, Worker):
-            while (await self.database.memory.get(Worker, worker.name)).message == DRAINED:
+            while (await self.database.memory.get(Worker, worker.name)).cordon == ASKED:
                 for replica in self.replicas_alive():
                     with suppress(GreenroomError):
                         await replica.ask("undrain", partial(replica.engine.drain_worker, worker.name, undo=True))
