@@ -53,8 +53,6 @@ TRIM_CHUNK = 2_000
 #: Before it connects again, in seconds: at first, and at most.
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.05, 1.0
 
-#: The planner can't know that nearly all rows have been seen already.
-_BY_INDEX = "SET enable_seqscan = off"
 _DURABILITY = "SELECT name, setting FROM pg_settings WHERE name IN ('fsync', 'synchronous_commit')"
 _SNAPSHOT = "SELECT pg_current_snapshot()::text"
 #: $1 the snapshot of the look before, $2 this process. Its first row is the new snapshot, the time, and from which
@@ -177,7 +175,6 @@ class Feed:
                 try:
                     await migrate(connection, self._scripts, self._database.where)  # takes the time that it takes
                     async with limited(connection):
-                        await connection.execute(_BY_INDEX)
                         self.partitions = await partitions(connection)
                         await self._check_durable(connection)
                         if not self._snapshot:

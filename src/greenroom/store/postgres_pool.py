@@ -31,9 +31,9 @@ T = TypeVar("T")
 Connection = AsyncConnection[tuple[Any, ...]]
 Turn = asyncio.Future[Connection | None]
 
-#: Connections of one process. A call holds one for about a millisecond, most of which is the wait for the disk, which
-#: many calls share; more connections than that cost the server memory and gain nothing.
-MAX_CONNECTIONS = 16
+#: Connections of one process. A call holds one for a few milliseconds, most of which is the wait for the disk, which
+#: all share; so these make some 3000 calls a second. Each costs the server some MiB, and time when it is new.
+MAX_CONNECTIONS = 10
 #: Those that nobody has needed for so long are closed, in seconds.
 MAX_IDLE_S = 600.0
 #: Statements that a connection keeps ready. There are some twenty, and as many again for each partition.
@@ -93,6 +93,11 @@ class Database:
             # A row is found by its key, which needs no plan of its own for each key; the server would make one, because
             # it reckons that it saves looking into seven of eight partitions, and that takes longer than the look.
             "plan_cache_mode": "force_generic_plan",
+            # Every statement has an index that fits, and few rows to find. A plan that is made while a table is empty,
+            # as those of a new database are, would do without, and be kept until the table's statistics are gathered.
+            "enable_seqscan": "off",
+            "enable_bitmapscan": "off",
+            "jit": "off",
             # What the functions of the schema are made for: each statement in them sees what was committed before it.
             "default_transaction_isolation": "read\\ committed",
         }
