@@ -30,12 +30,14 @@ FAILED_ONCE = {
     76: "a binding made from the late reply of a commit, after the actor had been deleted",
     135: "begun anew after a crash, an actor forgot a snapshot that nobody removed then",
     141: "a worker that wanted to end was not seen off again after the first try had failed",
-    151: "a suspend that was backed out left the copy that the worker held",
+    151: "a suspend that was backed out left a copy on the worker; later: a resume that was moved twice by one command",
     158: "a snapshot that was on a worker's disk only, and the worker came back with an empty disk",
     170: "a request to cancel met a step whose time was just up: RuntimeError",
     189: "a binding that went back to an older generation: AssertionError",
     74: "a worker counted as lost too early, when a look at the store took long",
     300360: "an actor of a lost worker was crashed late, when the worker was back",
+    148: "a worker that wanted to end was not seen off again after the first try had failed",
+    278: "the same",
     26: "a drained worker's record forgot why, and the worker stayed drained",
 }
 

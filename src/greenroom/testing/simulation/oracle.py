@@ -297,13 +297,15 @@ class Oracle:
     def _crashed(self, line: Line, old: Actor, actor: Actor) -> None:
         if actor.unsaved_since is None or not actor.reason:
             raise self.broken(f"it does not say since when it has lost something, or why: {actor}")
-        if actor.reason == "WorkerLost":
+        sandbox = line.current
+        if actor.reason == "WorkerLost" and sandbox is not None and not (sandbox.frozen or sandbox.gone):
             self._lost(old)
         line.current, line.asleep = None, False
         self._set_back(line, old, actor)
 
     def _lost(self, actor: Actor) -> None:
-        """What must be so when a worker counts as lost. In a world of one replica it is that replica's own business."""
+        """What must be so when an actor is lost with its worker, and runs there still. In a world of one replica it is
+        that replica's own business."""
         if self.return_s is None:
             return
         unheard_s = self.now() - self.heard_at.get(actor.worker, 0.0)
