@@ -3,7 +3,7 @@ PYTHON_BIN := .venv/bin/python
 export PATH := $(PATH):$(CURDIR)/.tools/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test lint unit proto bench clean
+.PHONY: help setup setup-test demo test lint unit sim proto bench clean
 
 help:  ## Shows this list
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -28,6 +28,9 @@ lint: setup-test  ## Form, types and floors
 
 unit: setup-test  ## The tests that need nothing but Python
 	$(PYTHON_BIN) -m pytest -q tests/unit tests/sim $(ARGS)
+
+sim: setup-test  ## Looks for a seed that breaks something: SEEDS=1000 FROM=0
+	$(PYTHON_BIN) -m greenroom.testing.simulation --seeds $(or $(SEEDS),1000) --from $(or $(FROM),0) $(ARGS)
 
 proto: setup-test  ## Generates the code of the wire protocol again
 	@scripts/proto.sh

@@ -128,12 +128,25 @@ def test_only_reachable_workers_are_taken() -> None:
     assert nobody.value.reason == "NO_CAPACITY", "another replica may have it"
 
 
-def test_a_worker_in_quarantine_takes_nobody_until_it_is_over() -> None:
-    ill = worker("ill", failures=3, quarantined_until=NOW + 1)
-    assert chosen(ill, worker("well", used=1)) == "well"
-    with pytest.raises(ResourceExhausted, match="in quarantine after 3 failures"):
-        choose([ill], demand(), NOW)
-    assert choose([ill], demand(), NOW + 1)[0] is ill
+def test_a_worker_in_quarantine_takes_nobody_while_another_fits() -> None:
+    ill, well = worker("ill", failures=3, quarantined_until=NOW + 1), worker("well", used=1)
+    assert chosen(ill, well) == "well"
+    _, rejected = choose([ill, well], demand(), NOW)
+    assert [(r.worker, r.why) for r in rejected] == [("ill", "in quarantine after 3 failures")]
+    # What fails everywhere may not be the workers' fault; and to try is better than to do nothing for minutes.
+    assert choose([ill, replace(well, used=2)], demand(), NOW)[0] is ill
+    assert choose([ill, well], demand(), NOW + 1)[1] == ()
+
+
+def test_whom_only_some_workers_serve_is_told_which() -> None:
+    local = snapshot("s", state=SnapshotState.LOCAL, worker="there")
+    there, other = worker("there", used=2), worker("other")
+    with pytest.raises(ResourceExhausted) as full:
+        choose([there, other], demand(snapshot=local), NOW)
+    assert full.value.metadata == {"only": "there"}
+    with pytest.raises(ResourceExhausted) as full:
+        choose([there, replace(other, used=2)], demand(snapshot=local), NOW)
+    assert full.value.metadata == {}, "no room for anybody"
 
 
 def test_a_local_snapshot_is_restored_where_it_is() -> None:
@@ -203,15 +216,17 @@ def test_failures_in_a_row_lead_to_quarantines_that_double_up_to_a_limit() -> No
     for number in range(1, FAILURES_TO_QUARANTINE):
         one = after_failure(one, NOW)
         assert (one.failures, one.quarantined_until) == (number, 0.0), "it can be bad luck"
-    lengths = []
+    lengths, now = [], NOW
     for _ in range(8):
-        one = after_failure(one, NOW)
-        lengths.append(one.quarantined_until - NOW)
+        one = after_failure(one, now)
+        lengths.append(one.quarantined_until - now)
+        assert after_failure(one, now) is one, "what fails meanwhile began before"
+        now = one.quarantined_until
     assert lengths[0] == FIRST_QUARANTINE_S and lengths[-1] == LAST_QUARANTINE_S
     for shorter, longer in itertools.pairwise(lengths):
         assert longer == min(2 * shorter, LAST_QUARANTINE_S)
-    weeks = after_failure(replace(one, failures=5000), NOW)
-    assert weeks.quarantined_until == NOW + LAST_QUARANTINE_S
+    weeks = after_failure(replace(one, failures=5000), now)
+    assert weeks.quarantined_until == now + LAST_QUARANTINE_S
 
 
 def test_a_failure_before_the_limit_does_not_end_a_quarantine_and_a_success_does() -> None:

@@ -36,22 +36,29 @@ class _Remembered(Record, frozen=True, kw_only=True):
 
 class AloneWatch:
     """``stale``: actors (uid) that run and were not let run in the epoch that is `now`; ``stop`` stops one, unless it
-    is not stale any more.
+    is not stale any more. ``boot_time``: the machine's clock.
 
     How long is long is remembered in ``path``, for an agent process that begins while nobody can be heard; so is the
     `epoch`, which grows each time that this worker becomes alone: what somebody decided about what runs here before
     that may not be true any more.
     """
 
-    def __init__(self, path: Path, stale: Callable[[], Iterable[str]], stop: Callable[[str], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        stale: Callable[[], Iterable[str]],
+        stop: Callable[[str], Awaitable[None]],
+        boot_time: Callable[[], float] = lambda: clock.boot_time(),
+    ) -> None:
         self._path = path
+        self._boot_time = boot_time
         self._stale = stale
         self._stop = stop
         remembered = self._recall()
         self._alone_s, self.epoch = remembered.alone_s, remembered.epoch
         # An agent that comes back is as alone as the one before was. After a boot of the machine nothing runs anyway,
         # nor does anything where nobody was ever heard.
-        now = clock.boot_time()
+        now = boot_time()
         self._heard_at = min(now, remembered.heard_at or now)
         self._was_alone = False
         self._news = asyncio.Event()
@@ -85,7 +92,7 @@ class AloneWatch:
         return -1 if self.alone else self.epoch
 
     def _left_s(self) -> float:
-        return self._heard_at + self._alone_s - clock.boot_time() if self._alone_s > 0 else float("inf")
+        return self._heard_at + self._alone_s - self._boot_time() if self._alone_s > 0 else float("inf")
 
     async def _watch(self) -> None:
         was = False

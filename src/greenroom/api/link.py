@@ -144,7 +144,10 @@ class AgentHub(link_pb2_grpc.AgentLinkServicer):
     async def call(self, worker: str, call: AgentCall, on_progress: OnProgress | None = None) -> Record:
         peer = self._peer(worker)
         number = peer.begin(call, on_progress=on_progress)
-        return await peer.calls[number].answer
+        try:
+            return await peer.calls[number].answer
+        finally:
+            peer.calls.pop(number, None)  # a caller that has gone hears no progress any more
 
     def open(self, worker: str, call: Exec | Logs) -> CallStream:
         peer = self._peer(worker)
@@ -248,10 +251,10 @@ class AgentHub(link_pb2_grpc.AgentLinkServicer):
             return  # the answer to a call whose stream was cancelled
         match frame.kind:
             case Frame.RESULT:
-                del peer.calls[frame.id]
+                peer.calls.pop(frame.id, None)
                 _settle(pending, _decode_answer[pending.name](frame.body))
             case Frame.ERROR:
-                del peer.calls[frame.id]
+                peer.calls.pop(frame.id, None)
                 failure = _decode_failure(frame.body)
                 _settle(pending, rebuild(failure.code, failure.reason, failure.message, failure.metadata))
             case Frame.PROGRESS if pending.on_progress is not None:

@@ -27,6 +27,7 @@ from greenroom.api.service import ServerInfo
 from greenroom.cli.supervisor import AgentPaths, Supervisor, awake_actors
 from greenroom.core.errors import FailedPrecondition, GreenroomError, InvalidArgument, NotFound, Unavailable
 from greenroom.core.records import Actor, OperationKind, Pool, PoolSpec
+from greenroom.engine.census import LEAVING
 from greenroom.engine.config import DEADLINES_S, PREPARE_DEADLINE_S, EngineConfig
 from greenroom.engine.engine import Engine
 from greenroom.gateway.gateway import Gateway
@@ -216,7 +217,7 @@ class Server:
         if self.supervisor and self.engine and self.store:
             mine = self.supervisor.names()
             if suspend:
-                await _step(self._suspend_all(self.engine, mine, hurry or asyncio.Event()))
+                await _step(self._empty(self.engine, mine, hurry or asyncio.Event()))
             try:
                 awake = [actor for actor in await awake_actors(self.store) if actor.worker in mine]
                 spare = {actor.worker for actor in awake}
@@ -235,17 +236,27 @@ class Server:
             await _step(self.store.close())
         return [str(actor.key) for actor in awake]
 
-    async def _suspend_all(self, engine: Engine, workers: set[str], hurry: asyncio.Event) -> None:
-        suspending = asyncio.create_task(engine.suspend_all(sorted(workers)))
+    async def _empty(self, engine: Engine, workers: set[str], hurry: asyncio.Event) -> None:
+        """Suspends what runs on these workers, and uploads what is only there, until it is done or in a hurry."""
+        emptying = asyncio.create_task(_empty_workers(engine, sorted(workers)))
         hurried = asyncio.create_task(hurry.wait())
-        await asyncio.wait({suspending, hurried}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({emptying, hurried}, return_when=asyncio.FIRST_COMPLETED)
         hurried.cancel()
-        if not suspending.done():
-            suspending.cancel()
+        if not emptying.done():
+            emptying.cancel()
             return
-        for operation in await suspending:
-            if operation.error is not None:
-                log.error("could not suspend", actor=str(operation.key), error=operation.error.message)
+        await emptying
+
+
+async def _empty_workers(engine: Engine, workers: list[str]) -> None:
+    if not engine.config.exclusive:  # other replicas would wake actors there again
+        for worker in workers:
+            await engine.census.cordon(worker, LEAVING)
+    for operation in await engine.suspend_all(workers):
+        if operation.error is not None:
+            log.error("could not suspend", actor=str(operation.key), error=operation.error.message)
+    for worker in workers:
+        await engine.uploads.flush(worker)
 
 
 async def open_store(options: ServerOptions) -> Store:

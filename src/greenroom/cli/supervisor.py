@@ -12,17 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
-from msgspec.structs import replace
 
 from greenroom.cli.agent import END_SIGNAL, WIPE_SIGNAL
 from greenroom.core import states
 from greenroom.core.agentapi import Shutdown
 from greenroom.core.errors import Conflict, GreenroomError, NotFound
-from greenroom.core.records import Actor, Pool, PoolSpec, Worker, WorkerState
+from greenroom.core.records import Actor, Pool, PoolSpec, Worker
 from greenroom.engine.engine import Engine
 from greenroom.store.port import Event, Store
 
 log = structlog.get_logger(__name__)
+
+#: See `Worker.cordon`.
+RETIRING = "retiring"
 
 #: An agent that died is started again after this, doubling up to the last while it keeps dying young.
 FIRST_PAUSE_S = 0.2
@@ -63,6 +65,7 @@ class Supervisor:
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._specs: dict[str, PoolSpec] = {}
         self._watcher: asyncio.Task[None] | None = None
+        self._closed = False
 
     def names(self) -> set[str]:
         """The workers that this server keeps."""
@@ -114,8 +117,8 @@ class Supervisor:
             if not (self._paths.workers / worker.name).is_dir():
                 continue  # another server's, or an agent's that was started by hand
             if worker.name in self._keepers:
-                if worker.state is WorkerState.DRAINING:  # it was too much for a while, and that was cut short
-                    await self._mark(worker.name, WorkerState.DISCONNECTED, "")
+                if worker.cordon == RETIRING:  # it was too much for a while, and that was cut short
+                    await self._mark(worker.name, "")
                 continue
             spec = PoolSpec(backend=worker.backend, slots=worker.capacity)
             pool = Pool(name=worker.pool, uid="", spec=spec, created_at=worker.registered_at)
@@ -172,18 +175,16 @@ class Supervisor:
 
     async def _retire(self, name: str) -> None:
         """A worker that is too much: its actors are suspended first, then it ends and is forgotten."""
-        store, census = self._engine.store, self._engine.census
-        try:
-            await self._mark(name, WorkerState.DRAINING, "the pool was made smaller")
-            await census.wait_for_worker(name, time.monotonic() + CONNECT_TIMEOUT_S)
-            await self._engine.suspend_all([name])
-            while awake := await awake_actors(store, name):
-                log.error("worker can't end yet: actors are awake", worker=name, actors=[str(a.key) for a in awake])
-                await asyncio.sleep(RETIRE_PAUSE_S)
-                await self._engine.suspend_all([name])
-            await self._flush(name)
-        except NotFound:
-            pass  # it never connected
+        store = self._engine.store
+        while not self._closed:
+            try:
+                await self._empty(name)
+                break
+            except NotFound:
+                break  # it never connected
+            except GreenroomError as error:
+                log.error("worker can't end yet", worker=name, error=error.message)
+            await asyncio.sleep(RETIRE_PAUSE_S)
         if (keeper := self._retiring.get(name)) is None:
             return  # the server ends, and all its agents with it
         await self._end(name, keeper, wipe=True)
@@ -192,18 +193,20 @@ class Supervisor:
         self._retiring.pop(name, None)
         await self._reconcile()  # it may be wanted again by now
 
-    async def _flush(self, name: str) -> None:
-        """What only this worker has is uploaded before its disk is forgotten."""
-        while True:
-            try:
-                return await self._engine.uploads.flush(name)
-            except GreenroomError as error:
-                log.error("worker can't end yet: snapshots are only there", worker=name, error=error.message)
+    async def _empty(self, name: str) -> None:
+        """Suspends what is awake there, and uploads what only this worker has."""
+        await self._mark(name, RETIRING)
+        await self._engine.census.wait_for_worker(name, time.monotonic() + CONNECT_TIMEOUT_S)
+        await self._engine.suspend_all([name])
+        while awake := await awake_actors(self._engine.store, name):
+            log.error("worker can't end yet: actors are awake", worker=name, actors=[str(a.key) for a in awake])
             await asyncio.sleep(RETIRE_PAUSE_S)
+            await self._engine.suspend_all([name])
+        await self._engine.uploads.flush(name)
 
-    async def _mark(self, name: str, state: WorkerState, message: str) -> None:
-        store = self._engine.store
-        await self._write(name, lambda worker: store.put(replace(worker, state=state, message=message)))
+    async def _mark(self, name: str, cordon: str) -> None:
+        if await self._engine.census.cordon(name, cordon) is None:
+            raise NotFound(f"worker {name} never connected")
 
     async def _write(self, name: str, write: Callable[[Worker], Awaitable[object]]) -> None:
         """Writes a worker's row, again when somebody else wrote it meanwhile: it says by itself when it comes and goes.
@@ -241,6 +244,7 @@ class Supervisor:
     async def close(self, *, spare: Collection[str] = ()) -> None:
         """Ends all agents; what still runs on them is destroyed, so suspend everything first. On the workers of
         ``spare`` it goes on running instead, for the next agent to take over."""
+        self._closed = True
         if self._watcher:
             self._watcher.cancel()
         keepers = self._keepers | self._retiring

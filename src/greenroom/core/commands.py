@@ -140,9 +140,11 @@ class BackOut(OperationCommand, frozen=True, kw_only=True):
 
 
 class Rebind(OperationCommand, frozen=True, kw_only=True):
-    """A resume failed on its worker before the sandbox started (``why``): tries the next one, in the same operation."""
+    """A resume failed on its worker before the sandbox started (``why``): tries the next one, in the same operation.
+    ``attempts``: the operation's before that, so that one that comes late, or twice, moves nothing."""
 
     needs = frozenset({"template", "source", "workers"})
+    attempts: int = 1
     avoid: tuple[str, ...] = ()
     reachable: tuple[str, ...] | None = None
     why: str = ""
@@ -215,6 +217,15 @@ class Crash(Command, frozen=True, kw_only=True):
     message: str
 
 
+class Reunite(Command, frozen=True, kw_only=True):
+    """A worker that was away has come back with the actor, frozen: it goes on, in a new generation. Changes nothing
+    unless it is RUNNING there in exactly this one."""
+
+    uid: str
+    worker: str
+    generation: int
+
+
 class FinishUpload(Command, frozen=True, kw_only=True):
     """A snapshot that was on one worker's disk only is in the snapshot store now."""
 
@@ -251,6 +262,7 @@ ActorCommand = (
     | ReleaseLease
     | RequestCancel
     | Crash
+    | Reunite
     | FinishUpload
     | LoseSnapshot
 )

@@ -44,6 +44,7 @@ from greenroom.core.commands import (
     ReleaseLease,
     RenewLease,
     RequestCancel,
+    Reunite,
     TakeOver,
     View,
 )
@@ -128,6 +129,8 @@ def decide(view: View, command: ActorCommand) -> Change:
             return _request_cancel(view, command)
         case Crash():
             return _crash(view, command)
+        case Reunite():
+            return _reunite(view, command)
         case FinishUpload():
             return _finish_upload(view, command)
         case LoseSnapshot():
@@ -587,6 +590,8 @@ def _rebind(view: View, c: Rebind) -> Change:
     if op.from_state is ActorState.PAUSED:  # its memory is on that worker only
         raise _wrong_step(c, op)
     source = _source(view, actor)
+    if op.attempts != c.attempts:
+        return Change(outcome=Outcome.REPEATED, actor=actor, operation=op, source=source, template=view.template)
     worker, slots, _ = _move(view, actor, source, c)
     tried = (*op.rejected, Rejection(worker=op.worker, why=c.why or "failed"))[-placement.MAX_REJECTIONS :]
     return Change(
@@ -749,6 +754,17 @@ def _loss(actor: Actor, operation_id: str, now: float, code: str, reason: str, m
         error=Failure(code=code, reason=reason, message=message),
         version=1,
     )
+
+
+def _reunite(view: View, c: Reunite) -> Change:
+    actor = view.actor
+    if (
+        actor is None
+        or actor.state is not ActorState.RUNNING
+        or (actor.uid, actor.worker, actor.generation) != (c.uid, c.worker, c.generation)
+    ):
+        return Change(outcome=Outcome.ALREADY, actor=actor)
+    return Change(actor=replace(actor, generation=actor.generation + 1, version=actor.version + 1))
 
 
 def _finish_upload(view: View, c: FinishUpload) -> Change:

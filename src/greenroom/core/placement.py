@@ -14,6 +14,7 @@ FAILURES_TO_QUARANTINE = 3
 #: How long the first quarantine takes; each further failure doubles it up to the last.
 FIRST_QUARANTINE_S = 30.0
 LAST_QUARANTINE_S = 600.0
+MAX_DOUBLINGS = 10
 #: Rejections that an operation keeps; more say nothing new.
 MAX_REJECTIONS = 16
 
@@ -52,15 +53,16 @@ def choose(workers: Iterable[Worker], demand: Demand, now: float) -> tuple[Worke
 
     Raises:
         FailedPrecondition: no worker of the pool could ever run it (reason ``NO_COMPATIBLE_WORKER``).
-        ResourceExhausted: all that could are full, draining, disconnected or in quarantine (reason ``NO_CAPACITY``).
+        ResourceExhausted: all that could are full, draining or disconnected (reason ``NO_CAPACITY``). ``metadata``:
+            ``only``, the names of these, when others of the pool have a free slot.
     """
     of_pool = [w for w in workers if w.pool == demand.pool]
     ranking = rank(of_pool, demand, now)
     if ranking.order:
         return ranking.order[0], ranking.rejected
-    able = [w for w in of_pool if never(w, demand) is None]
+    able = [w for w in of_pool if never(w, demand) is None and _has_it(w, demand.snapshot)]
     reasons = "; ".join(f"{r.worker}: {r.why}" for r in ranking.rejected)
-    if of_pool and not able:
+    if of_pool and all(never(w, demand) for w in of_pool):
         snapshot = demand.snapshot
         what = (
             f"snapshot {snapshot.id}, made by backend {snapshot.backend!r} ({snapshot.fingerprint})"
@@ -78,13 +80,20 @@ def choose(workers: Iterable[Worker], demand: Demand, now: float) -> tuple[Worke
         + (f" ({reasons})" if reasons else "")
         + "; suspend an actor, or raise the pool's replicas",
         reason="NO_CAPACITY",
+        metadata={"only": ",".join(w.name for w in able)} if _free_but_unfit(of_pool, able) else {},
     )
+
+
+def _free_but_unfit(of_pool: list[Worker], able: list[Worker]) -> bool:
+    """Whether somebody else could have a slot that this one can't use."""
+    active = (w for w in of_pool if w.state is WorkerState.ACTIVE and not w.cordon and w.used < w.capacity)
+    return any(w not in able for w in active)
 
 
 def rank(workers: Iterable[Worker], demand: Demand, now: float) -> Ranking:
     """Gates: of the pool, has the labels, able to run the snapshot (same backend and fingerprint; a data-scope snapshot
-    only needs the same backend; one that is on one worker's disk only needs that worker), active, reachable, not in
-    quarantine, a free slot.
+    only needs the same backend; one that is on one worker's disk only needs that worker), active, reachable, a free
+    slot; and not in quarantine, unless only such ones are left.
 
     Among these: not in ``avoid``, then none that has just failed, then earliest in ``prefer``, then with the image,
     then most free slots, then name.
@@ -99,6 +108,10 @@ def rank(workers: Iterable[Worker], demand: Demand, now: float) -> Ranking:
             fit.append(worker)
         elif len(rejected) < MAX_REJECTIONS:
             rejected.append(Rejection(worker=worker.name, why=why))
+    trusted = [w for w in fit if w.quarantined_until <= now]
+    if trusted:
+        shunned = [Rejection(worker=w.name, why=_quarantine(w)) for w in fit if w.quarantined_until > now]
+        fit, rejected = trusted, [*rejected, *shunned][:MAX_REJECTIONS]
     place = {name: i for i, name in enumerate(demand.prefer)}
     fit.sort(
         key=lambda w: (
@@ -113,6 +126,10 @@ def rank(workers: Iterable[Worker], demand: Demand, now: float) -> Ranking:
     return Ranking(order=tuple(fit), rejected=tuple(rejected))
 
 
+def _quarantine(worker: Worker) -> str:
+    return f"in quarantine after {worker.failures} failures"
+
+
 def never(worker: Worker, demand: Demand) -> str | None:
     """Why this worker can't run it whatever happens; None when it could."""
     missing = {k: v for k, v in demand.selector.items() if worker.labels.get(k) != v}
@@ -125,18 +142,20 @@ def never(worker: Worker, demand: Demand) -> str | None:
 
 def not_now(worker: Worker, demand: Demand, now: float) -> str | None:
     """Why this worker can't take it now; None when it can."""
-    snapshot = demand.snapshot
-    if snapshot is not None and snapshot.state is SnapshotState.LOCAL and snapshot.worker != worker.name:
-        return f"the snapshot is not uploaded yet, it is on worker {snapshot.worker} only"
-    if worker.state is not WorkerState.ACTIVE:
-        return f"is {worker.state}"
+    if not _has_it(worker, demand.snapshot):
+        assert demand.snapshot is not None
+        return f"the snapshot is not uploaded yet, it is on worker {demand.snapshot.worker} only"
+    if worker.state is not WorkerState.ACTIVE or worker.cordon:
+        return f"is {worker.state}" + (f" ({worker.cordon})" if worker.cordon else "")
     if demand.reachable is not None and worker.name not in demand.reachable:
         return "is not connected to the replica that decided"
-    if worker.quarantined_until > now:
-        return f"in quarantine after {worker.failures} failures"
     if worker.used >= worker.capacity:
         return f"is full ({worker.used} of {worker.capacity} slots)"
     return None
+
+
+def _has_it(worker: Worker, snapshot: Snapshot | None) -> bool:
+    return snapshot is None or snapshot.state is not SnapshotState.LOCAL or snapshot.worker == worker.name
 
 
 def can_run(worker: Worker, snapshot: Snapshot) -> bool:
@@ -158,11 +177,14 @@ def selector(*parts: Mapping[str, str]) -> dict[str, str]:
 
 
 def after_failure(worker: Worker, now: float) -> Worker:
-    """The worker after one more wake-up that failed there for a reason that is the worker's."""
+    """The worker after one more wake-up that failed there for a reason that is the worker's. What fails while it is in
+    quarantine began before, or found no other: that says nothing new."""
+    if worker.quarantined_until > now:
+        return worker
     failures = worker.failures + 1
     until = worker.quarantined_until
     if failures >= FAILURES_TO_QUARANTINE:
-        doublings = min(failures - FAILURES_TO_QUARANTINE, 30)  # of weeks of failures no float overflows
+        doublings = min(failures - FAILURES_TO_QUARANTINE, MAX_DOUBLINGS)
         until = now + min(FIRST_QUARANTINE_S * 2.0**doublings, LAST_QUARANTINE_S)
     return replace(worker, failures=failures, quarantined_until=until)
 

@@ -248,7 +248,8 @@ class Worker(Record, frozen=True, kw_only=True):
     bound to: a snapshot is only ever restored on a worker of the same fingerprint. ``last_seen``: when any replica of
     the control plane last heard it. ``images``: digests of images that are there already (a hint). ``failures``: how
     many wake-ups in a row have failed there for a reason that is the worker's; until ``quarantined_until`` it gets
-    none."""
+    one only when no other worker fits. ``cordon``: why it gets none at all and is emptied ("": it is not): ``asked``,
+    ``leaving`` (its agent is to end), ``retiring`` (its pool was made smaller)."""
 
     name: str
     pool: str
@@ -266,6 +267,7 @@ class Worker(Record, frozen=True, kw_only=True):
     images: tuple[str, ...] = ()
     failures: int = 0
     quarantined_until: float = 0.0
+    cordon: str = ""
     version: int = 0
 
     @property
@@ -279,14 +281,15 @@ class Worker(Record, frozen=True, kw_only=True):
 class Replica(Record, frozen=True, kw_only=True):
     """One process of the control plane, among those that share a store. ``incarnation`` is new with each process of
     the name. ``link``: where agents connect to it. It counts as gone ``seen_at`` plus a lease's life later.
-    ``uses``: actors (uid) that were in use through it since it last said so, and when (epoch seconds), so that no
-    other replica takes them for idle."""
+    ``worker_return_s``: how long it gives a worker that is away. ``uses``: actors (uid) that were in use through it
+    since it last said so, and when (epoch seconds), so that no other replica takes them for idle."""
 
     name: str
     incarnation: str
     link: str = ""
     started_at: float = 0.0
     seen_at: float = 0.0
+    worker_return_s: float = 0.0
     uses: dict[str, float] = {}
     version: int = 0
 

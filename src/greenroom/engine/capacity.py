@@ -45,6 +45,8 @@ class CapacityQueue:
         self._evict = evict
         self._why = why  # nothing became free
         self._waiting: deque[asyncio.Future[bool]] = deque()
+        #: Of those who wait, the workers that serve them, where that is not every one.
+        self._only: dict[asyncio.Future[bool], frozenset[str]] = {}
         #: When the latest turns were given (loop time): how fast the queue moves.
         self._turns: deque[float] = deque(maxlen=TURNS_REMEMBERED)
         self._evicting: set[asyncio.Task[None]] = set()
@@ -52,9 +54,10 @@ class CapacityQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    async def wait(self, *, again: bool, until: float) -> bool:
+    async def wait(self, *, again: bool, until: float, only: frozenset[str] = frozenset()) -> bool:
         """Returns when it is this caller's turn to try: whether the turn is a probe. ``again``: it has been its turn
-        before. ``until``: loop time.
+        before. ``until``: loop time. ``only``: workers of which it needs one, where not every one serves it; it then
+        waits behind the others, who could use what it can't.
 
         Raises:
             ResourceExhausted: the queue is full, or nothing became free in time.
@@ -63,10 +66,12 @@ class CapacityQueue:
             position = len(self._waiting)
             raise self._exhausted(f"{position} wake-ups are waiting already", position)
         turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        if again:
+        if again and not only:
             self._waiting.appendleft(turn)
         else:
             self._waiting.append(turn)
+        if only:
+            self._only[turn] = only
         self.pump()
         try:
             async with asyncio.timeout_at(until):
@@ -79,6 +84,7 @@ class CapacityQueue:
                 raise self._exhausted(self._why(), position) from None
             raise
         finally:
+            self._only.pop(turn, None)
             if turn in self._waiting:
                 self._waiting.remove(turn)
 
@@ -95,7 +101,11 @@ class CapacityQueue:
         missing = min(len(self._waiting), self._config.evictions) - len(self._evicting)
         if missing <= 0:
             return
-        for binding in self._candidates()[:missing]:
+        candidates = self._candidates()
+        if len(self._only) == len(self._waiting):  # room elsewhere would serve nobody
+            wanted = frozenset().union(*self._only.values())
+            candidates = [b for b in candidates if b.worker in wanted]
+        for binding in candidates[:missing]:
             task = self._evict(binding)
             self._evicting.add(task)
             task.add_done_callback(self._evicted)

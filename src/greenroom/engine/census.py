@@ -13,11 +13,13 @@ wakes elsewhere is not alive twice. No clock is compared with another's for that
 - A heartbeat is answered only by a replica that knows that it was written down at most 0.4 r ago.
 - A worker whose heartbeats of the last 0.5 r (`replicas.ALONE_SHARE`) are all unanswered freezes what runs on it.
 - A worker is lost for a replica that has looked at its record all the while and seen no new value for r: its last
-  answered heartbeat was sent at most 0.4 r after that value was written, so it has been frozen for 0.1 r.
+  answered heartbeat was sent at most 0.4 r after that value was written, so it has been frozen for 0.1 r. (Where
+  replicas have different r, the longest of them counts here, and the shortest everywhere else.)
 - Nobody routes to a worker unless it knows that that was written down in the last 0.9 r: so not to a sandbox whose
   agent is dead, or stands still, and could not freeze it.
 - A replica that did not look for a while (it was away from the store, or did not run) begins to look anew.
-- What a worker froze goes on only by a `Thaw` that was decided after the worker was heard again (its ``epoch``).
+- What a worker froze goes on only by a `Thaw` that was decided after the worker was heard again (its ``epoch``), and
+  in a new generation: then a crash that was decided before finds that it is too old.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ import structlog
 from msgspec.structs import replace
 
 from greenroom.core import agentapi as api
-from greenroom.core.commands import Crash, Outcome
+from greenroom.core import placement
+from greenroom.core.commands import Crash, Outcome, Reunite
 from greenroom.core.errors import (
     AlreadyExists,
     Conflict,
@@ -43,6 +46,7 @@ from greenroom.core.errors import (
 from greenroom.core.records import Actor, ActorState, Key, Template, Worker, WorkerState
 from greenroom.core.states import BUSY
 from greenroom.engine import clock
+from greenroom.engine.bindings import Binding
 from greenroom.engine.operations import closing
 from greenroom.store.port import R
 
@@ -65,8 +69,6 @@ NOTE_SHARE = 0.1
 BACKED_SHARE = 0.4
 #: How old it may be for requests to be routed there:
 TRUSTED_SHARE = 0.9
-#: How long the actors of a worker that wants to end may take to be suspended, before they are left as they are.
-SEE_OFF_PAUSE_S = 1.0
 
 
 class Census:
@@ -85,6 +87,8 @@ class Census:
         self._welcomed: set[str] = set()
         self._differed: dict[str, frozenset[tuple[str, int]]] = {}
         self._leaving: set[str] = set()
+        self._emptying: set[str] = set()
+        self._abandoning: dict[str, asyncio.Task[None]] = {}
         #: ``last_seen`` of each worker, and when (loop time) this value was seen first, looking without a gap.
         self._seen: dict[str, tuple[float, float]] = {}
         self._looked_at = 0.0
@@ -101,8 +105,10 @@ class Census:
 
     def worker_heard(self, worker: str, heartbeat: api.Heartbeat) -> bool:
         self._notice(worker, heartbeat)
+        if self._engine.config.exclusive:
+            return True  # nobody else can count it as lost, and this process only after it has not heard it
         backed = self._backed.get(worker)
-        limit_s = BACKED_SHARE * self._engine.config.worker_return_s
+        limit_s = BACKED_SHARE * self._engine.replicas.shortest_return_s
         return backed is not None and clock.monotonic() - backed <= limit_s
 
     def is_trusted(self, worker: str) -> bool:
@@ -110,7 +116,7 @@ class Census:
         if self._engine.config.exclusive:
             return True  # nobody could have woken it elsewhere
         backed = self._backed.get(worker)
-        limit_s = TRUSTED_SHARE * self._engine.config.worker_return_s
+        limit_s = TRUSTED_SHARE * self._engine.replicas.shortest_return_s
         return backed is not None and clock.monotonic() - backed <= limit_s
 
     def _notice(self, worker: str, heartbeat: api.Heartbeat) -> None:
@@ -174,7 +180,6 @@ class Census:
             "labels": hello.labels,
             "images": hello.images,
             "last_seen": now,
-            "message": "",
         }
         try:
             await self._store.put(Worker(name=hello.worker, registered_at=now, **said))
@@ -183,16 +188,31 @@ class Census:
             def change(worker: Worker) -> Worker | None:
                 if self._engine.hub.connected().get(hello.worker) != hello:
                     return None
-                draining = worker.state is WorkerState.DRAINING and hello.worker not in self._left(worker, hello)
-                state = WorkerState.DRAINING if draining else WorkerState.ACTIVE
-                return _heard(replace(worker, state=state, **said | {"last_seen": worker.last_seen}), now)
+                new = replace(worker, **said | {"last_seen": worker.last_seen})
+                if worker.boot_id != hello.boot_id:
+                    # Another agent: the one that was to end has ended, and what failed on it may not fail on this one.
+                    cordon = "" if worker.cordon == LEAVING else worker.cordon
+                    new = replace(placement.after_success(new), cordon=cordon)
+                return _heard(replace(new, state=WorkerState.DISCONNECTED), now)
 
             await self.change_worker(hello.worker, change)
         self._backed[hello.worker] = asked
 
-    def _left(self, worker: Worker, hello: api.Hello) -> set[str]:
-        """A worker that was drained because its agent was to end is back with another agent: it takes actors again."""
-        return {worker.name} if worker.message == LEAVING and worker.boot_id != hello.boot_id else set()
+    async def cordon(self, name: str, why: str) -> Worker | None:
+        """No actor is woken there from now on (``why``: `ASKED`, `LEAVING`), or again ("")."""
+
+        def change(worker: Worker) -> Worker | None:
+            away = worker.state is WorkerState.DISCONNECTED
+            return replace(worker, cordon=why, state=worker.state if away else _state(why))
+
+        return await self.change_worker(name, change)
+
+    def empty(self, worker: str) -> None:
+        """Suspends what is awake on a worker; one task at a time for each."""
+        if worker not in self._emptying:
+            self._emptying.add(worker)
+            task = self._engine.spawn(self._engine.suspend_all([worker], cause="drain"), f"empty-{worker}")
+            task.add_done_callback(lambda _: self._emptying.discard(worker))
 
     async def change_worker(self, name: str, change: Callable[[Worker], Worker | None]) -> Worker | None:
         """Changes a worker's record against whoever else writes it; what was written, or None when there is no such
@@ -259,10 +279,19 @@ class Census:
 
     def _is_fresh(self, record: Worker) -> bool:
         """Whether some replica may have heard it so lately that it does not count as lost."""
+        return self.unheard_s(record) < self._engine.replicas.longest_return_s
+
+    def unheard_s(self, record: Worker) -> float:
+        """For how long this process has watched a worker's record without a gap and seen no sign of it."""
         seen = self._seen.get(record.name)
         if seen is None or seen[0] != record.last_seen:
-            return True
-        return clock.monotonic() < seen[1] + self._engine.config.worker_return_s
+            return 0.0
+        return clock.monotonic() - seen[1]
+
+    def _hears(self, worker: str) -> bool:
+        """Whether it is connected to this process and not silent: one that stands still keeps its connection open."""
+        heard = self._engine.hub.heard().get(worker)
+        return heard is not None and clock.monotonic() - heard < self._engine.config.worker_return_s
 
     async def alive_elsewhere(self, worker: str) -> bool:
         """Whether other replicas hear a worker that is not connected to this one."""
@@ -277,20 +306,38 @@ class Census:
     async def _abandon_if_lost(self, worker: str) -> None:
         """A worker that did not come back to this process: lost, unless others hear it. What an operation holds there
         is that operation's to settle, and looked at again by the next `_sweep`."""
+        task = self._abandoning.get(worker)
+        if task is None:
+            task = self._engine.spawn(self._abandon(worker), f"abandon-{worker}")
+            self._abandoning[worker] = task
+            task.add_done_callback(lambda _: self._abandoning.pop(worker))
+        await self._ops.attend(task)
 
-        def lost(record: Worker) -> Worker | None:
-            if worker in self._engine.hub.connected():
-                return None
-            if not self._engine.config.exclusive and self._is_fresh(record):
-                return None
-            return replace(record, state=WorkerState.DISCONNECTED)
+    async def _abandon(self, worker: str) -> None:
+        # The actors first, then that it is lost, which is written only if nobody has heard it in between. Whoever hears
+        # it afterwards, and lets one of them go on, raises its generation first: then what was read here is too old.
+        actors = await self.all(Actor, worker=worker)
 
-        if await self.change_worker(worker, lost) is None:
-            return
-        for actor in await self.all(Actor, worker=worker):
-            if worker in self._engine.hub.connected():
-                return
-            await self._crash(actor, actor.generation, "WorkerLost", f"worker {worker} went away and did not come back")
+        async def write() -> bool:
+            try:
+                record = await self._store.get(Worker, worker)
+            except NotFound:
+                return bool(actors)
+            lost = not self._hears(worker) and (self._engine.config.exclusive or not self._is_fresh(record))
+            if lost and (actors or record.state is not WorkerState.DISCONNECTED):
+                await self._store.put(replace(record, state=WorkerState.DISCONNECTED))
+            return lost
+
+        for _ in range(WRITE_ATTEMPTS):
+            try:
+                if not await self._ops.steadily(write):
+                    return
+                break
+            except Conflict:
+                continue
+        message = f"worker {worker} went away and did not come back"
+        for actor in actors:
+            await self._crash(actor, actor.generation, "WorkerLost", message)
 
     async def heard_loop(self) -> None:
         """Writes down which workers this process hears, and finds those that nobody does."""
@@ -309,28 +356,40 @@ class Census:
     async def _note_heard(self) -> None:
         asked, return_s = clock.monotonic(), self._engine.config.worker_return_s
         workers = await self.all(Worker)
-        if clock.monotonic() - asked > 2 * return_s * LOOK_SHARE:
+        got = clock.monotonic()
+        if got - asked > 2 * return_s * LOOK_SHARE:
             self._seen.clear()  # it took too long to count as looking without a gap
         heard = self._engine.hub.heard()
+        due: list[str] = []
         for worker in workers:
             self._engine.trust.noted(worker)
-            self._observe(worker, asked)
-            if asked - heard.get(worker.name, -return_s) < return_s * BACKED_SHARE:
-                due = asked - self._backed.get(worker.name, -return_s) >= return_s * NOTE_SHARE
-                if due or worker.state is WorkerState.DISCONNECTED:
-                    await self._note(worker.name)
-            elif worker.state is not WorkerState.DISCONNECTED and worker.name not in self._away:
-                await self._abandon_if_lost(worker.name)
+            self._observe(worker, got)
+            if got - heard.get(worker.name, -return_s) < return_s * BACKED_SHARE:
+                old = got - self._backed.get(worker.name, -return_s) >= return_s * NOTE_SHARE
+                if old or worker.state is WorkerState.DISCONNECTED:
+                    due.append(worker.name)
+            elif not (worker.state is WorkerState.DISCONNECTED or worker.name in self._away or self._is_fresh(worker)):
+                self._engine.spawn(self._abandon_if_lost(worker.name), f"lost-{worker.name}")
+        await asyncio.gather(*map(self._note, due))
+        self._forget({w.name for w in workers})
         self._looked_at = asked
         self._looked.set()
         self._looked = asyncio.Event()
 
-    def _observe(self, worker: Worker, asked: float) -> None:
+    def _observe(self, worker: Worker, got: float) -> None:
+        """``got``: after the record was read, so that what is seen first is never counted as older than it is."""
         seen = self._seen.get(worker.name)
         if seen is None or seen[0] != worker.last_seen:
-            self._seen[worker.name] = (worker.last_seen, asked)
+            self._seen[worker.name] = (worker.last_seen, got)
         if seen is not None and seen[0] != worker.last_seen:  # others wrote it down, after the look before this one
             self._backed[worker.name] = max(self._looked_at, self._backed.get(worker.name, self._looked_at))
+
+    def _forget(self, workers: set[str]) -> None:
+        """What is kept of workers that are no more."""
+        for name in (self._seen.keys() | self._backed.keys() | self._differed.keys()) - workers:
+            self._seen.pop(name, None)
+            self._backed.pop(name, None)
+            self._differed.pop(name, None)
 
     async def _note(self, worker: str) -> None:
         asked = clock.monotonic()
@@ -342,25 +401,27 @@ class Census:
     async def _see_off(self, worker: str, boot_id: str) -> None:
         """Suspends what runs on a worker whose agent was asked to end, uploads what is only there, and lets it go."""
         try:
-            await self._insist(lambda: self._mark_leaving(worker, boot_id))
+            if not await self._insist(lambda: self._mark_leaving(worker, boot_id)):
+                return  # it has ended already, and another agent has its name
             await self._engine.suspend_all([worker], cause="drain")
             await self._engine.uploads.flush(worker)
-            if self._engine.hub.connected().get(worker, None) is not None:
-                awake = [a for a in await self.all(Actor, worker=worker)]
-                if not awake:
-                    await self._engine.hub.call(worker, api.Shutdown(wipe=True))
-                else:
-                    log.warning("worker ends with actors awake", worker=worker, actors=[str(a.key) for a in awake])
+            hello = self._engine.hub.connected().get(worker)
+            if hello is None or hello.boot_id != boot_id:
+                return
+            if awake := await self.all(Actor, worker=worker):
+                log.warning("worker ends with actors awake", worker=worker, actors=[str(a.key) for a in awake])
+            else:
+                await self._engine.hub.call(worker, api.Shutdown(wipe=True))
         except GreenroomError as error:
             log.warning("worker not seen off", worker=worker, error=error.message)
         finally:
             self._leaving.discard(worker)
 
-    async def _mark_leaving(self, worker: str, boot_id: str) -> None:
+    async def _mark_leaving(self, worker: str, boot_id: str) -> bool:
         def change(record: Worker) -> Worker | None:
-            return replace(record, state=WorkerState.DRAINING, message=LEAVING) if record.boot_id == boot_id else None
+            return replace(record, state=_state(LEAVING), cordon=LEAVING) if record.boot_id == boot_id else None
 
-        await self.change_worker(worker, change)
+        return await self.change_worker(worker, change) is not None
 
     async def wait_for_worker(self, worker: str, until: float) -> bool:
         """Whether the worker is connected, waiting for it until ``until`` (monotonic seconds)."""
@@ -444,7 +505,24 @@ class Census:
                 await self._one(str(actor.key), self._confirm(actor, resident, said.epoch))
         for resident in residents.values():
             await self._one(f"{resident.namespace}/{resident.name}", self._discard_stray(worker, resident))
+        running = {(a.uid, a.generation) for a in actors if a.state is ActorState.RUNNING}
+        for binding in self._engine.bindings.all():
+            if binding.worker == worker and (binding.uid, binding.generation) not in running:
+                await self._one(str(binding.key), self._drop_stale(binding))
         return [operation for operation in under_way if operation]
+
+    async def _drop_stale(self, binding: Binding) -> None:
+        """A binding of an incarnation that no record speaks of: made from an answer that came late."""
+        try:
+            actor = await self._ops.read(Actor, str(binding.key))
+        except NotFound:
+            actor = None
+        same = actor is not None and (actor.uid, actor.generation) == (binding.uid, binding.generation)
+        if same and actor is not None and (actor.state is ActorState.RUNNING or actor.state in BUSY):
+            return
+        newer = actor is not None and actor.uid == binding.uid and actor.generation < binding.generation
+        if not newer and self._engine.bindings.peek(binding.key) is binding and not self._ops.busy(binding.uid):
+            self._engine.bindings.revoke(binding.key)
 
     async def _residents(self, worker: str) -> api.Residents:
         try:
@@ -484,9 +562,12 @@ class Census:
                     await self._engine.hub.call(actor.worker, api.Freeze(**ids))
                 return
             if frozen:
-                # After the worker has said its epoch: had it been lost since, it would be in another.
-                if not await self._is_still(actor):
+                # In a new generation: who has given the worker up meanwhile, by what was read before, crashes nobody
+                # who goes on. After the worker has said its epoch: had it been lost since, it would be in another.
+                again = await self._raise_generation(actor)
+                if again is None:
                     return
+                actor, ids = again, ids | {"generation": again.generation}
                 await self._engine.hub.call(actor.worker, api.Thaw(**ids, epoch=epoch))
             elif bound is not None and (bound.uid, bound.generation) == (actor.uid, actor.generation):
                 return
@@ -497,6 +578,14 @@ class Census:
         if await self._is_still(actor) and not self._ops.busy(actor.uid):
             self._engine.drivers.bind(replace(actor, endpoint=resident.endpoint), template)
             log.info("actor goes on running", actor=str(actor.key), worker=actor.worker)
+
+    async def _raise_generation(self, actor: Actor) -> Actor | None:
+        """The actor in a new generation; None when it is not RUNNING in the incarnation that was read any more."""
+        raise_it = Reunite(
+            key=actor.key, now=self._engine.now(), uid=actor.uid, worker=actor.worker, generation=actor.generation
+        )
+        change = await self._ops.commit(raise_it)
+        return change.actor if change.outcome is Outcome.CHANGED else None
 
     async def _is_still(self, actor: Actor) -> bool:
         """Whether it is RUNNING in the incarnation that was read."""
@@ -578,6 +667,11 @@ class Census:
             try:
                 if worker.name in connected:
                     await self._compare(worker.name)
+                    # Who began to empty it has died, or did not get it done.
+                    if worker.cordon == ASKED and worker.used:
+                        self.empty(worker.name)
+                    elif worker.cordon == LEAVING:
+                        self.worker_leaving(worker.name, worker.boot_id)
                 elif worker.name not in self._away:
                     await self._abandon_if_lost(worker.name)
             except GreenroomError as error:
@@ -610,13 +704,17 @@ class Census:
 
 #: By how much ``last_seen`` grows at least with each new value.
 MIN_STEP_S = 0.001
-#: Message of a worker whose agent was asked to end.
-LEAVING = "its agent was asked to end"
+#: Why no actor is woken on a worker (`Worker.cordon`): somebody wants it empty; its agent was asked to end.
+ASKED, LEAVING = "asked", "leaving"
+
+
+def _state(cordon: str) -> WorkerState:
+    return WorkerState.DRAINING if cordon else WorkerState.ACTIVE
 
 
 def _heard(worker: Worker, now: float) -> Worker:
     """The worker as one that was just heard: with another ``last_seen`` than before, whatever the clock says."""
-    state = WorkerState.ACTIVE if worker.state is WorkerState.DISCONNECTED else worker.state
+    state = _state(worker.cordon) if worker.state is WorkerState.DISCONNECTED else worker.state
     return replace(worker, last_seen=max(now, worker.last_seen + MIN_STEP_S), state=state)
 
 

@@ -188,9 +188,10 @@ class Drivers:
         if isinstance(error, DataLoss) and error.reason == "SNAPSHOT_CORRUPT" and source is not None:
             actor, op, source = await self._fall_back(actor, op, source, error)
             return actor, op, source, template
-        if not is_workers_fault(error):
+        if not may_succeed_elsewhere(error):
             raise error
-        self._engine.trust.blame(op.worker, error)
+        if is_workers_fault(error):
+            self._engine.trust.blame(op.worker, error)
         refused.append(op.worker)
         if len(refused) >= self._engine.config.attempts:
             raise error
@@ -201,6 +202,7 @@ class Drivers:
             now=self._engine.now(),
             operation_id=op.id,
             generation=op.generation,
+            attempts=op.attempts,
             avoid=tuple(refused),
             reachable=self._engine.reachable(),
             why=f"{error.reason}: {error.message}"[:MAX_WHY],
@@ -419,7 +421,7 @@ class Drivers:
             DeadlineExceeded: nothing has moved for ``stall_s`` (reason ``STALLED``).
             LeaseLost: the worker is alive, but not for this replica: the operation is another one's now.
         """
-        until = clock.monotonic() + self._engine.config.worker_return_s
+        until: float | None = None
         while True:
             try:
                 async with self._step(op, call, undo) as moved:
@@ -429,7 +431,10 @@ class Drivers:
             except Unavailable as error:
                 if error.reason != "WORKER_DISCONNECTED":
                     raise
-                if clock.monotonic() >= until:
+                # From when it went, not from when it was asked; and anew when it has been back in between.
+                if until is None or op.worker in self._engine.hub.connected():
+                    until = clock.monotonic() + self._engine.config.worker_return_s
+                elif clock.monotonic() >= until:
                     await self._hand_over_if_alive(op)
                     raise
             except GreenroomError:
@@ -449,13 +454,19 @@ class Drivers:
         if isinstance(call, api.Start | api.Restore):
             stall_s += call.spec.readyz.timeout_s  # until its probe answers, only the actor itself knows what moves
         running = None if undo else self._ops.running.get(op.id)
+        over = False  # what comes later, of a call that nobody waits for any more, moves nothing
+
+        def moved() -> None:
+            if not over and not scope.expired():
+                scope.reschedule(clock.monotonic() + stall_s)
+
         try:
             async with asyncio.timeout(stall_s) as scope:
                 if running is not None:
                     running.step = scope
                     if running.cancel_requested:
                         raise _cancelled(op)
-                yield lambda: _put_off(scope, stall_s)
+                yield moved
         except TimeoutError:
             if running is not None and running.cancel_requested:
                 raise _cancelled(op) from None
@@ -463,6 +474,7 @@ class Drivers:
                 f"{type(call).__name__} on worker {op.worker}: nothing has moved for {stall_s:g} s", reason="STALLED"
             ) from None
         finally:
+            over = True
             if running is not None:
                 running.step = None
 
@@ -546,6 +558,8 @@ class Drivers:
         log.warning("operation failed", **said, error=error.message)
         if to is ActorState.SUSPENDED:
             await self._discard(actor, op)
+        # Before the commit: after it nothing is awaited until the actor is bound, so no news can come in between.
+        template = await self._template(actor) if to is ActorState.RUNNING else None
         change = await self._ops.commit(
             BackOut(
                 key=actor.key,
@@ -559,7 +573,7 @@ class Drivers:
             )
         )
         if to is ActorState.RUNNING:
-            self._bind_again(change, await self._template(actor))
+            self._bind_again(change, template)
         else:
             self._engine.slot_freed()
         # Only now: until the commit, what was published and the sandbox could have been what is left of the actor.
@@ -585,18 +599,21 @@ class Drivers:
             return None
 
 
-def is_workers_fault(error: GreenroomError) -> bool:
-    """Whether the same may well succeed on another worker."""
+#: What speaks against a worker, beside an error that nobody thought of. A snapshot store or a registry that does not
+#: answer does not: no worker could do better.
+BLAMED = frozenset({"STALLED", "WORKER_HANGS", "WORKER_IO", "WORKER_OVERLOADED", "DISK_FULL"})
+
+
+def may_succeed_elsewhere(error: GreenroomError) -> bool:
     return isinstance(error, Unavailable | Internal | ResourceExhausted) or error.reason == "STALLED"
+
+
+def is_workers_fault(error: GreenroomError) -> bool:
+    return isinstance(error, Internal) or error.reason in BLAMED
 
 
 def _cancelled(op: Operation) -> Cancelled:
     return Cancelled(f"operation {op.id} ({op.kind} of {op.key}) was cancelled; it is backed out")
-
-
-def _put_off(scope: asyncio.Timeout, seconds: float) -> None:
-    if not scope.expired():
-        scope.reschedule(clock.monotonic() + seconds)
 
 
 def _ids(actor: Actor, op: Operation) -> dict[str, Any]:

@@ -20,10 +20,20 @@ from msgspec.structs import replace
 from greenroom.core import agentapi as api
 from greenroom.core import names
 from greenroom.core.agentapi import ActorStats
-from greenroom.core.commands import BeginDelete, BeginPause, BeginSuspend, Change, CreateActor, Outcome, RequestCancel
+from greenroom.core.commands import (
+    BeginDelete,
+    BeginPause,
+    BeginSuspend,
+    Change,
+    CreateActor,
+    Outcome,
+    ReleaseLease,
+    RequestCancel,
+)
 from greenroom.core.errors import (
     DeadlineExceeded,
     FailedPrecondition,
+    GreenroomError,
     InvalidArgument,
     LeaseHeld,
     NotFound,
@@ -41,12 +51,11 @@ from greenroom.core.records import (
     Template,
     TemplateSpec,
     Worker,
-    WorkerState,
 )
 from greenroom.core.states import BOUND
 from greenroom.engine import clock
 from greenroom.engine.bindings import BindingTable, Wake
-from greenroom.engine.census import Census
+from greenroom.engine.census import ASKED, Census
 from greenroom.engine.config import EngineConfig
 from greenroom.engine.drivers import Drivers, Phases
 from greenroom.engine.follower import Follower
@@ -103,6 +112,7 @@ class Engine:
             self.spawn(self._adopt_later(), "adopt")
         self.spawn(self._idle_loop(), "idle-loop")
         self.spawn(self.census.heard_loop(), "heard-loop")
+        self.spawn(self.recovery.loop(), "recovery-loop")
         self.spawn(self.recovery.janitor_loop(), "janitor-loop")
         self.spawn(self.census.reconcile_loop(), "reconcile-loop")
 
@@ -122,7 +132,29 @@ class Engine:
     async def close(self) -> None:
         """Stops at once; what is under way stays behind as rows, for the next start. Who waits for it gets
         `Unavailable` (reason ``SHUTTING_DOWN``)."""
+        left = [running.operation for running in self.ops.running.values()]
         await self.ops.close()
+        if not self.config.exclusive:
+            await self._release(left)
+
+    async def _release(self, operations: Sequence[Operation]) -> None:
+        """Others need not wait until these leases run out."""
+        for operation in operations:
+            if operation.kind is OperationKind.PREPARE:
+                continue
+            release = ReleaseLease(
+                key=operation.key,
+                now=self.now(),
+                operation_id=operation.id,
+                generation=operation.generation,
+                owner=self.config.owner,
+            )
+            try:
+                async with asyncio.timeout(RELEASE_TIMEOUT_S):
+                    await self.store.apply(release)
+            except (GreenroomError, TimeoutError) as error:  # they run out, then
+                log.info("leases not released", operation=operation.id, error=str(error))
+                return
 
     def now(self) -> float:
         """Seconds since the epoch, as all who share the store see it."""
@@ -335,23 +367,12 @@ class Engine:
     # --- workers ------------------------------------------------------------------------------------------
 
     async def drain_worker(self, name: str, *, undo: bool = False) -> Worker:
-        worker = await self.store.get(Worker, name)
-        wanted, message = (WorkerState.ACTIVE, "") if undo else (WorkerState.DRAINING, DRAINED)
-
-        def change(current: Worker) -> Worker | None:
-            return (
-                None if current.state is WorkerState.DISCONNECTED else replace(current, state=wanted, message=message)
-            )
-
-        written = await self.census.change_worker(name, change)
+        await self.store.get(Worker, name)
+        written = await self.census.cordon(name, "" if undo else ASKED)
         if written is None:
-            raise FailedPrecondition(
-                f"worker {name} is {worker.state}: nothing runs there that could be suspended; "
-                "its actors wake elsewhere once it counts as lost",
-                reason="WORKER_DISCONNECTED",
-            )
+            raise NotFound(f"worker {name} does not exist any more", reason="WORKER_NOT_FOUND")
         if not undo:
-            self.spawn(self.suspend_all([name], cause="drain"), f"drain-{name}")
+            self.census.empty(name)
         return written
 
     # --- templates and pools ------------------------------------------------------------------------------
@@ -470,8 +491,8 @@ class Engine:
         return [r for r in results if isinstance(r, Operation)]
 
 
-#: Message of a worker that somebody drains.
-DRAINED = "drained by request"
+#: How long the end of a process waits for the store, to release what it holds.
+RELEASE_TIMEOUT_S = 2.0
 #: Most workers of one pool on one machine, and most actors awake on one worker: what its memory could ever hold.
 MAX_REPLICAS = 64
 MAX_SLOTS = 10_000

@@ -15,7 +15,10 @@ import structlog
 
 from greenroom.core.errors import GreenroomError, NotFound, Unavailable
 from greenroom.core.records import Actor, ActorState, Key, Operation, OperationState, Replica, Template, Worker
+from greenroom.engine import clock
 from greenroom.engine.bindings import Binding
+from greenroom.engine.census import bug_of
+from greenroom.engine.replicas import REPORT_S
 from greenroom.store.port import Event, EventType
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ class Follower:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._store = engine.store
-        #: Templates never change what is needed of them here.
+        #: What is needed of a template here never changes while it is there.
         self._templates: dict[tuple[str, str], Template] = {}
 
     async def loop(self) -> None:
@@ -39,10 +42,10 @@ class Follower:
                     await self._look()
                 async for event in events:
                     await self._follow(event)
-            except GreenroomError as error:
-                if error.reason == "STORE_CLOSED":
+            except Exception as error:  # whatever it is, what others write must go on being followed
+                if isinstance(error, GreenroomError) and error.reason == "STORE_CLOSED":
                     return
-                log.warning("looks at everything again", error=error.message)
+                log.warning("looks at everything again", error=str(error), exc_info=bug_of(error))
                 await asyncio.sleep(self._engine.config.retry_s)
 
     async def _follow(self, event: Event) -> None:
@@ -54,6 +57,8 @@ class Follower:
                 running = self._engine.ops.running.get(record.id)
                 if running is not None and not running.cancel_requested:
                     running.request_cancel()
+            case Template():
+                self._templates.pop((record.namespace, record.name), None)  # one of its name may be made anew
             case Worker():
                 self._engine.trust.noted(record)
             case Replica() if event.type is EventType.PUT:
@@ -82,6 +87,9 @@ class Follower:
         stale = bound is not None and bound.uid == actor.uid and bound.generation >= actor.generation
         if not stale and not self._engine.ops.busy(actor.uid) and actor.endpoint is not None:
             self._engine.drivers.bind(actor, template)
+            # Whoever woke it there is about to use it.
+            now = clock.monotonic()
+            self._engine.bindings.used_elsewhere(actor.uid, now, now + 2 * REPORT_S)
 
     async def _template(self, actor: Actor) -> Template | None:
         key = (actor.namespace, actor.template)

@@ -39,6 +39,8 @@ log = structlog.get_logger(__name__)
 #: Failed suspends whose snapshot is looked for again when their worker is back: what was published after they had
 #: failed was published within moments.
 UNPUBLISH_WITHIN_S = 24 * 3600.0
+#: Snapshots that are removed at a time: a bucket answers each after a tenth of a second.
+MAX_DELETIONS = 16
 
 
 class Recovery:
@@ -131,12 +133,20 @@ class Recovery:
 
     # --- left-overs ---------------------------------------------------------------------------------------
 
-    async def janitor_loop(self) -> None:
-        """Goes on with operations that nobody runs, and removes what is condemned."""
+    async def loop(self) -> None:
+        """Goes on with operations that nobody runs. Nothing else holds this up."""
         while True:
             await asyncio.sleep(self._engine.config.janitor_s)
             try:
                 await self._take_up_operations(at_start=False)
+            except Exception as error:  # whatever it is, the next round must come
+                log.warning("operations not looked at, tries again", error=str(error), exc_info=bug_of(error))
+
+    async def janitor_loop(self) -> None:
+        """Removes what is condemned, uploads what is local, forgets operations that ended long ago."""
+        while True:
+            await asyncio.sleep(self._engine.config.janitor_s)
+            try:
                 await self._remove_condemned()
                 await self._engine.uploads.sweep()
                 await self._store.trim()
@@ -144,14 +154,21 @@ class Recovery:
                 log.warning("janitor tries again", error=str(error), exc_info=bug_of(error))
 
     async def _remove_condemned(self) -> None:
-        for snapshot in await self._engine.census.all(Snapshot, state=SnapshotState.CONDEMNED):
-            try:
-                if snapshot.held:
-                    await self._release(snapshot)
-                await self._engine.snapshots.delete(snapshot.id)
-                await self._store.remove(snapshot)
-            except GreenroomError as error:
-                log.warning("snapshot not removed, tries again", snapshot=snapshot.id, error=error.message)
+        """A page of them, some at a time; the next round takes the next."""
+        turns = asyncio.Semaphore(MAX_DELETIONS)
+
+        async def one(snapshot: Snapshot) -> None:
+            async with turns:
+                try:
+                    if snapshot.held:
+                        await self._release(snapshot)
+                    await self._engine.snapshots.delete(snapshot.id)
+                    await self._store.remove(snapshot)
+                except GreenroomError as error:
+                    log.info("snapshot not removed, tries again", snapshot=snapshot.id, error=error.message)
+
+        condemned = await self._store.list(Snapshot, where={"state": SnapshotState.CONDEMNED})
+        await asyncio.gather(*map(one, condemned))
 
     async def _release(self, snapshot: Snapshot) -> None:
         """The copy that its worker holds; one that is gone for good holds nothing any more."""

@@ -48,12 +48,15 @@ class Replicas:
     def announce(self) -> None:
         """Tells the agents (by `WorkerHub.welcome`) where the control plane is and how often to say that they live."""
         config = self._engine.config
+        values = [config.worker_return_s, *(r.worker_return_s for r in self._peers.values() if r.worker_return_s)]
+        #: Of all replicas' ``worker_return_s``: see `greenroom.engine.census`.
+        self.shortest_return_s, self.longest_return_s = min(values), max(values)
         links = {r.link for r in self._peers.values() if r.link} | ({config.link} if config.link else set())
         self._engine.hub.welcome = Welcome(
             replica=config.replica,
             links=tuple(sorted(links)),
-            heartbeat_s=config.worker_return_s / HEARTBEATS_PER_RETURN,
-            alone_s=config.worker_return_s * ALONE_SHARE,
+            heartbeat_s=self.shortest_return_s / HEARTBEATS_PER_RETURN,
+            alone_s=self.shortest_return_s * ALONE_SHARE,
         )
 
     async def check_name(self) -> None:
@@ -134,7 +137,8 @@ class Replicas:
                 current = await self._store.get(Replica, config.replica)
             except NotFound:
                 current = Replica(name=config.replica, incarnation="", started_at=now)
-        mine = replace(current, incarnation=config.owner, link=config.link, seen_at=now, uses=uses)
+        about = {"incarnation": config.owner, "link": config.link, "worker_return_s": config.worker_return_s}
+        mine = replace(current, **about, seen_at=now, uses=uses)
         try:
             return await self._store.put(mine)
         except Conflict:
@@ -145,7 +149,10 @@ class Replicas:
         """Another replica's record, as it is now."""
         if replica.name == self._engine.config.replica:
             return
+        known = self._peers.get(replica.name)
         self._peers[replica.name] = replica
+        if known is None or known.worker_return_s != replica.worker_return_s:
+            self.announce()
         if replica.uses:
             now, at = self._engine.now(), clock.monotonic()
             for uid, used_at in replica.uses.items():

@@ -258,6 +258,9 @@ class Preparer:
             raise
         except GreenroomError as failed:
             error = failed
+        finally:
+            if running is not None:
+                running.step = None
         if error is not None and error.reason != "OVERTAKEN":
             log.warning("template failed", template=str(template.key), reason=error.reason, error=error.message)
             await self._quietly(self._drop_golden(template))
@@ -336,11 +339,18 @@ class Preparer:
             layers, phase = progress.layers, progress.phase
 
         call = asyncio.ensure_future(self._engine.hub.call(worker, api.Prepare(image=image), report))
+        moved = clock.monotonic()
         try:
             while not call.done():
                 await asyncio.wait({call}, timeout=PROGRESS_INTERVAL_S)
                 if layers != op.layers or phase != op.phase:
                     op = await self._note(op, phase=phase, layers=layers)
+                    moved = clock.monotonic()
+                elif clock.monotonic() - moved > self._engine.config.stall_s:
+                    raise DeadlineExceeded(
+                        f"pulling {image} on worker {worker}: nothing has moved for {self._engine.config.stall_s:g} s",
+                        reason="STALLED",
+                    )
         finally:
             call.cancel()
         prepared = await call
@@ -413,7 +423,7 @@ class Preparer:
             if running := self._ops.running.get(operation_id):
                 running.task.cancel()
                 await asyncio.wait({running.task})
-            await asyncio.sleep(0)
+            await asyncio.sleep(self._engine.config.retry_s)  # the janitor is looking at it just now
         return operation_id
 
     async def _remove(self, template: Template) -> None:

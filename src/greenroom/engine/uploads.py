@@ -14,8 +14,9 @@ import structlog
 
 from greenroom.core import agentapi as api
 from greenroom.core.commands import FinishUpload, LoseSnapshot
-from greenroom.core.errors import GreenroomError, NotFound
+from greenroom.core.errors import DataLoss, DeadlineExceeded, GreenroomError, NotFound
 from greenroom.core.records import Key, Snapshot, SnapshotState, Worker
+from greenroom.engine import clock
 
 if TYPE_CHECKING:
     from greenroom.engine.engine import Engine
@@ -24,6 +25,8 @@ log = structlog.get_logger(__name__)
 
 #: Uploads at a time from one replica: enough to fill a link, few enough to leave it usable.
 MAX_UPLOADS = 4
+#: Uploads that `Uploads.sweep` begins, most of which wait for their turn.
+MAX_BEGUN = 100
 
 
 class Uploads:
@@ -45,12 +48,34 @@ class Uploads:
     async def _upload(self, snapshot: Snapshot) -> None:
         async with self._turns:
             try:
-                await self._engine.hub.call(snapshot.worker, api.Upload(snapshot_id=snapshot.id))
+                await self._ask(snapshot)
             except NotFound as error:
                 if error.reason != "NOT_HELD":
                     raise
                 await self._lose(snapshot, f"worker {snapshot.worker}, which alone had it, has it no more")
                 return
+        await self._finish(snapshot)
+
+    async def _ask(self, snapshot: Snapshot) -> None:
+        """Raises `DeadlineExceeded` when nothing moves (reason ``STALLED``)."""
+        stall_s, over = self._engine.config.stall_s, False
+
+        def moved(_: api.Progress) -> None:
+            if not over and not scope.expired():
+                scope.reschedule(clock.monotonic() + stall_s)
+
+        try:
+            async with asyncio.timeout(stall_s) as scope:
+                await self._engine.hub.call(snapshot.worker, api.Upload(snapshot_id=snapshot.id), moved)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"upload of snapshot {snapshot.id} from worker {snapshot.worker}: nothing has moved for {stall_s:g} s",
+                reason="STALLED",
+            ) from None
+        finally:
+            over = True
+
+    async def _finish(self, snapshot: Snapshot) -> None:
         await self._ops.commit(FinishUpload(key=_key(snapshot), now=self._engine.now(), snapshot_id=snapshot.id))
         log.info("snapshot uploaded", snapshot=snapshot.id, worker=snapshot.worker)
 
@@ -62,7 +87,8 @@ class Uploads:
         workers = {w.name: w for w in await self._engine.census.all(Worker)}
         for snapshot in local:
             if snapshot.worker in self._engine.hub.connected():
-                self.begin(snapshot)
+                if len(self._under_way) < MAX_BEGUN:
+                    self.begin(snapshot)
             elif self.is_gone(workers.get(snapshot.worker)):
                 away_s = self._engine.config.worker_gone_s
                 await self._lose(
@@ -76,10 +102,18 @@ class Uploads:
                 await self._ops.attend(self.begin(snapshot))
 
     def is_gone(self, worker: Worker | None) -> bool:
-        """Whether a worker has been away for so long that its disk counts as lost."""
-        return worker is None or worker.last_seen + self._engine.config.worker_gone_s < self._engine.now()
+        """Whether a worker has been away for so long that its disk counts as lost: this process has watched for its
+        sign all the while."""
+        return worker is None or self._engine.census.unheard_s(worker) >= self._engine.config.worker_gone_s
 
     async def _lose(self, snapshot: Snapshot, why: str) -> None:
+        try:
+            await self._engine.snapshots.manifest(snapshot.id)
+        except (NotFound, DataLoss):
+            pass
+        else:  # it was uploaded, and nobody could say so any more
+            await self._finish(snapshot)
+            return
         log.error("snapshot lost", snapshot=snapshot.id, actor=f"{snapshot.namespace}/{snapshot.actor}", why=why)
         lose = LoseSnapshot(
             key=_key(snapshot),

@@ -45,10 +45,13 @@ class _Place:
     has_turn: bool = False
     probe: bool = False
 
-    async def wait(self, queue: CapacityQueue, until: float) -> None:
-        """Returns at its turn: at the end of the queue the first time, then at the front."""
+    async def wait(self, queue: CapacityQueue, until: float, only: frozenset[str] = frozenset()) -> None:
+        """Returns at its turn: at the end of the queue the first time, then at the front. ``only``: see
+        `CapacityQueue.wait`."""
+        if only:
+            self.pass_on()  # there was a slot, but none that serves it
         again, self.queue, self.has_turn = self.queue is not None, queue, False
-        self.probe = await queue.wait(again=again, until=until)
+        self.probe = await queue.wait(again=again, until=until, only=only)
         self.has_turn = True
 
     def pass_on(self) -> None:
@@ -145,7 +148,8 @@ class Wakes:
                     raise
                 queue = place.queue or self._queue((await self._template_of(key)).spec.pool)
                 if freed == self._freed:  # nothing has become free since it was refused
-                    await place.wait(queue, until)
+                    only = frozenset(full.metadata.get("only", "").split(",")) - {""}
+                    await place.wait(queue, until, only)
                     phases.end("capacity")
             except BaseException:
                 place.pass_on()

@@ -876,6 +876,7 @@ class Worker(_message.Message):
     IMAGES_FIELD_NUMBER: _builtins.int
     FAILURES_FIELD_NUMBER: _builtins.int
     QUARANTINED_UNTIL_FIELD_NUMBER: _builtins.int
+    CORDON_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     pool: _builtins.str
     backend: _builtins.str
@@ -894,6 +895,8 @@ class Worker(_message.Message):
     version: _builtins.int
     failures: _builtins.int
     """wake-ups in a row that failed there and were its fault"""
+    cordon: _builtins.str
+    """why it is emptied and gets no actors: asked, leaving, retiring; "": it is not"""
     @_builtins.property
     def registered_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -906,7 +909,7 @@ class Worker(_message.Message):
 
     @_builtins.property
     def quarantined_until(self) -> _timestamp_pb2.Timestamp:
-        """no wake-ups until then"""
+        """until then only where no other worker fits"""
 
     def __init__(
         self,
@@ -928,10 +931,11 @@ class Worker(_message.Message):
         images: _abc.Iterable[_builtins.str] | None = ...,
         failures: _builtins.int = ...,
         quarantined_until: _timestamp_pb2.Timestamp | None = ...,
+        cordon: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_memory_snapshots", b"_memory_snapshots", "last_seen", b"last_seen", "memory_snapshots", b"memory_snapshots", "quarantined_until", b"quarantined_until", "registered_at", b"registered_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_snapshots", b"_memory_snapshots", "backend", b"backend", "boot_id", b"boot_id", "capacity", b"capacity", "failures", b"failures", "fingerprint", b"fingerprint", "images", b"images", "labels", b"labels", "last_seen", b"last_seen", "memory_snapshots", b"memory_snapshots", "message", b"message", "name", b"name", "pool", b"pool", "quarantined_until", b"quarantined_until", "registered_at", b"registered_at", "state", b"state", "used", b"used", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_snapshots", b"_memory_snapshots", "backend", b"backend", "boot_id", b"boot_id", "capacity", b"capacity", "cordon", b"cordon", "failures", b"failures", "fingerprint", b"fingerprint", "images", b"images", "labels", b"labels", "last_seen", b"last_seen", "memory_snapshots", b"memory_snapshots", "message", b"message", "name", b"name", "pool", b"pool", "quarantined_until", b"quarantined_until", "registered_at", b"registered_at", "state", b"state", "used", b"used", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__memory_snapshots: _TypeAlias = _typing.Literal["memory_snapshots"]  # noqa: Y015
     _WhichOneofArgType__memory_snapshots: _TypeAlias = _typing.Literal["_memory_snapshots", b"_memory_snapshots"]  # noqa: Y015
@@ -970,6 +974,7 @@ class Replica(_message.Message):
     LINK_FIELD_NUMBER: _builtins.int
     STARTED_AT_FIELD_NUMBER: _builtins.int
     SEEN_AT_FIELD_NUMBER: _builtins.int
+    WORKER_RETURN_FIELD_NUMBER: _builtins.int
     USES_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
@@ -983,6 +988,10 @@ class Replica(_message.Message):
     @_builtins.property
     def seen_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
+    def worker_return(self) -> _duration_pb2.Duration:
+        """how long it gives a worker that is away"""
+
+    @_builtins.property
     def uses(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """actors (uid) that were in use through it lately, and when"""
 
@@ -994,12 +1003,13 @@ class Replica(_message.Message):
         link: _builtins.str = ...,
         started_at: _timestamp_pb2.Timestamp | None = ...,
         seen_at: _timestamp_pb2.Timestamp | None = ...,
+        worker_return: _duration_pb2.Duration | None = ...,
         uses: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         version: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["seen_at", b"seen_at", "started_at", b"started_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["seen_at", b"seen_at", "started_at", b"started_at", "worker_return", b"worker_return"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "link", b"link", "name", b"name", "seen_at", b"seen_at", "started_at", b"started_at", "uses", b"uses", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "link", b"link", "name", b"name", "seen_at", b"seen_at", "started_at", b"started_at", "uses", b"uses", "version", b"version", "worker_return", b"worker_return"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,486 @@
+"""A model of the agent process: it does what `greenroom.agent.agent` does, with sandboxes that are small objects. What
+decides which calls are carried out is the real `greenroom.agent.fence`, and what decides when it is alone the real
+`greenroom.agent.alone`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from msgspec.structs import replace
+
+from greenroom.agent.alone import AloneWatch
+from greenroom.agent.fence import Fence
+from greenroom.agent.journal import Journal
+from greenroom.core import agentapi as api
+from greenroom.core.agentapi import AgentCall, Hello, Resident, ResidentState, Welcome
+from greenroom.core.errors import (
+    Conflict,
+    DataLoss,
+    FailedPrecondition,
+    GreenroomError,
+    NotFound,
+    ResourceExhausted,
+    Unimplemented,
+)
+from greenroom.core.records import PhaseTime, Record, Snapshot, SnapshotScope, SnapshotState
+from greenroom.testing.simloop import Process
+from greenroom.testing.simulation.faults import Fault
+from greenroom.testing.simulation.links import DEAD_AFTER, Link, SimHub
+from greenroom.testing.simulation.machine import Machine, Sandbox
+from greenroom.testing.simulation.network import Network
+from greenroom.testing.simulation.snapshots import Bucket
+from greenroom.testing.simulation.trace import Trace
+
+BACKEND, FINGERPRINT, POOL = "sim", "one", "default"
+
+#: How long the work of a sandbox backend takes, in seconds: from, to, and (one in `SLOW_ONE_IN`) at most.
+LOAD_S = (0.03, 0.3, 8.0)
+WRITE_S = (0.01, 0.2, 4.0)
+QUICK_S = (0.002, 0.02, 1.0)
+SLOW_ONE_IN = 100
+#: And how long it takes when it hangs, while there is trouble.
+HANG_S, HANGS_ONE_IN = (10.0, 60.0), 500
+#: Between two tries to connect, at most.
+REDIAL_S = 1.0
+#: How often an agent that is not welcome yet looks whether anybody is there.
+HELLO_S = 2.0
+
+Reply = Callable[[Link, Any, Record | GreenroomError], None]
+
+
+class _Nobody:
+    """Hears how far a call is."""
+
+    def progress(self, progress: api.Progress) -> None: ...
+
+
+_NOBODY = _Nobody()
+
+
+class Directory(Protocol):
+    """Where agents find replicas."""
+
+    names: tuple[str, ...]
+
+    def hub(self, replica: str) -> SimHub | None: ...
+
+
+class Agent:
+    """One agent process on a machine."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        network: Network,
+        bucket: Bucket,
+        directory: Directory,
+        number: int,
+        seed: str,
+        trace: Trace,
+    ) -> None:
+        self.machine = machine
+        self.worker = machine.name
+        self.network = network
+        self.bucket = bucket
+        self.directory = directory
+        self.trace = trace
+        self.boot_id = f"{machine.name}-boot-{number}"
+        self.process: Process = network.loop.process(machine.name)
+        self.labels: dict[str, str] = {}
+        self._random = random.Random(f"agent {self.boot_id} {seed}")
+        self._fence = Fence(self.worker, cast(Journal, machine.journal), self._resident_generation, self._still_holds)
+        self._links: dict[str, Link] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._welcome = Welcome()
+        self.leaving = False
+        #: Ends the process; with its argument everything that runs here, too. Set by whoever runs the world.
+        self.end: Callable[[bool], None] = lambda wipe: None
+
+    # --- its life -----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Takes over what an earlier agent left running, and connects to every replica."""
+        for sandbox in self.machine.sandboxes.values():
+            sandbox.state = ResidentState.FROZEN if sandbox.frozen else ResidentState.RUNNING
+            sandbox.identity = replace(sandbox.identity, generation=self._fence.generation(sandbox.uid))
+        self.machine.staged = {uid: s for uid, s in self.machine.staged.items() if uid in self.machine.sandboxes}
+        loop = self.network.loop
+        for replica in self.directory.names:
+            loop.call_soon(self._dial, replica, context=self.process.context)
+        loop.call_soon(self._begin, context=self.process.context)
+
+    def _begin(self) -> None:
+        file, loop = cast(Path, self.machine.welcome), self.network.loop
+        self._alone = AloneWatch(file, self._running, self._freeze_alone, boot_time=loop.time)
+        self._alone.start()
+
+    def hello(self) -> Hello:
+        return Hello(
+            worker=self.worker,
+            pool=POOL,
+            backend=BACKEND,
+            fingerprint=FINGERPRINT,
+            capacity=self.machine.capacity,
+            boot_id=self.boot_id,
+            memory_snapshots=True,
+            freeze=True,
+            residents=self._list(),
+            labels=self.labels,
+        )
+
+    # --- connections --------------------------------------------------------------------------------------
+
+    def _dial(self, replica: str) -> None:
+        loop = self.network.loop
+        link = Link(self.network, self, replica)
+        self._links[replica] = link
+        loop.call_later(self.network.latency(), self._knock, link, context=loop.main.context)
+        loop.call_later(HELLO_S, self._await_welcome, link)
+
+    def _knock(self, link: Link) -> None:
+        """On the network: whoever has the replica's name now gets it."""
+        hub = self.directory.hub(link.replica)
+        if hub is not None and link.agent_open and self.network.reaches(link.replica, self.worker):
+            link.hub = hub
+            self.network.loop.call_soon(hub.accept, link, link.hello, context=hub.process.context)
+
+    def _await_welcome(self, link: Link) -> None:
+        """Until it is welcome, or nobody is there."""
+        if link.agent_open and not link.beats:
+            if not link.hub_open:
+                self.hung_up(link)
+            elif not self._is_dead(link):
+                self.network.loop.call_later(HELLO_S, self._await_welcome, link)
+
+    def hung_up(self, link: Link) -> None:
+        """The connection is closed, or counts as dead."""
+        if not link.agent_open:
+            return
+        link.agent_open = False
+        if self._links.get(link.replica) is link:
+            self.network.loop.call_later(self._random.random() * REDIAL_S, self._dial, link.replica)
+
+    def welcomed(self, link: Link, welcome: Welcome, beat: int) -> None:
+        """The answer to its hello, or to a heartbeat."""
+        if not link.agent_open:
+            return
+        self._welcome = welcome
+        if (sent_at := link.unanswered.pop(beat, None)) is not None:
+            self._alone.heard(welcome, sent_at)
+        if not link.beats:
+            link.beats = True
+            if self.leaving:
+                self._say_leaving(link)
+            self.network.loop.call_later(welcome.heartbeat_s, self._beat, link)
+
+    def _beat(self, link: Link) -> None:
+        loop = self.network.loop
+        if not link.agent_open or link.hub is None or self._is_dead(link):
+            return
+        link.beaten += 1
+        link.unanswered[link.beaten] = loop.time()
+        link.up(link.hub.beat, link, api.Heartbeat(boot_id=self.boot_id, residents=self._list()), link.beaten)
+        loop.call_later(self._welcome.heartbeat_s, self._beat, link)
+
+    def _is_dead(self, link: Link) -> bool:
+        """What keepalive messages of the transport tell: nobody is there any more, or has not been for a while."""
+        now = self.network.loop.time()
+        if self.network.reaches(link.replica, self.worker):
+            link.agent_heard = now
+            if self.directory.hub(link.replica) is link.hub:
+                return False
+        elif now - link.agent_heard <= DEAD_AFTER * self._welcome.heartbeat_s:
+            return False
+        self.hung_up(link)
+        return True
+
+    # --- alone --------------------------------------------------------------------------------------------
+
+    def _running(self) -> list[str]:
+        """What is to be frozen."""
+        if not self._alone.alone:
+            return []
+        return [uid for uid, s in self.machine.sandboxes.items() if s.state is ResidentState.RUNNING]
+
+    def knows_it_is_alone(self) -> bool:
+        """Looked at from outside: `AloneWatch.alone` would make it so."""
+        return self._alone._left_s() <= 0
+
+    async def _freeze_alone(self, uid: str) -> None:
+        async def freeze() -> None:
+            sandbox = self.machine.sandboxes.get(uid)
+            if self._alone.alone and sandbox is not None and sandbox.state is ResidentState.RUNNING:
+                await self._work(QUICK_S)
+                sandbox.freeze()
+                self.trace(self.worker, "froze, being alone,", sandbox.identity.name)
+
+        await self._fence.aside(uid, freeze)
+
+    # --- calls --------------------------------------------------------------------------------------------
+
+    def called(self, link: Link, call: AgentCall, pending: Any, reply: Reply) -> None:
+        """A call has arrived."""
+        if not link.agent_open:
+            return
+        task = asyncio.create_task(self._serve(link, call, pending, reply), name=type(call).__name__)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, link: Link, call: AgentCall, pending: Any, reply: Reply) -> None:
+        stale = isinstance(call, api.ActorCall) and self.machine.watch.call_arrived(self.worker, call)
+        try:
+            reply(link, pending, await self._handle(call, stale))
+        except GreenroomError as error:
+            reply(link, pending, error)
+
+    def _acts(self, call: api.ActorCall) -> None:
+        """It is about to change a sandbox."""
+        self.machine.watch.call_acts(self.worker, call)
+
+    async def _handle(self, call: AgentCall, stale: bool) -> Record:
+        match call:
+            case api.Start() | api.Restore():
+                return await self._fence.run(call, lambda _: self._wake(call), _NOBODY)
+            case api.Checkpoint():
+                return await self._fence.run(call, lambda _: self._checkpoint(call), _NOBODY)
+            case api.Publish():
+                return await self._fence.run(call, lambda _: self._publish(call), _NOBODY)
+            case api.Discard():
+                return await self._fence.run(call, lambda _: self._discard(call, stale), _NOBODY)
+            case api.Freeze():
+                return await self._fence.run(call, lambda _: self._freeze(call), _NOBODY)
+            case api.Thaw():
+                if call.epoch >= 0 and (self._alone.alone or call.epoch != self._alone.epoch):
+                    raise FailedPrecondition("what you know of it is from before it was frozen", reason="STALE_EPOCH")
+                return await self._fence.run(call, lambda _: self._thaw(call), _NOBODY)
+            case api.Upload():
+                return await self._upload(call)
+            case api.Release():
+                self.machine.held.pop(call.snapshot_id, None)
+                return api.Done()
+            case api.Prepare():
+                await self._work(QUICK_S)
+                return api.Prepared(image_digest=f"sha256:{call.image}", size_bytes=1)
+            case api.ListResident():
+                _ = self._alone.alone  # whether it has just become so is in the epoch
+                return api.Residents(epoch=self._alone.epoch, residents=self._list())
+            case api.Warm():
+                return api.Done()
+            case api.Shutdown():
+                self.end(call.wipe)
+                return api.Done()
+            case _:
+                raise Unimplemented(f"simulated agents know no {type(call).__name__}")
+
+    async def _work(self, how_long: tuple[float, float, float]) -> tuple[PhaseTime, ...]:
+        """What a backend does takes its time."""
+        short, long, longest = how_long
+        slow = self._random.randrange(SLOW_ONE_IN) == 0
+        seconds = self._random.uniform(long, longest) if slow else self._random.uniform(short, long)
+        faults = self.network.faults
+        if faults.trouble and Fault.HANG not in faults.without and self._random.randrange(HANGS_ONE_IN) == 0:
+            faults.hits[Fault.HANG] += 1
+            seconds = self._random.uniform(*HANG_S)
+        await asyncio.sleep(seconds)
+        return (PhaseTime(name="work", seconds=seconds),)
+
+    def _still_holds(self, call: api.ActorCall) -> bool:
+        """See `greenroom.agent.agent`."""
+        sandbox = self.machine.sandboxes.get(call.actor_uid)
+        staged = self.machine.staged.get(call.actor_uid)
+        match call:
+            case api.Start() | api.Restore() | api.Thaw():
+                if sandbox is None or sandbox.state is not ResidentState.RUNNING:
+                    return False
+                sandbox.identity = replace(sandbox.identity, generation=call.generation)
+                return True
+            case api.Checkpoint():
+                return bool(staged and staged[0].id == call.snapshot.id and sandbox and sandbox.frozen)
+            case api.Freeze():
+                return sandbox is not None and sandbox.frozen
+            case api.Publish():
+                return call.hold and call.snapshot_id in self.machine.held
+            case _:
+                return sandbox is None and staged is None
+
+    def _resident_generation(self, uid: str) -> int:
+        sandbox = self.machine.sandboxes.get(uid)
+        return sandbox.identity.generation if sandbox else 0
+
+    def _resident(self, uid: str) -> Sandbox:
+        sandbox = self.machine.sandboxes.get(uid)
+        if sandbox is None:
+            raise NotFound(f"actor {uid} does not run on worker {self.worker}", reason="NOT_RESIDENT")
+        return sandbox
+
+    def _list(self) -> tuple[Resident, ...]:
+        return tuple(
+            Resident(
+                actor_uid=uid,
+                namespace=s.identity.namespace,
+                name=s.identity.name,
+                generation=self._fence.generation(uid),
+                state=s.state,
+                endpoint=s.endpoint,
+                operation_id=s.operation_id,
+            )
+            for uid, s in self.machine.sandboxes.items()
+        )
+
+    def program_ends(self, sandbox: Sandbox) -> None:
+        """A sandbox ends by itself; all replicas that can be told are told."""
+        if sandbox.gone:
+            return
+        self.machine.remove(sandbox)
+        if sandbox.state is ResidentState.STARTING:
+            return
+        generation = self._fence.generation(sandbox.uid)
+        event = api.SandboxExited(actor_uid=sandbox.uid, generation=generation, code=3)
+        for link in self._links.values():
+            if link.agent_open and link.hub is not None:
+                link.up(link.hub.exited, link, event)
+
+    def cut(self, replica: str) -> None:
+        """Its connection to that replica breaks."""
+        if (link := self._links.get(replica)) is not None and link.agent_open:
+            link.reset()
+
+    def hang_up(self) -> None:
+        """The process has ended: the kernel closes its connections."""
+        for link in self._links.values():
+            link.agent_open = False
+            if link.hub is not None:
+                link.up(link.hub.hung_up, link)
+
+    def leave(self) -> None:
+        """It was asked to end: its actors are to be suspended first."""
+        self.leaving = True
+        for link in self._links.values():
+            self._say_leaving(link)
+
+    def _say_leaving(self, link: Link) -> None:
+        if link.agent_open and link.hub is not None and link.beats:
+            link.up(link.hub.leaving, link, self.boot_id)
+
+    # --- wake and end -------------------------------------------------------------------------------------
+
+    async def _wake(self, call: api.Start | api.Restore) -> api.Started:
+        await self._end(call.actor_uid)
+        count = await self._load(call.snapshot) if isinstance(call, api.Restore) else 0
+        phases = await self._work(LOAD_S)
+        self._acts(call)
+        sandbox = self.machine.make(call.identity, count, call.operation_id)
+        try:
+            phases += await self._work(QUICK_S)  # until it answers its readiness probe
+        except BaseException:
+            await asyncio.shield(self._end(call.actor_uid))
+            raise
+        if sandbox.gone:
+            raise FailedPrecondition("the actor's process ended while it was waking", reason="ACTOR_EXITED")
+        if not sandbox.frozen:
+            sandbox.state = ResidentState.RUNNING
+        return api.Started(endpoint=sandbox.endpoint, phases=phases)
+
+    async def _load(self, snapshot: Snapshot) -> int:
+        fits = snapshot.backend == BACKEND and (
+            snapshot.scope is SnapshotScope.DATA or snapshot.fingerprint == FINGERPRINT
+        )
+        if not fits:
+            raise FailedPrecondition(f"snapshot {snapshot.id} can't run here", reason="NO_COMPATIBLE_WORKER")
+        if (held := self.machine.held.get(snapshot.id)) is not None:
+            return held[1]
+        if snapshot.state is SnapshotState.LOCAL:
+            raise DataLoss(f"snapshot {snapshot.id} is not held here", reason="SNAPSHOT_CORRUPT")
+        return await self.bucket.load(snapshot)
+
+    async def _end(self, uid: str) -> None:
+        """Destroys the sandbox, which runs until it is gone, and drops what is staged."""
+        sandbox = self.machine.sandboxes.get(uid)
+        if sandbox is not None:
+            await self._work(QUICK_S)
+            sandbox.ended_by_call = not sandbox.gone
+            self.machine.remove(sandbox)
+        self.machine.staged.pop(uid, None)
+
+    async def _discard(self, call: api.Discard, stale: bool) -> api.Done:
+        if stale:  # one that has begun ends before what comes after it begins
+            self._acts(call)
+        await self._end(call.actor_uid)
+        return api.Done()
+
+    async def _freeze(self, call: api.Freeze) -> api.Done:
+        sandbox = self._resident(call.actor_uid)
+        self.machine.staged.pop(call.actor_uid, None)
+        phases = await self._work(QUICK_S)
+        if sandbox.gone:
+            raise NotFound(f"actor {call.actor_uid} has ended", reason="NOT_RESIDENT")
+        self._acts(call)
+        sandbox.freeze()
+        return api.Done(phases=phases)
+
+    async def _thaw(self, call: api.Thaw) -> api.Started:
+        sandbox = self._resident(call.actor_uid)
+        self.machine.staged.pop(call.actor_uid, None)
+        phases = await self._work(QUICK_S)
+        if sandbox.gone:
+            raise NotFound(f"actor {call.actor_uid} has ended", reason="NOT_RESIDENT")
+        self._acts(call)
+        self.machine.watch.goes_on(sandbox)
+        self.machine.thaw(sandbox)
+        return api.Started(endpoint=sandbox.endpoint, phases=phases, warm=True)
+
+    # --- sleep --------------------------------------------------------------------------------------------
+
+    async def _checkpoint(self, call: api.Checkpoint) -> api.Checkpointed:
+        sandbox = self._resident(call.actor_uid)
+        try:
+            self._acts(call)
+            sandbox.freeze()
+            phases = await self._work(WRITE_S)
+            if self.machine.disk_full_until > self.network.loop.time():
+                raise ResourceExhausted("the worker's disk is full", reason="DISK_FULL")
+            if sandbox.gone:
+                raise NotFound(f"actor {call.actor_uid} has ended", reason="NOT_RESIDENT")
+            made = replace(
+                call.snapshot,
+                scope=SnapshotScope.MEMORY,
+                backend=BACKEND,
+                fingerprint=FINGERPRINT,
+                hostname=sandbox.identity.hostname,
+                worker=self.worker,
+            )
+            self.machine.staged[call.actor_uid] = made, sandbox.count
+        except BaseException:
+            if not sandbox.gone:  # after a failure it runs, also when it was frozen before
+                self.machine.thaw(sandbox)
+            raise
+        sandbox.operation_id = call.operation_id
+        return api.Checkpointed(size_bytes=8, phases=phases)
+
+    async def _publish(self, call: api.Publish) -> api.Published:
+        if call.hold and call.snapshot_id in self.machine.held:
+            return api.Published(snapshot=self.machine.held[call.snapshot_id][0])
+        staged = self.machine.staged.get(call.actor_uid)
+        if staged is None or staged[0].id != call.snapshot_id:
+            raise NotFound(f"worker {self.worker} has no files of {call.snapshot_id}", reason="NOT_STAGED")
+        phases = await self._work(WRITE_S)
+        if call.hold:
+            held = replace(staged[0], state=SnapshotState.LOCAL)
+            self.machine.held[call.snapshot_id] = held, staged[1]
+            return api.Published(snapshot=held, phases=phases)
+        return api.Published(snapshot=await self.bucket.publish(*staged), phases=phases)
+
+    async def _upload(self, call: api.Upload) -> api.Published:
+        held = self.machine.held.get(call.snapshot_id)
+        if held is None:
+            raise NotFound(f"snapshot {call.snapshot_id} is not held here", reason="NOT_HELD")
+        phases = await self._work(WRITE_S)
+        try:
+            return api.Published(snapshot=await self.bucket.publish(*held), phases=phases)
+        except Conflict as other:
+            raise DataLoss(other.message, reason="SNAPSHOT_CORRUPT") from other
