@@ -86,6 +86,7 @@ async def test_they_wait_in_turn(pool: Database) -> None:
 
         await pool.run(work)
 
+    await asyncio.gather(*(pool.run(one) for _ in range(3)))  # the connections are made
     await asyncio.gather(*(call(n) for n in range(30)))
     assert order[3:] == sorted(order[3:])
 

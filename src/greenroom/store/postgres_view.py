@@ -174,7 +174,7 @@ _TEMPLATES = {
     "of actor": "t AS (SELECT t.*, t.xmin AS row_xmin FROM templates t "
     "WHERE t.pk = {namespace} || '/' || (SELECT template FROM a))",
 }
-#: Which parts of the statement read what of the `View`.
+#: Which parts of the statement read what of the `View`. What is missing here is fetched when it is asked for.
 _NEEDS = {
     "template": ("template",),
     "source": ("owned",),
@@ -192,7 +192,7 @@ _NEEDS = {
 @cache
 def _statement(cls: type[ActorCommand], needs: frozenset[str], request: bool, part: int) -> tuple[str, list[str]]:
     """The statement for a class of commands and a partition, and which values it takes in which order."""
-    parts = {"actor", *(part for need in needs for part in _NEEDS[need])}
+    parts = {"actor", *(part for need in needs for part in _NEEDS.get(need, ()))}
     if needs >= {"template", "source"}:
         parts.add("golden")
     parts.add("operation" if issubclass(cls, OperationCommand | TakeOver | RequestCancel) else "current")
