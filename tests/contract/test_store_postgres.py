@@ -124,7 +124,7 @@ async def test_no_slot_is_given_twice_or_lost(stores: list[PostgresStore]) -> No
                         back = op.from_state or ActorState.SUSPENDED
                         await store.apply(world.step(c.BackOut, op, to_state=back, error=FAILURE))
                     case 1 if begin is c.BeginResume:
-                        await store.apply(world.step(c.Rebind, op, avoid=(op.worker,)))
+                        await store.apply(world.step(c.Rebind, op, attempts=op.attempts, avoid=(op.worker,)))
                     case _:
                         await store.apply(world.finish_command(op))
                 done[begin.__name__] = done.get(begin.__name__, 0) + 1

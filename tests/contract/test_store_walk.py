@@ -144,6 +144,9 @@ class Walk:
             )
         if actor.operation and r.random() < 0.8:
             return await self.step(actor, await self.store.get(Operation, actor.operation))
+        if actor.worker and r.random() < 0.1:
+            where = {"uid": actor.uid, "worker": r.choice((actor.worker, actor.worker, "w1"))}
+            return lc.Reunite(key=key, now=now, generation=actor.generation - (r.random() < 0.2), **where)
         if r.random() < (0.2 if actor.worker else 0.05):
             generation, name = actor.generation - (r.random() < 0.2), r.choice((actor.worker, actor.worker, "w1"))
             uid = actor.uid if r.random() < 0.9 else "another"
@@ -176,7 +179,7 @@ class Walk:
                 endpoint = r.choice((None, ENDPOINT))
                 return world.step(lc.BackOut, op, to_state=to, error=FAILURE, endpoint=endpoint)
             case 5:
-                return world.step(lc.Rebind, op, avoid=(actor.worker,), why="failed")
+                return world.step(lc.Rebind, op, attempts=op.attempts, avoid=(actor.worker,), why="failed")
             case 6 | 17 if op.kind is OperationKind.RESUME:
                 return world.step(lc.FallBack, op, snapshot_id=actor.snapshot or "golden", detail="bad")
             case 7 | 8 | 16:

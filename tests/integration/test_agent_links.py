@@ -11,6 +11,7 @@ import pytest
 from agent_kit import SPEC, Bench, short_directory, until
 from link_kit import HEARTBEAT_S, Replica
 
+from greenroom.agent import clock
 from greenroom.agent import link as agent_link
 from greenroom.agent.links import Links
 from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2
@@ -198,6 +199,28 @@ async def test_alone_and_found_again(site: Site) -> None:
     await site.connected(1)
     assert two.connects[0].residents[0].state is ResidentState.FROZEN
     await two.hub.call("w", api.Thaw(**site.bench.ids("thaw", 2)))
+    assert site.bench.state() is ResidentState.RUNNING
+
+
+async def test_a_machine_that_slept_is_alone_until_it_is_heard_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept_s, real = 0.0, clock.boot_time
+    monkeypatch.setattr(clock, "boot_time", lambda: real() + slept_s)
+    one = site.replicas[0]
+    one.say(alone_s=60)
+    await one.start()
+    await site.link(one.address)
+    await site.connected(0)
+    await one.hub.call("w", start_call(site.bench, "op", "a"))
+    one.answers = False
+    slept_s = 61
+    await until(lambda: site.bench.state() is ResidentState.FROZEN)
+    assert site.bench.agent._alone.alone
+    one.answers = True
+    await until(lambda: not site.bench.agent._alone.alone)
+    said: Any = await one.hub.call("w", api.ListResident())
+    await one.hub.call("w", api.Thaw(**site.bench.ids("thaw", 1), epoch=said.epoch))
     assert site.bench.state() is ResidentState.RUNNING
 
 

@@ -10,11 +10,22 @@ import pytest
 
 from greenroom.agent.fence import Fence, Work
 from greenroom.agent.journal import Journal
+from greenroom.agent.progress import Listener
 from greenroom.core import agentapi as api
 from greenroom.core.errors import GreenroomError, Internal, LeaseLost, ResourceExhausted, Unavailable
 from greenroom.core.records import Endpoint, Record, TemplateSpec
 
 STARTED = api.Started(endpoint=Endpoint(path="/sock"))
+
+
+class Ear:
+    """Keeps the phases that it hears of."""
+
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+
+    def progress(self, progress: api.Progress) -> None:
+        self.phases.append(progress.phase)
 
 
 class Bench:
@@ -28,11 +39,13 @@ class Bench:
         self.begun: list[str] = []
         self.stopped: list[str] = []
         self.ends: dict[str, asyncio.Future[Record]] = {}
+        self.hears: dict[str, Listener] = {}
         self._sent: list[asyncio.Task[Record]] = []
 
     def work(self, name: str) -> Work:
-        async def run() -> Record:
+        async def run(hears: Listener) -> Record:
             self.begun.append(name)
+            self.hears[name] = hears
             self.ends[name] = asyncio.get_running_loop().create_future()
             try:
                 return await self.ends[name]
@@ -43,10 +56,16 @@ class Bench:
 
         return run
 
-    def send(self, call: api.ActorCall, name: str) -> asyncio.Task[Record]:
-        task = asyncio.ensure_future(self.fence.run(call, self.work(name)))
+    def send(self, call: api.ActorCall, name: str, listener: Listener | None = None) -> asyncio.Task[Record]:
+        task = asyncio.ensure_future(self.fence.run(call, self.work(name), listener or Ear()))
         self._sent.append(task)
         return task
+
+    def aside(self, uid: str, name: str) -> asyncio.Future[None]:
+        async def run() -> None:
+            await self.work(name)(Ear())
+
+        return asyncio.ensure_future(self.fence.aside(uid, run))
 
     async def close(self) -> None:
         await self.fence.close()
@@ -113,6 +132,21 @@ async def test_the_same_call_joins_also_under_a_later_owner(bench: Bench) -> Non
     assert bench.fence.generation("a") == 2
 
 
+async def test_all_who_wait_for_a_call_hear_how_far_it_is_until_they_go_away(bench: Bench) -> None:
+    ears = [Ear(), Ear(), Ear()]
+    first, second = bench.send(start(), "work", ears[0]), bench.send(start(), "-", ears[1])
+    await turns()
+    bench.hears["work"].progress(api.Progress(phase="one"))
+    third = bench.send(start(generation=2), "-", ears[2])
+    first.cancel()
+    await turns()
+    bench.hears["work"].progress(api.Progress(phase="two"))
+    bench.ends["work"].set_result(STARTED)
+    assert await second == await third == STARTED
+    bench.hears["work"].progress(api.Progress(phase="too late"))
+    assert [ear.phases for ear in ears] == [["one"], ["one", "two"], ["two"]]
+
+
 async def test_another_call_stops_the_one_under_way_and_waits_for_its_cleaning_up(bench: Bench) -> None:
     first = bench.send(start(), "start")
     await turns()
@@ -169,7 +203,7 @@ async def test_a_wake_that_comes_after_the_discard_of_its_operation_is_refused(b
         await bench.send(start(), "later")
     again = Fence("w", Journal(tmp_path / "journal"), lambda uid: 0, lambda call: True)
     with pytest.raises(LeaseLost, match="comes too late"):  # also when the agent has restarted
-        await again.run(start(), bench.work("much later"))
+        await again.run(start(), bench.work("much later"), Ear())
     assert bench.begun == ["discard"]
     for name, call in {"other attempt": start("op-2"), "other owner": start(generation=2)}.items():
         wake = bench.send(call, name)
@@ -238,8 +272,8 @@ async def test_who_waits_when_the_agent_ends_is_told_to_ask_again(bench: Bench) 
 async def test_what_is_done_aside_waits_for_calls_stops_none_and_holds_up_others(bench: Bench) -> None:
     first = bench.send(start(), "start")
     await turns()
-    aside = asyncio.ensure_future(bench.fence.aside("a", bench.work("aside")))  # type: ignore[arg-type]
-    other = asyncio.ensure_future(bench.fence.aside("b", bench.work("other")))  # type: ignore[arg-type]
+    aside, other = bench.aside("a", "aside"), bench.aside("b", "other")
+    assert bench.fence.is_busy("a") and not bench.fence.is_busy("c")
     await turns()
     assert bench.begun == ["start", "other"] and not bench.stopped
     bench.ends["other"].set_result(STARTED)
@@ -259,7 +293,7 @@ async def test_what_is_done_aside_waits_for_calls_stops_none_and_holds_up_others
 
 
 async def test_a_failure_aside_is_its_own_and_nothing_is_begun_when_the_agent_ends(bench: Bench) -> None:
-    aside = asyncio.ensure_future(bench.fence.aside("a", bench.work("aside")))  # type: ignore[arg-type]
+    aside = bench.aside("a", "aside")
     await turns()
     call = bench.send(freeze(), "freeze")
     bench.ends["aside"].set_exception(Internal("no"))
@@ -268,9 +302,9 @@ async def test_a_failure_aside_is_its_own_and_nothing_is_begun_when_the_agent_en
     await turns()
     bench.ends["freeze"].set_result(api.Done())
     assert await call == api.Done()
-    hanging = asyncio.ensure_future(bench.fence.aside("a", bench.work("hanging")))  # type: ignore[arg-type]
+    hanging = bench.aside("a", "hanging")
     await turns()
     await bench.fence.close()
     await hanging
-    await bench.fence.aside("a", bench.work("late"))  # type: ignore[arg-type]
+    await bench.aside("a", "late")
     assert bench.stopped == ["hanging"] and "late" not in bench.begun

@@ -219,6 +219,39 @@ async def test_a_damaged_one_while_the_store_does_not_answer_is_not_given_up(ben
     await bench.restore(present, "again", 4)
 
 
+@pytest.mark.parametrize(
+    "says",
+    [
+        NotFound("none of that name"),
+        Unavailable("the store is away"),
+        DataLoss("its manifest can't be read", reason="SNAPSHOT_CORRUPT"),
+        OSError(5, "Input/output error"),
+    ],
+    ids=lambda says: type(says).__name__,
+)
+async def test_a_damaged_one_is_let_go_of_only_when_the_store_is_known_to_have_it(
+    bench: Bench, says: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged copy is better than none: somebody may mend it, and most of it is there."""
+    await bench.boot()
+    held = await bench.suspend()
+    present = await upload(bench, held)
+    file_of(bench, held).write_bytes(b"{}")
+    before = leftovers(bench)
+
+    async def manifest(snapshot_id: str) -> Snapshot:
+        raise says
+
+    with monkeypatch.context() as store:
+        store.setattr(slow(bench), "manifest", manifest)
+        with pytest.raises(GreenroomError):
+            await bench.restore(present)
+    assert held.id in bench.agent._held and leftovers(bench) == before and bench.state() is None
+    await bench.restore(present, "again", 4)
+    assert held.id not in bench.agent._held and leftovers(bench) == []
+    assert bench.state() is ResidentState.RUNNING
+
+
 async def test_another_content_under_the_same_id_is_refused(bench: Bench, tmp_path: Path) -> None:
     await bench.boot()
     held = await bench.suspend()

@@ -233,7 +233,7 @@ class Core(RuleBasedStateMachine):
     @rule(name=names)
     def rebind(self, name: str) -> None:
         if op := self.operation(name):
-            self.apply(self.world.step(lc.Rebind, op, avoid=(op.worker,), why="failed"))
+            self.apply(self.world.step(lc.Rebind, op, attempts=op.attempts, avoid=(op.worker,), why="failed"))
 
     @rule(name=names)
     def fall_back(self, name: str) -> None:

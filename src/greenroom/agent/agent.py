@@ -8,6 +8,7 @@ ended by itself.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import uuid
 from dataclasses import dataclass, field
@@ -23,14 +24,14 @@ from greenroom.agent.fence import Fence, from_os
 from greenroom.agent.held import Held
 from greenroom.agent.journal import Journal
 from greenroom.agent.logs import LogFiles
-from greenroom.agent.progress import Marks, Reporter, Reports
+from greenroom.agent.progress import Listener, Marks, Reporter, Reports
 from greenroom.agent.residents import Lodger, Residents
 from greenroom.agent.staging import Staging
 from greenroom.agent.waking import Waker
 from greenroom.agent.warm import WarmPool
 from greenroom.core import agentapi as api
 from greenroom.core.agentapi import AgentCall, ResidentState
-from greenroom.core.errors import FailedPrecondition, GreenroomError, NotFound
+from greenroom.core.errors import FailedPrecondition, GreenroomError, NotFound, Unavailable
 from greenroom.core.records import Record, SnapshotScope
 from greenroom.images.port import ImageStore
 from greenroom.sandbox.port import Backend, BackendProbe, ExecSession, ExecSpec, Warmer
@@ -40,6 +41,11 @@ log = structlog.get_logger(__name__)
 
 #: Warm sandboxes that one agent keeps unless told otherwise: what the cores can use at once, and as many for a burst.
 DEFAULT_WARM = 2 * (os.cpu_count() or 1)
+#: What is staged of an actor without a sandbox is dropped when no call has had to do with it for this long: twice an
+#: operation's usual deadline (`greenroom.engine.config`), so whoever drives the suspend will not ask for it any more.
+FORSAKEN_S = 600.0
+#: How often is looked for that. It is rare, and only costs disk.
+SWEEP_S = 60.0
 
 
 class Link(Protocol):
@@ -61,6 +67,14 @@ class AgentConfig:
     labels: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class _Wake:
+    """One under way. ``epoch`` is that of its beginning; to let ``scope`` time out ends it."""
+
+    epoch: int
+    scope: asyncio.Timeout
+
+
 class Agent:
     """One worker's agent. `open`, then any number of `handle`, then `close`."""
 
@@ -71,6 +85,7 @@ class Agent:
         self._classes = Classes(images, needs_image=backend.capabilities.needs_image)
         self._boot_id = uuid.uuid4().hex
         self._warm: WarmPool | None = None
+        self._wakes: dict[str, _Wake] = {}
         #: The links that are up; each adds and removes itself.
         self.links: set[Link] = set()
         #: Whether this agent has been asked to end, and waits for its actors to be suspended.
@@ -124,12 +139,17 @@ class Agent:
             logs=self._logs,
             warm=self._warm,
         )
-        self._alone = AloneWatch(root / "welcome.json", self._running, self._freeze_alone)
+        self._alone = AloneWatch(root / "welcome.json", self._stale, self._stop_stale)
+        for resident in self._residents:
+            resident.epoch = self._alone.epoch  # as the agent before this one remembered it
         self._alone.start()
+        self._sweeper = asyncio.create_task(self._sweep(), name="staging-sweep")
 
     async def close(self, *, wipe: bool) -> None:
         """Ends the agent. Residents go on running, for the next agent process to find, unless ``wipe``. What is held
         here is never wiped: it may be all that is left of actors that sleep."""
+        self._sweeper.cancel()
+        await asyncio.gather(self._sweeper, return_exceptions=True)
         await self._alone.close()
         await self._fence.close()
         await self._held.close()
@@ -161,7 +181,7 @@ class Agent:
         return api.Heartbeat(boot_id=self._boot_id, residents=self._residents.listed(), images=self._classes.digests())
 
     def heard(self, welcome: api.Welcome, at: float) -> None:
-        """A replica has answered what was sent to it at ``at`` (the loop's clock, seconds)."""
+        """A replica has answered what was sent to it at ``at`` (`greenroom.agent.clock.boot_time`)."""
         self._alone.heard(welcome, at)
 
     def leave(self) -> None:
@@ -185,18 +205,20 @@ class Agent:
         """Carries out a call. Raises `GreenroomError`."""
         match call:
             case api.Start() | api.Restore():
-                return await self._fence.run(call, lambda: self._wake(call, reporter))
+                epoch = self._alone.now
+                return await self._fence.run(call, lambda hears: self._wake(call, epoch, hears), reporter)
             case api.Checkpoint():
-                return await self._fence.run(call, lambda: self._checkpoint(call, reporter))
+                return await self._fence.run(call, lambda hears: self._checkpoint(call, hears), reporter)
             case api.Publish():
-                return await self._fence.run(call, lambda: self._publish(call, reporter))
+                return await self._fence.run(call, lambda hears: self._publish(call, hears), reporter)
             case api.Discard():
-                return await self._fence.run(call, lambda: self._discard(call))
+                return await self._fence.run(call, lambda _: self._discard(call), reporter)
             case api.Freeze():
-                return await self._fence.run(call, lambda: self._freeze(call))
+                return await self._fence.run(call, lambda _: self._freeze(call), reporter)
             case api.Thaw():
                 self._check_epoch(call)
-                return await self._fence.run(call, lambda: self._thaw(call))
+                epoch = self._alone.now
+                return await self._fence.run(call, lambda _: self._thaw(call, epoch), reporter)
             case api.Upload() | api.Release():
                 try:
                     return (
@@ -240,6 +262,8 @@ class Agent:
             case api.Start() | api.Restore() | api.Thaw():
                 if resident is None or resident.state is not ResidentState.RUNNING:
                     return False
+                if isinstance(call, api.Thaw) and not self._may_run(resident.epoch):
+                    return False  # it is about to be frozen, and this call may be what lets it run on
                 resident.identity = msgspec.structs.replace(resident.identity, generation=call.generation)
                 return True
             case api.Checkpoint():
@@ -253,18 +277,47 @@ class Agent:
             case _:
                 return resident is None and not self._staging.holds(call.actor_uid)
 
-    async def _wake(self, call: api.Start | api.Restore, reporter: Reporter) -> api.Started:
-        with Reports(reporter) as reports:
-            return await self._waker.wake(call, reports)
+    async def _wake(self, call: api.Start | api.Restore, epoch: int, hears: Listener) -> api.Started:
+        """``epoch``: when the call came. It ends as soon as that is over: from then on the actor may wake elsewhere,
+        and its program runs here already before it is ready.
+
+        Raises:
+            Unavailable: that is over (reason ``WORKER_ALONE``); nothing is left here, it may be tried again.
+        """
+        uid = call.actor_uid
+        if not self._may_run(epoch):
+            raise self._was_alone()
+        try:
+            async with asyncio.timeout(None) as scope:
+                self._wakes[uid] = _Wake(epoch, scope)
+                with Reports(hears) as reports:
+                    started = await self._waker.wake(call, reports)
+            if self._may_run(epoch):
+                return started
+        except TimeoutError:
+            if not scope.expired():
+                raise
+        finally:
+            del self._wakes[uid]
+            if (resident := self._residents.find(uid)) is not None:
+                resident.epoch = epoch
+        await asyncio.shield(self._residents.end(uid))
+        raise self._was_alone()
+
+    def _was_alone(self) -> Unavailable:
+        return Unavailable(
+            f"worker {self._config.worker} heard no control plane while it woke the actor; try again",
+            reason="WORKER_ALONE",
+        )
 
     # --- sleep --------------------------------------------------------------------------------------------
 
-    async def _checkpoint(self, call: api.Checkpoint, reporter: Reporter) -> api.Checkpointed:
+    async def _checkpoint(self, call: api.Checkpoint, hears: Listener) -> api.Checkpointed:
         resident = self._residents.get(call.actor_uid)
         dest = await asyncio.to_thread(self._staging.begin, call.actor_uid, call.snapshot.id)
         marks = Marks()
         try:
-            with Reports(reporter) as reports:
+            with Reports(hears) as reports:
                 async with reports.growing(dest, "checkpoint"):
                     phases = await self._backend.checkpoint(resident.sid, dest)
             marks.took(phases, "staging")
@@ -286,15 +339,19 @@ class Agent:
         return api.Checkpointed(size_bytes=size, phases=tuple(marks.phases))
 
     async def _undo_checkpoint(self, resident: Lodger) -> None:
-        """After a failure the sandbox runs, also one that was frozen before."""
+        """After a failure the sandbox runs, also one that was frozen before; but not one that may not run."""
         await self._staging.clear(resident.identity.uid)
         try:
+            if not self._may_run(resident.epoch):
+                await self._backend.freeze(resident.sid)
+                resident.state = ResidentState.FROZEN
+                return
             resident.endpoint = await self._backend.thaw(resident.sid)
             resident.state = ResidentState.RUNNING
         except GreenroomError as error:  # the next call about it finds that out too; what failed first says more
-            log.error("could not thaw after a failed checkpoint", sid=resident.sid, error=error.message)
+            log.error("could not be put back after a failed checkpoint", sid=resident.sid, error=error.message)
 
-    async def _publish(self, call: api.Publish, reporter: Reporter) -> api.Published:
+    async def _publish(self, call: api.Publish, hears: Listener) -> api.Published:
         marks = Marks()
         snapshot = self._staging.find(call.actor_uid, call.snapshot_id)
         if snapshot is None:
@@ -305,8 +362,11 @@ class Agent:
             )
         source = self._staging.path(call.actor_uid, call.snapshot_id)
         publish = self._held.keep if call.hold else self._snapshots.publish
-        with Reports(reporter) as reports:
-            published = await publish(snapshot, source, lambda done, total: reports.bytes("publish", done, total))
+        try:
+            with Reports(hears) as reports:
+                published = await publish(snapshot, source, lambda done, total: reports.bytes("publish", done, total))
+        finally:
+            self._staging.touch(call.actor_uid)  # it may have taken long
         marks.end("publish")
         return api.Published(snapshot=published, phases=tuple(marks.phases))
 
@@ -339,16 +399,19 @@ class Agent:
         marks.end("freeze")
         return api.Done(phases=tuple(marks.phases))
 
-    async def _thaw(self, call: api.Thaw) -> api.Started:
+    async def _thaw(self, call: api.Thaw, epoch: int) -> api.Started:
+        """``epoch``: when the call came. Should it be over by the end, the sandbox is soon frozen again."""
         resident, marks = self._residents.get(call.actor_uid), Marks()
+        self._check_epoch(call)  # what was under way may have taken long
         await self._staging.clear(call.actor_uid)  # from here on it is older than the actor
+        self._check_epoch(call)  # so may that
         resident.endpoint = await self._backend.thaw(resident.sid)
-        resident.state = ResidentState.RUNNING
+        resident.state, resident.epoch = ResidentState.RUNNING, epoch
         marks.end("thaw")
         return api.Started(endpoint=resident.endpoint, phases=tuple(marks.phases), warm=True)
 
     def _check_epoch(self, call: api.Thaw) -> None:
-        if call.epoch >= 0 and (self._alone.alone or call.epoch != self._alone.epoch):
+        if call.epoch >= 0 and call.epoch != self._alone.now:
             raise FailedPrecondition(
                 f"worker {self._config.worker} has been alone since that was decided (epoch {self._alone.epoch}, not "
                 f"{call.epoch}); read the actor's record again",
@@ -357,18 +420,59 @@ class Agent:
 
     # --- alone --------------------------------------------------------------------------------------------
 
-    def _running(self) -> list[str]:
-        return [r.identity.uid for r in self._residents if r.state is ResidentState.RUNNING]
+    def _may_run(self, epoch: int) -> bool:
+        """What was let run in that epoch."""
+        return epoch >= 0 and epoch == self._alone.now
 
-    async def _freeze_alone(self, uid: str) -> None:
-        async def freeze() -> None:
+    def _stale(self) -> list[str]:
+        """Actors (uid) that run, or are being woken, and were let run before this worker was alone."""
+        waking = [uid for uid, wake in self._wakes.items() if not self._may_run(wake.epoch)]
+        return waking + [r.identity.uid for r in self._residents if r.identity.uid not in self._wakes and self._runs(r)]
+
+    def _runs(self, resident: Lodger) -> bool:
+        return resident.state is not ResidentState.FROZEN and not self._may_run(resident.epoch)
+
+    async def _stop_stale(self, uid: str) -> None:
+        wake = self._wakes.get(uid)
+        if wake is not None and not self._may_run(wake.epoch) and not wake.scope.expired():
+            wake.scope.reschedule(asyncio.get_running_loop().time())
+
+        async def stop() -> None:
             resident = self._residents.find(uid)
-            if self._alone.alone and resident is not None and resident.state is ResidentState.RUNNING:
+            if resident is None or not self._runs(resident):
+                return
+            actor = f"{resident.identity.namespace}/{resident.identity.name}"
+            if resident.state is ResidentState.STARTING:  # its wake has failed, and could not end it
+                await self._residents.end(uid)
+                log.warning("ended an actor that was waking", actor=actor)
+            else:
                 await self._backend.freeze(resident.sid)
                 resident.state = ResidentState.FROZEN
-                log.warning("froze an actor", actor=f"{resident.identity.namespace}/{resident.identity.name}")
+                log.warning("froze an actor", actor=actor)
 
-        await self._fence.aside(uid, freeze)
+        await self._fence.aside(uid, stop)
+
+    # --- what is left behind ------------------------------------------------------------------------------
+
+    async def _sweep(self) -> None:
+        """Drops what is staged of actors whose sandbox ended by itself, when the `Discard` of it was lost: nobody sees
+        from outside that it is there."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            try:
+                for uid in await asyncio.to_thread(self._staging.uids):
+                    if self._is_forsaken(uid) and not self._fence.is_busy(uid):
+                        await self._fence.aside(uid, functools.partial(self._drop_forsaken, uid))
+            except Exception as error:  # a disk that fails; there is another time
+                log.error("could not look for what is staged and forsaken", error=str(error))
+
+    def _is_forsaken(self, uid: str) -> bool:
+        return self._residents.find(uid) is None and self._staging.untouched_s(uid) >= FORSAKEN_S
+
+    async def _drop_forsaken(self, uid: str) -> None:
+        if self._is_forsaken(uid):  # a call may have come in between
+            log.warning("drops staged files that nobody asks for", actor_uid=uid)
+            await self._staging.clear(uid)
 
     # --- exec ---------------------------------------------------------------------------------------------
 

@@ -4,8 +4,9 @@ For every call, in this order:
 
 1. *Fence.* A generation below the highest seen for the actor is refused with `LeaseLost`. A higher one is written
    down. A `Discard` ends its operation here for ever: a wake of that operation that comes later is refused.
-2. *One at a time.* The same call of the same operation joins the one under way. Any other stops it first and waits
-   until it has stopped: who sends another call has given the first one up. Only a `Discard` is left to end by itself.
+2. *One at a time.* The same call of the same operation joins the one under way, and hears how far that is. Any other
+   stops it first and waits until it has stopped: who sends another call has given the first one up. Only a `Discard`
+   is left to end by itself.
 3. *Once.* A call that is in the journal is answered from it, if what it speaks of still exists.
 4. *Do, record, answer.* A caller that goes away stops nothing.
 
@@ -17,17 +18,30 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from greenroom.agent.journal import Journal
+from greenroom.agent.progress import Listener
 from greenroom.core import agentapi as api
 from greenroom.core.errors import DataLoss, GreenroomError, LeaseLost, ResourceExhausted, Unavailable
 from greenroom.core.records import Record
 
-Work = Callable[[], Coroutine[Any, Any, Record]]
+#: Tells the listener how far it is.
+Work = Callable[[Listener], Coroutine[Any, Any, Record]]
+
+
+@dataclass(slots=True)
+class _Audience:
+    """All who wait for one call: who joins takes it for one that hangs when it hears nothing."""
+
+    listeners: list[Listener]
+
+    def progress(self, progress: api.Progress) -> None:
+        for listener in self.listeners:
+            listener.progress(progress)
 
 
 @dataclass(slots=True)
@@ -36,6 +50,7 @@ class _Running:
 
     call: api.ActorCall | None
     task: asyncio.Task[Any]
+    audience: _Audience = field(default_factory=lambda: _Audience([]))
     stopped: bool = False  # once: a second cancellation would cut its cleaning up short
 
     def stop(self) -> None:
@@ -74,8 +89,12 @@ class Fence:
         """The highest seen."""
         return max(self._journal.generation(actor_uid), self._floor(actor_uid))
 
-    async def run(self, call: api.ActorCall, work: Work) -> Record:
-        """Carries out a call by ``work``, or joins it, or answers it.
+    def is_busy(self, actor_uid: str) -> bool:
+        """Whether anything is under way about that actor."""
+        return actor_uid in self._running
+
+    async def run(self, call: api.ActorCall, work: Work, listener: Listener) -> Record:
+        """Carries out a call by ``work``, or joins it, or answers it. ``listener`` hears how far it is in any case.
 
         Raises:
             LeaseLost: a later owner was here, or stopped this call.
@@ -89,7 +108,7 @@ class Fence:
             self._journal.end_operation(uid, call.operation_id)
         while (running := self._running.get(uid)) is not None:
             if running.same(call):
-                return await self._outcome(running.task, call)
+                return await self._outcome(running, call, listener)
             running.stop()
             await asyncio.wait({running.task})
             self._check(call)  # somebody else may have come meanwhile
@@ -97,9 +116,10 @@ class Fence:
         if recorded is not None and self._still_holds(call):
             answer: Record = msgspec.json.decode(recorded, type=api.ANSWERS[name])
             return answer
-        task = asyncio.create_task(self._do(call, name, work), name=f"{name}-{uid}")
-        self._begun(uid, call, task)
-        return await self._outcome(task, call)
+        audience = _Audience([])
+        task = asyncio.create_task(self._do(call, name, work, audience), name=f"{name}-{uid}")
+        running = self._begun(uid, _Running(call, task, audience))
+        return await self._outcome(running, call, listener)
 
     async def aside(self, actor_uid: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Does ``work`` about an actor when no call about it is under way. It stops none and waits for its turn; calls
@@ -113,7 +133,7 @@ class Fence:
         if self._closing:
             return
         task = asyncio.create_task(work(), name=f"aside-{actor_uid}")
-        self._begun(actor_uid, None, task)
+        self._begun(actor_uid, _Running(None, task))
         await asyncio.wait({task})
         if not task.cancelled():
             task.result()
@@ -143,17 +163,22 @@ class Fence:
                 f"this {type(call).__name__} comes too late"
             )
 
-    def _begun(self, uid: str, call: api.ActorCall | None, task: asyncio.Task[Any]) -> None:
-        self._running[uid] = _Running(call, task)
-        task.add_done_callback(lambda done: self._ended(uid, done))
+    def _begun(self, uid: str, running: _Running) -> _Running:
+        self._running[uid] = running
+        running.task.add_done_callback(lambda done: self._ended(uid, done))
+        return running
 
-    async def _outcome(self, task: asyncio.Task[Record], call: api.ActorCall) -> Record:
+    async def _outcome(self, running: _Running, call: api.ActorCall, listener: Listener) -> Record:
+        task: asyncio.Task[Record] = running.task
+        running.audience.listeners.append(listener)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             caller = asyncio.current_task()
             if not task.cancelled() or (caller is not None and caller.cancelling()):
                 raise  # it is the caller that was cancelled
+        finally:
+            running.audience.listeners.remove(listener)
         if self._closing:
             raise self._gone()
         raise LeaseLost(f"{type(call).__name__} of actor {call.actor_uid} was stopped by a later call about that actor")
@@ -167,9 +192,9 @@ class Fence:
         if not task.cancelled():
             task.exception()  # seen, also when the caller has gone
 
-    async def _do(self, call: api.ActorCall, name: str, work: Work) -> Record:
+    async def _do(self, call: api.ActorCall, name: str, work: Work, audience: _Audience) -> Record:
         try:
-            answer = await work()
+            answer = await work(audience)
             self._journal.record(call.operation_id, name, msgspec.json.encode(answer))
         except OSError as error:
             raise from_os(error) from error

@@ -16,6 +16,7 @@ import grpc.aio
 import msgspec
 import structlog
 
+from greenroom.agent import clock
 from greenroom.agent.agent import Agent
 from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2, link_pb2_grpc
 from greenroom.api.frames import WINDOW, gather_frames
@@ -143,7 +144,7 @@ class _Connection:
         self._stream = stream
         self._out: asyncio.Queue[link_pb2.Frame | None] = asyncio.Queue()
         self._open: dict[int, _Reporter] = {}
-        #: When what awaits a WELCOME was sent (the loop's clock), by the number of the heartbeat; HELLO is 0.
+        #: When what awaits a WELCOME was sent (`clock.boot_time`), by the number of the heartbeat; HELLO is 0.
         self._unanswered: dict[int, float] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self.welcomed = False
@@ -169,7 +170,7 @@ class _Connection:
         # Before it is said who lives here: what happens from then on is an event.
         self._agent.links.add(self)
         try:
-            self._unanswered[0] = asyncio.get_running_loop().time()
+            self._unanswered[0] = clock.boot_time()
             hello = Frame(kind=Frame.HELLO, body=_encode(self._agent.hello()))
             await self._stream.write(Frames(frames=[hello]))
             self._tasks.append(asyncio.create_task(self._write()))
@@ -200,7 +201,7 @@ class _Connection:
             every = max(self._link.welcome.heartbeat_s, MIN_HEARTBEAT_S)
             await asyncio.sleep(every * random.uniform(1 - HEARTBEAT_JITTER, 1))
             number += 1
-            self._unanswered[number] = asyncio.get_running_loop().time()
+            self._unanswered[number] = clock.boot_time()
             if len(self._unanswered) > MAX_UNANSWERED:
                 del self._unanswered[min(self._unanswered)]
             if self._out.qsize() < MAX_WAITING:

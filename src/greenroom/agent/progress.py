@@ -27,10 +27,15 @@ QUIET_S = 0.5
 SAMPLE_S = 0.5
 
 
-class Reporter(Protocol):
-    """What a running call may send besides its answer."""
+class Listener(Protocol):
+    """Who hears how far a call is. Does not wait, and does not fail."""
 
     def progress(self, progress: Progress) -> None: ...
+
+
+class Reporter(Listener, Protocol):
+    """What a running call may send besides its answer."""
+
     async def data(self, channel: int, data: bytes) -> None: ...
     def input(self) -> AsyncIterator[bytes]: ...
 
@@ -59,7 +64,7 @@ class Reports:
     """Reports of one call, to be used as a context: none within ``quiet_s``, then at most one every
     `PROGRESS_INTERVAL_S`. What comes in between waits, and only the latest of it is sent."""
 
-    def __init__(self, reporter: Reporter, quiet_s: float = QUIET_S) -> None:
+    def __init__(self, reporter: Listener, quiet_s: float = QUIET_S) -> None:
         self._reporter = reporter
         self._loop = asyncio.get_running_loop()
         self._next = self._loop.time() + quiet_s

@@ -26,13 +26,15 @@ QUOTED_LINES = 20
 
 @dataclass(slots=True)
 class Lodger:
-    """One of them. ``operation_id``: the last operation that touched it."""
+    """One of them. ``operation_id``: the last operation that touched it. ``epoch``: in which it was let run
+    (`greenroom.agent.alone`); it may not run in another."""
 
     identity: Identity
     sid: str
     state: ResidentState
     endpoint: Endpoint
     operation_id: str
+    epoch: int = -1
     watcher: asyncio.Task[None] | None = None
 
 

@@ -4,7 +4,8 @@
     staging/<actor uid>/<snapshot id>.json   the manifest as far as it is known; written when the files are complete
 
 A staged snapshot is what a *frozen* sandbox is worth: it is dropped before the sandbox is thawed, frozen for a pause,
-or ended, so one that is there is never older than the sandbox.
+or ended, so one that is there is never older than the sandbox. The sandbox may also end by itself; then it is what is
+left of the actor, until it is dropped by a call, or because none comes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from greenroom.agent import clock
 from greenroom.core.records import Snapshot
 
 
@@ -23,6 +25,10 @@ class Staging:
     def __init__(self, root: Path) -> None:
         self._root = root
         root.mkdir(parents=True, exist_ok=True)
+        #: By actor (uid), when a call last had to do with what is staged of it; what an earlier agent process left
+        #: counts from the start of this one.
+        self._touched_at: dict[str, float] = {}
+        self._opened_at = clock.boot_time()
 
     def path(self, actor_uid: str, snapshot_id: str) -> Path:
         return self._root / actor_uid / snapshot_id
@@ -32,6 +38,7 @@ class Staging:
         self.drop(actor_uid)
         path = self.path(actor_uid, snapshot_id)
         path.mkdir(mode=0o700, parents=True)
+        self.touch(actor_uid)
         return path
 
     def complete(self, snapshot: Snapshot) -> None:
@@ -40,6 +47,18 @@ class Staging:
         new = manifest.with_suffix(".new")
         new.write_bytes(msgspec.json.encode(snapshot))
         new.replace(manifest)
+
+    def touch(self, actor_uid: str) -> None:
+        """A call has to do with what is staged of the actor."""
+        self._touched_at[actor_uid] = clock.boot_time()
+
+    def untouched_s(self, actor_uid: str) -> float:
+        """For how long no call has had to do with it (seconds)."""
+        return clock.boot_time() - self._touched_at.get(actor_uid, self._opened_at)
+
+    def uids(self) -> list[str]:
+        """Of the actors of which anything is staged."""
+        return [path.name for path in self._root.iterdir()]
 
     def find(self, actor_uid: str, snapshot_id: str) -> Snapshot | None:
         """The manifest of a complete one."""
@@ -53,6 +72,7 @@ class Staging:
         return (self._root / actor_uid).exists()
 
     def drop(self, actor_uid: str) -> None:
+        self._touched_at.pop(actor_uid, None)
         shutil.rmtree(self._root / actor_uid, ignore_errors=True)
 
     async def clear(self, actor_uid: str) -> None:

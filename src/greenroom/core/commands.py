@@ -140,9 +140,11 @@ class BackOut(OperationCommand, frozen=True, kw_only=True):
 
 
 class Rebind(OperationCommand, frozen=True, kw_only=True):
-    """A resume failed on its worker before the sandbox started (``why``): tries the next one, in the same operation."""
+    """A resume failed on its worker before the sandbox started (``why``): tries the next one, in the same operation.
+    ``attempts``: the operation's before that, so that one that comes late, or twice, moves nothing."""
 
     needs = frozenset({"template", "source", "workers"})
+    attempts: int = 1
     avoid: tuple[str, ...] = ()
     reachable: tuple[str, ...] | None = None
     why: str = ""

@@ -590,6 +590,8 @@ def _rebind(view: View, c: Rebind) -> Change:
     if op.from_state is ActorState.PAUSED:  # its memory is on that worker only
         raise _wrong_step(c, op)
     source = _source(view, actor)
+    if op.attempts != c.attempts:
+        return Change(outcome=Outcome.REPEATED, actor=actor, operation=op, source=source, template=view.template)
     worker, slots, _ = _move(view, actor, source, c)
     tried = (*op.rejected, Rejection(worker=op.worker, why=c.why or "failed"))[-placement.MAX_REJECTIONS :]
     return Change(

@@ -46,6 +46,7 @@ from greenroom.core.errors import (
 from greenroom.core.records import Actor, ActorState, Key, Template, Worker, WorkerState
 from greenroom.core.states import BUSY
 from greenroom.engine import clock
+from greenroom.engine.bindings import Binding
 from greenroom.engine.operations import closing
 from greenroom.store.port import R
 
@@ -504,7 +505,24 @@ class Census:
                 await self._one(str(actor.key), self._confirm(actor, resident, said.epoch))
         for resident in residents.values():
             await self._one(f"{resident.namespace}/{resident.name}", self._discard_stray(worker, resident))
+        running = {(a.uid, a.generation) for a in actors if a.state is ActorState.RUNNING}
+        for binding in self._engine.bindings.all():
+            if binding.worker == worker and (binding.uid, binding.generation) not in running:
+                await self._one(str(binding.key), self._drop_stale(binding))
         return [operation for operation in under_way if operation]
+
+    async def _drop_stale(self, binding: Binding) -> None:
+        """A binding of an incarnation that no record speaks of: made from an answer that came late."""
+        try:
+            actor = await self._ops.read(Actor, str(binding.key))
+        except NotFound:
+            actor = None
+        same = actor is not None and (actor.uid, actor.generation) == (binding.uid, binding.generation)
+        if same and actor is not None and (actor.state is ActorState.RUNNING or actor.state in BUSY):
+            return
+        newer = actor is not None and actor.uid == binding.uid and actor.generation < binding.generation
+        if not newer and self._engine.bindings.peek(binding.key) is binding and not self._ops.busy(binding.uid):
+            self._engine.bindings.revoke(binding.key)
 
     async def _residents(self, worker: str) -> api.Residents:
         try:
@@ -649,8 +667,11 @@ class Census:
             try:
                 if worker.name in connected:
                     await self._compare(worker.name)
+                    # Who began to empty it has died, or did not get it done.
                     if worker.cordon == ASKED and worker.used:
-                        self.empty(worker.name)  # who began to has died, or did not get it done
+                        self.empty(worker.name)
+                    elif worker.cordon == LEAVING:
+                        self.worker_leaving(worker.name, worker.boot_id)
                 elif worker.name not in self._away:
                     await self._abandon_if_lost(worker.name)
             except GreenroomError as error:

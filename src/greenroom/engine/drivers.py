@@ -202,6 +202,7 @@ class Drivers:
             now=self._engine.now(),
             operation_id=op.id,
             generation=op.generation,
+            attempts=op.attempts,
             avoid=tuple(refused),
             reachable=self._engine.reachable(),
             why=f"{error.reason}: {error.message}"[:MAX_WHY],
@@ -557,6 +558,8 @@ class Drivers:
         log.warning("operation failed", **said, error=error.message)
         if to is ActorState.SUSPENDED:
             await self._discard(actor, op)
+        # Before the commit: after it nothing is awaited until the actor is bound, so no news can come in between.
+        template = await self._template(actor) if to is ActorState.RUNNING else None
         change = await self._ops.commit(
             BackOut(
                 key=actor.key,
@@ -570,7 +573,7 @@ class Drivers:
             )
         )
         if to is ActorState.RUNNING:
-            self._bind_again(change, await self._template(actor))
+            self._bind_again(change, template)
         else:
             self._engine.slot_freed()
         # Only now: until the commit, what was published and the sandbox could have been what is left of the actor.

@@ -1,1 +1,2 @@
-"""Where the control plane keeps its records: the port (`port`) and its adapters, in memory and SQLite."""
+"""Where the control plane keeps its records: the port (`port`) and its adapters: in memory, SQLite,
+PostgreSQL."""

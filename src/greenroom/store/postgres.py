@@ -115,8 +115,7 @@ class PostgresStore:
                 if locked := attempt >= LOCK_FROM:
                     await stack.enter_async_context(connection.transaction())
                     await connection.execute(_LOCK, [cell(*command.key), str(command.key)], prepare=True)
-                fetched = await fetch(connection, command)
-                self._hints.learn(fetched)
+                fetched = await self._fetch(connection, command)
                 return await self._decide(connection, command, fetched, locked=locked)
 
         done = await self._call(work)
@@ -146,10 +145,10 @@ class PostgresStore:
                 break
             except Wanted as wanted:
                 if only_hints and wanted.cls in PARTITIONED:  # one statement for all that is the actor's own
-                    only_hints, fetched = False, await fetch(connection, command, hints)
+                    only_hints, fetched = False, await self._fetch(connection, command, hints)
                 else:
                     await fetch_more(connection, fetched, wanted)
-                self._hints.learn(fetched)
+                    self._hints.learn(fetched)
         try:
             change = decide(view, command)
         except GreenroomError:
@@ -169,6 +168,11 @@ class PostgresStore:
             if not done:
                 self._hints.count(change, -1)
         return (change, written) if done else None
+
+    async def _fetch(self, connection: Connection, command: ActorCommand, hints: Hints | None = None) -> Fetched:
+        fetched = await fetch(connection, self._feed.partitions[cell(*command.key)], command, hints)
+        self._hints.learn(fetched)
+        return fetched
 
     async def put(self, record: W) -> W:
         return await self._until_not_stale(lambda _: self._put(record), record.pk)
@@ -250,7 +254,10 @@ class PostgresStore:
         table = TABLES[cls]
 
         async def work(connection: Connection) -> R:
-            row = await (await connection.execute(table.select_one, [pk], prepare=True)).fetchone()
+            select = table.select_one
+            if table.kind == "Actor" and "/" in pk:  # its key tells in which partition it is
+                select = table.select_in[self._feed.partitions[cell(*pk.split("/", 1))]]
+            row = await (await connection.execute(select, [pk], prepare=True)).fetchone()
             if row is None:
                 raise not_found(cls, pk)
             record: R = table.record(row[0], *row[2:])
@@ -307,7 +314,7 @@ class PostgresStore:
 
     async def _until_not_stale(self, work: Callable[[int], Awaitable[T | None]], what: str) -> T:
         for attempt in range(MAX_TRIES):
-            if attempt:
+            if attempt > 1:  # the second try reads what the first one took for granted
                 await asyncio.sleep(random.random() * RETRY_WAIT_S * attempt)
             with contextlib.suppress(Overtaken):
                 done = await work(attempt)
@@ -324,7 +331,7 @@ class PostgresStore:
             if self._calls:
                 await self._quiet.wait()
             await self._feed.close()
-            await self._database.close()
+            self._database.close()
         finally:
             self._broadcast.close()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import psycopg
 from psycopg import errors
-from psycopg_pool import PoolClosed, PoolTimeout
 
 from greenroom.core.errors import (
     DataLoss,
@@ -71,8 +70,6 @@ def translate(error: Exception, where: str) -> GreenroomError:
             )
         case errors.OutOfMemory() | errors.ConfigurationLimitExceeded():
             return ResourceExhausted(f"the database {where}: {_first_line(error)}", reason="STORE_OVERLOADED")
-        case PoolTimeout() | PoolClosed():
-            return unavailable(where, error)
         case errors.InsufficientPrivilege():
             return FailedPrecondition(
                 f"the database {where} refuses: {_first_line(error)}; grant its user the schema's tables",

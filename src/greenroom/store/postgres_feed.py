@@ -53,8 +53,7 @@ TRIM_CHUNK = 2_000
 #: Before it connects again, in seconds: at first, and at most.
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.05, 1.0
 
-#: The planner can't know that nearly all rows have been seen already.
-_BY_INDEX = "SET enable_seqscan = off"
+_DURABILITY = "SELECT name, setting FROM pg_settings WHERE name IN ('fsync', 'synchronous_commit')"
 _SNAPSHOT = "SELECT pg_current_snapshot()::text"
 #: $1 the snapshot of the look before, $2 this process. Its first row is the new snapshot, the time, and from which
 #: schema on programs can use the database. What this process wrote comes without its content.
@@ -169,33 +168,34 @@ class Feed:
         await asyncio.wait([self._task])
 
     async def _run(self) -> None:
-        wait = RECONNECT_MIN_S
+        wait, following = RECONNECT_MIN_S, False
         while True:
             try:
                 connection = await self._database.connect()
                 try:
                     await migrate(connection, self._scripts, self._database.where)  # takes the time that it takes
                     async with limited(connection):
-                        await connection.execute(_BY_INDEX)
                         self.partitions = await partitions(connection)
+                        await self._check_durable(connection)
                         if not self._snapshot:
                             await self._begin(connection)
-                    await self._usable()
-                    wait = RECONNECT_MIN_S
+                    self._usable()
+                    wait, following = RECONNECT_MIN_S, True
                     await self._follow(connection)
                 finally:
                     await connection.close()
             except (psycopg.Error, OSError, GreenroomError) as error:
+                if following and not isinstance(error, GreenroomError):
+                    following = False
+                    continue  # perhaps only this connection was lost: the next try tells
                 self._unusable(error)
             except Exception:  # our own bug must not leave this process without what others write
                 log.exception("the feed of the database failed")
             await asyncio.sleep(wait)
             wait = min(wait * 2, RECONNECT_MAX_S)
 
-    async def _usable(self) -> None:
-        if not self._open or self.trouble is not None:
-            await self._database.open()
-            self._open = True
+    def _usable(self) -> None:
+        self._open = True
         if self.trouble is not None:
             log.info("the database can be used again", database=self._database.where)
         self.trouble = None
@@ -208,6 +208,12 @@ class Feed:
         self.trouble = trouble
         self.tried.set()
 
+    async def _check_durable(self, connection: Connection) -> None:
+        """A database that forgets what it has answered is for tests only."""
+        settings: dict[str, str] = dict(await (await connection.execute(_DURABILITY)).fetchall())
+        if "off" in settings.values() and not self._open:
+            log.warning("the database may lose what it has answered", database=self._database.where, **settings)
+
     # --- looking ------------------------------------------------------------------------------------------
 
     async def _follow(self, connection: Connection) -> None:
@@ -219,6 +225,7 @@ class Feed:
                 if started - self._trimmed_at > TRIM_INTERVAL_S:
                     self._trimmed_at = started
                     await self._trim(connection)
+                    self._database.close_idle()
             interval = BUSY_INTERVAL_S if seen else min(interval * IDLE_GROWTH, IDLE_INTERVAL_S)
             await asyncio.sleep(max(interval, (time.monotonic() - started) / MAX_SHARE))
 
@@ -287,7 +294,9 @@ class Feed:
             self._published.publish([(kind, record)], seen.id, foreign=foreign)
 
     async def _trim(self, connection: Connection) -> None:
-        await connection.execute(_TRIM, [TRIM_CHUNK, KEPT_S])
+        deleted = await connection.execute(_TRIM, [TRIM_CHUNK, KEPT_S])
+        if deleted.rowcount == TRIM_CHUNK:  # there is more
+            self._trimmed_at = 0.0
 
 
 class _Seen(NamedTuple):

@@ -2,36 +2,42 @@
 
 The statements are sent on connections in autocommit mode, so a call that is one statement is one transaction and one
 round trip. Nothing here says the password, and nothing keeps the URL that it came in.
+
+An own pool and not psycopg's: who finds no connection makes one and hears at once why it can't be made, where psycopg's
+leaves callers waiting while a task of its own tries again with growing pauses.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import select
 import socket
+import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import psycopg
 from psycopg import AsyncConnection, AsyncRawCursor
 from psycopg.conninfo import conninfo_to_dict
-from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
+from psycopg.pq import TransactionStatus
 
-from greenroom.core.errors import InvalidArgument
+from greenroom.core.errors import GreenroomError, InvalidArgument
 from greenroom.store.postgres_errors import Overtaken, is_conflict, overloaded, translate
 
 T = TypeVar("T")
 Connection = AsyncConnection[tuple[Any, ...]]
-Pool = AsyncConnectionPool[Connection]
+Turn = asyncio.Future[Connection | None]
 
-#: Connections of one process. A call holds one for about a millisecond, most of which is the wait for the disk, which
-#: many calls share; more connections than that cost the server memory and gain nothing.
-MAX_CONNECTIONS = 16
-#: Kept open, so that the first calls after a quiet time need not connect.
-MIN_CONNECTIONS = 2
+#: Connections of one process. A call holds one for a few milliseconds, most of which is the wait for the disk, which
+#: all share; so these make some 3000 calls a second. Each costs the server some MiB, and time when it is new.
+MAX_CONNECTIONS = 10
+#: Those that nobody has needed for so long are closed, in seconds.
+MAX_IDLE_S = 600.0
+#: Statements that a connection keeps ready. There are some twenty, and as many again for each partition.
+MAX_PREPARED = 500
 #: Calls that may wait for a connection: seconds of work. Beyond it callers are better told at once.
 MAX_WAITING = 10_000
 #: How long a call may wait for a connection, in seconds.
@@ -48,9 +54,6 @@ IDLE_TRANSACTION_TIMEOUT_MS = 5_000
 #: After this a call is given up because the server, or the network to it, does not answer at all: more than the
 #: server's own limits, so that where it answers, it says what was wrong. In seconds.
 CALL_TIMEOUT_S = 15.0
-
-# What it has to say (that it could not connect, again and again) the feed says once, in our words.
-logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
 
 _PARAMETERS: dict[str, Any] = {
     "connect_timeout": CONNECT_TIMEOUT_S,
@@ -90,6 +93,13 @@ class Database:
             # A row is found by its key, which needs no plan of its own for each key; the server would make one, because
             # it reckons that it saves looking into seven of eight partitions, and that takes longer than the look.
             "plan_cache_mode": "force_generic_plan",
+            # Every statement has an index that fits, and few rows to find. A plan that is made while a table is empty,
+            # as those of a new database are, would do without, and be kept until the table's statistics are gathered.
+            "enable_seqscan": "off",
+            "enable_bitmapscan": "off",
+            "jit": "off",
+            # What the functions of the schema are made for: each statement in them sees what was committed before it.
+            "default_transaction_isolation": "read\\ committed",
         }
         self._parameters["fallback_application_name"] = f"greenroom {name}".strip()
         options = "".join(f" -c {name}={value}" for name, value in limits.items())
@@ -98,34 +108,17 @@ class Database:
         self.where = _describe(given)
         self._parameters |= {"autocommit": True, "cursor_factory": AsyncRawCursor, "prepare_threshold": 0}
         self._max_connections = max_connections
-        self._pool: Pool | None = None
+        self._idle: list[tuple[Connection, float]] = []  # and since when (`time.monotonic`), the latest last
+        self._made = 0  # idle, in use, and being made
+        self._waiting: deque[Turn] = deque()
+        self._failure: GreenroomError | None = None  # why the last one could not be made
+        self._closed = False
 
     async def connect(self) -> Connection:
         """A connection of its own, for the caller to close. Raises `psycopg.Error`."""
-        return await AsyncConnection.connect(**self._parameters)
-
-    async def open(self) -> None:
-        """Makes connections anew: those that there were may be dead, and the pool may be waiting before it tries again.
-        To be called when the database can be reached, the first time and after every time that it could not."""
-        old, self._pool = (
-            self._pool,
-            AsyncConnectionPool(
-                "",
-                kwargs=self._parameters,
-                min_size=min(MIN_CONNECTIONS, self._max_connections),
-                max_size=self._max_connections,
-                max_waiting=MAX_WAITING,
-                timeout=CONNECTION_WAIT_S,
-                # The pool waits longer from try to try; after this it waits until somebody wants a connection again.
-                reconnect_timeout=CONNECTION_WAIT_S,
-                check=_check,
-                open=False,
-                name="greenroom",
-            ),
-        )
-        await self._pool.open()
-        if old is not None:
-            await old.close()
+        connection = await AsyncConnection.connect(**self._parameters)
+        connection.prepared_max = MAX_PREPARED
+        return connection
 
     async def run(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         """``work`` with a connection. What psycopg raises comes out as an error of Greenroom.
@@ -135,27 +128,90 @@ class Database:
             Unavailable: reason ``STORE_UNAVAILABLE``; whether it was carried out is not known.
             ResourceExhausted: too many calls wait (reason ``STORE_OVERLOADED``), or the disk is full (``DISK_FULL``).
         """
-        pool = self._pool
-        assert pool is not None, "opened before"
         try:
-            connection = await pool.getconn()
-        except TooManyRequests as error:
-            raise overloaded(MAX_WAITING) from error
-        except (PoolTimeout, PoolClosed) as error:
-            raise translate(error, self.where) from error
-        try:
-            async with limited(connection):
-                return await work(connection)
+            connection = await self._take()
+            try:
+                async with limited(connection):
+                    return await work(connection)
+            finally:
+                self._give_back(connection)
         except (psycopg.Error, OSError) as error:
             if is_conflict(error):
                 raise Overtaken(str(error)) from error
             raise translate(error, self.where) from error
-        finally:
-            await pool.putconn(connection)
 
-    async def close(self) -> None:
-        if self._pool is not None:
-            await self._pool.close()
+    async def _take(self) -> Connection:
+        while self._idle:
+            connection, _ = self._idle.pop()  # the one that was used last: the others may be closed some time
+            if _is_alive(connection):
+                return connection
+            self._discard(connection)
+        if self._made < self._max_connections:
+            self._made += 1
+            return await self._make()
+        if len(self._waiting) >= MAX_WAITING:
+            raise overloaded(len(self._waiting))
+        turn: Turn = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            async with asyncio.timeout(CONNECTION_WAIT_S):
+                given = await turn
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():  # it came at the last moment
+                self._pass_on(turn.result())
+            turn.cancel()
+            if isinstance(error, TimeoutError):
+                raise self._failure or overloaded(len(self._waiting)) from None
+            raise
+        return given if given is not None else await self._make()
+
+    async def _make(self) -> Connection:
+        """There is room for it, which is counted already."""
+        try:
+            connection = await self.connect()
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self._failure = translate(error, self.where)
+            self._pass_on(None)  # who waits tries, and hears the reason
+            raise
+        self._failure = None
+        return connection
+
+    def _give_back(self, connection: Connection) -> None:
+        if connection.pgconn.transaction_status != TransactionStatus.IDLE or self._closed:
+            self._discard(connection)
+        else:
+            self._pass_on(connection)
+
+    def _discard(self, connection: Connection) -> None:
+        connection.pgconn.finish()  # there is nothing to be said to the server
+        self._pass_on(None)
+
+    def _pass_on(self, connection: Connection | None) -> None:
+        """To who has waited longest. None: the room of a connection that is no more."""
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(connection)
+                return
+        if connection is not None:
+            self._idle.append((connection, time.monotonic()))
+        else:
+            self._made -= 1
+
+    def close_idle(self) -> None:
+        """Connections that nobody has needed for a while; to be called now and then."""
+        until = time.monotonic() - MAX_IDLE_S
+        old = [connection for connection, since in self._idle if since < until]
+        self._idle = [(connection, since) for connection, since in self._idle if since >= until]
+        for connection in old:
+            self._discard(connection)
+
+    def close(self) -> None:
+        """When no call is under way any more."""
+        self._closed = True
+        while self._idle:
+            self._discard(self._idle.pop()[0])
 
 
 @contextlib.asynccontextmanager
@@ -173,14 +229,11 @@ def _cut(connection: Connection) -> None:
         own.shutdown(socket.SHUT_RDWR)
 
 
-async def _check(connection: Connection) -> None:
-    """Whether a connection that lay idle is still one: nothing is to be read from it, not even its end."""
+def _is_alive(connection: Connection) -> bool:
+    """Whether a connection that lay idle still is one: nothing is to be read from it, not even its end."""
     poll = select.poll()
-    if not connection.closed:
-        poll.register(connection.fileno(), select.POLLIN)
-    if connection.closed or poll.poll(0):
-        await connection.close()
-        raise psycopg.OperationalError("the connection was closed while it was idle")
+    poll.register(connection.fileno(), select.POLLIN)
+    return not poll.poll(0)
 
 
 def _describe(given: dict[str, Any]) -> str:

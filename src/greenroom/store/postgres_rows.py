@@ -88,6 +88,8 @@ class Table:
         # A worker's taken slots are counted whenever it is read.
         self.select = f"SELECT t.data, t.xmin::text{_USED if cls is Worker else ''} FROM {self.name} t"
         self.select_one = f"{self.select} WHERE t.pk = $1"
+        #: The same in one partition.
+        self.select_in = [self.select_one.replace(f"{self.name} t", f"{self.name}_{n} t") for n in range(PARTITIONS)]
         self.select_version = f"SELECT t.version FROM {self.name} t WHERE t.pk = $1"
 
         # Writes: $1 writer, $2 key, $3 new version, $4 JSON, $5 old version, then the columns. Each says the event's

@@ -8,7 +8,7 @@ not fetched it asks for with `Wanted`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from string import Formatter
 from typing import Any
 
@@ -148,32 +148,33 @@ _PARTS = {
     "actor": "SELECT 'Actor', a.pk, a.xmin::text, a.data, 0 FROM a",
     # Of whatever actor: an id is taken once for all.
     "prior": "SELECT 'Operation', o.pk, o.xmin::text, o.data, 0 FROM operations o WHERE o.pk = {operation}",
-    "operation": "SELECT 'Operation', o.pk, o.xmin::text, o.data, 0 FROM operations o "
+    "operation": "SELECT 'Operation', o.pk, o.xmin::text, o.data, 0 FROM operations_{part} o "
     "WHERE o.cell = {cell} AND o.pk = {operation}",
     "request": "(SELECT 'request', o.pk, o.xmin::text, o.data, 0 FROM operations o "
     "WHERE o.request = {request} AND o.request <> '' ORDER BY o.pk LIMIT 1)",
-    "lease": "SELECT 'Lease', l.pk, l.xmin::text, l.data, 0 FROM a JOIN leases l ON l.cell = {cell} AND l.pk = a.uid",
+    "lease": "SELECT 'Lease', l.pk, l.xmin::text, l.data, 0 "
+    "FROM a JOIN leases_{part} l ON l.cell = {cell} AND l.pk = a.uid",
     # The actor's operation, which its lease names too: nothing has to look into the actor's JSON.
-    "current": "SELECT 'Operation', o.pk, o.xmin::text, o.data, 0 FROM a JOIN leases l ON l.cell = {cell} "
-    "AND l.pk = a.uid JOIN operations o ON o.cell = {cell} AND o.pk = l.operation",
+    "current": "SELECT 'Operation', o.pk, o.xmin::text, o.data, 0 FROM a JOIN leases_{part} l ON l.cell = {cell} "
+    "AND l.pk = a.uid JOIN operations_{part} o ON o.cell = {cell} AND o.pk = l.operation",
     "template": "SELECT 'Template', t.pk, t.row_xmin::text, t.data, 0 FROM t",
     "golden": "SELECT 'Snapshot', s.pk, s.xmin::text, s.data, 0 FROM t JOIN snapshots s ON s.pk = t.golden",
     # Where the actor that the command names is the snapshot's own.
-    "named": "SELECT 'Snapshot', s.pk, s.xmin::text, s.data, 0 FROM snapshots s "
+    "named": "SELECT 'Snapshot', s.pk, s.xmin::text, s.data, 0 FROM snapshots_{part} s "
     "WHERE s.cell = {cell} AND s.pk = {snapshot}",
     "owned": "SELECT 'owned', s.pk, s.xmin::text, s.data, 0 "
-    "FROM a JOIN snapshots s ON s.cell = {cell} AND s.actor_uid = a.uid",
+    "FROM a JOIN snapshots_{part} s ON s.cell = {cell} AND s.actor_uid = a.uid",
     "workers": "SELECT 'Worker', w.pk, w.xmin::text, w.data, "
     "(SELECT count(*) FROM slots x WHERE x.worker = w.pk AND x.actor_uid <> '') "
     "FROM t JOIN workers w ON w.pool = t.pool",
 }
-_ACTOR = "a AS (SELECT pk, uid, template, data, xmin FROM actors WHERE cell = {cell} AND pk = {actor})"
+_ACTOR = "a AS (SELECT pk, uid, template, data, xmin FROM actors_{part} WHERE cell = {cell} AND pk = {actor})"
 _TEMPLATES = {
     "named": "t AS (SELECT t.*, t.xmin AS row_xmin FROM templates t WHERE t.pk = {template})",
     "of actor": "t AS (SELECT t.*, t.xmin AS row_xmin FROM templates t "
     "WHERE t.pk = {namespace} || '/' || (SELECT template FROM a))",
 }
-#: Which parts of the statement read what of the `View`.
+#: Which parts of the statement read what of the `View`. What is missing here is fetched when it is asked for.
 _NEEDS = {
     "template": ("template",),
     "source": ("owned",),
@@ -188,10 +189,10 @@ _NEEDS = {
 }
 
 
-@lru_cache
-def _statement(cls: type[ActorCommand], needs: frozenset[str], request: bool) -> tuple[str, list[str]]:
-    """The statement for a class of commands, and which values it takes in which order."""
-    parts = {"actor", *(part for need in needs for part in _NEEDS[need])}
+@cache
+def _statement(cls: type[ActorCommand], needs: frozenset[str], request: bool, part: int) -> tuple[str, list[str]]:
+    """The statement for a class of commands and a partition, and which values it takes in which order."""
+    parts = {"actor", *(part for need in needs for part in _NEEDS.get(need, ()))}
     if needs >= {"template", "source"}:
         parts.add("golden")
     parts.add("operation" if issubclass(cls, OperationCommand | TakeOver | RequestCancel) else "current")
@@ -201,21 +202,23 @@ def _statement(cls: type[ActorCommand], needs: frozenset[str], request: bool) ->
     if "template" in parts:
         ctes.append(_TEMPLATES["named" if cls is CreateActor else "of actor"])
     text = f"WITH {', '.join(ctes)} {' UNION ALL '.join(_PARTS[p] for p in _PARTS if p in parts)}"
-    names = list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(text) if name))
-    return text.format(**{name: f"${i}" for i, name in enumerate(names, 1)}), names
+    names = list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(text) if name and name != "part"))
+    return text.format(part=part, **{name: f"${i}" for i, name in enumerate(names, 1)}), names
 
 
 #: What is the same for many actors and seldom changes: left out of a fetch with hints.
 _SHARED = frozenset({"template", "golden", "restart", "workers"})
 
 
-async def fetch(connection: AsyncConnection[Any], command: ActorCommand, hints: Hints | None = None) -> Fetched:
-    """What ``command`` is going to be decided from, as far as it can be known. With ``hints``, what is not the actor's
-    own is left to them."""
+async def fetch(
+    connection: AsyncConnection[Any], part: int, command: ActorCommand, hints: Hints | None = None
+) -> Fetched:
+    """What ``command`` is going to be decided from, as far as it can be known; the actor is in partition ``part``. With
+    ``hints``, what is not the actor's own is left to them."""
     key, begins = command.key, isinstance(command, Begin | CreateActor)
     request = request_key(key.namespace, command.request_id) if isinstance(command, Begin | CreateActor) else ""
     needs = command.needs - _SHARED if hints is not None else command.needs
-    sql, names = _statement(type(command), needs, bool(request))
+    sql, names = _statement(type(command), needs, bool(request), part)
     values: dict[str, Any] = {"cell": cell(*key), "actor": str(key), "namespace": key.namespace, "request": request}
     values["operation"] = getattr(command, "operation_id", "")
     values["snapshot"] = command.snapshot_id if isinstance(command, FinishUpload | LoseSnapshot) else ""

@@ -1,4 +1,4 @@
-"""What a write does to the rows, once for every embedded store.
+"""What a write does to the rows, once for every embedded store; and what is read for one, for PostgreSQL too.
 
 A store gives `Rows`: synchronous access to its rows inside one transaction. The functions here read through it, decide,
 and only then write, so a command that is refused has written nothing. They return what happened as (type, record)

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
+from greenroom.agent import clock
 from greenroom.agent.agent import Agent
 from greenroom.core import agentapi as api
 from greenroom.core.agentapi import AgentCall, Exec, Heartbeat, Hello, Leaving, Logs, SandboxExited, Welcome
@@ -131,7 +132,7 @@ class _Link:
             self.welcome()
 
     def welcome(self) -> None:
-        self._agent.heard(_decode_welcome(_encode(self._hub.welcome)), asyncio.get_running_loop().time())
+        self._agent.heard(_decode_welcome(_encode(self._hub.welcome)), clock.boot_time())
 
     def send(self, call: AgentCall, reporter: _Reporter) -> asyncio.Future[Record]:
         """The future of the answer; to cancel it stops nothing."""

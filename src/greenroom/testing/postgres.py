@@ -32,6 +32,8 @@ USER = "greenroom"
 #: Room that a cluster of tests takes at most: its log, and some databases.
 MEMORY_BYTES = 3 << 30
 
+#: Of temporary directories, and of the file in each that says which process it is for.
+_PREFIX, _OWNER = "gr-pg-", "owner"
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -92,7 +94,7 @@ class PostgresServer:
         self._names = itertools.count(1)
 
     def __enter__(self) -> PostgresServer:
-        base = self._given or Path(tempfile.mkdtemp(prefix="gr-pg-", dir=None if self._durable else _memory()))
+        base = self._given or self._temporary()
         base.mkdir(parents=True, exist_ok=True)
         self.directory = base
         try:
@@ -116,6 +118,15 @@ class PostgresServer:
             self.kill()
         if self._given is None:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _temporary(self) -> Path:
+        directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=None if self._durable else _memory()))
+        for left in directory.parent.glob(f"{_PREFIX}*/{_OWNER}"):  # by processes that were killed
+            with contextlib.suppress(OSError, ValueError):
+                if not Path(f"/proc/{int(left.read_text())}").exists():
+                    shutil.rmtree(left.parent, ignore_errors=True)
+        (directory / _OWNER).write_text(str(os.getpid()))
+        return directory
 
     # --- running ------------------------------------------------------------------------------------------
 

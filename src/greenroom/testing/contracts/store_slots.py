@@ -7,11 +7,11 @@ import asyncio
 import pytest
 from msgspec.structs import replace
 
-from greenroom.core.commands import BeginDelete, BeginResume, BeginSuspend, Change, FallBack, Rebind
+from greenroom.core.commands import BeginDelete, BeginResume, BeginSuspend, Change, FallBack, Outcome, Rebind
 from greenroom.core.errors import FailedPrecondition, ResourceExhausted
 from greenroom.core.records import ActorState, Key, Operation, Rejection, Worker, WorkerState
 from greenroom.store.port import Store
-from greenroom.testing.contracts.store_world import World, audit
+from greenroom.testing.contracts.store_world import World, audit, dump
 
 
 class Slots:
@@ -136,10 +136,8 @@ class Slots:
         assert op.worker == "w2" and {r.worker for r in op.rejected} == {"w1", "w3"}
         assert (await store.get(Operation, op.id)).rejected == op.rejected
         two = await world.create("b", worker_selector={"zone": "a"})
-        with pytest.raises(ResourceExhausted, match="quarantine"):
-            await world.begin(BeginResume, two, reachable=("w1", "w3"))
-        world.now += 30
-        assert (await world.begin(BeginResume, two, reachable=("w1", "w3"))).worker == "w1"
+        op = await world.begin(BeginResume, two, reachable=("w1", "w3"))
+        assert op.worker == "w1", "in quarantine, but rather than none"
         with pytest.raises(FailedPrecondition) as never:
             await world.begin(BeginResume, await world.create("c", worker_selector={"zone": "c"}))
         assert never.value.reason == "NO_COMPATIBLE_WORKER"
@@ -152,6 +150,21 @@ class Slots:
         assert {w.name: w.used for w in await world.store.list(Worker)} == {"w1": 0, "w2": 1}
         assert (await world.store.get(Operation, op.id)).rejected == (Rejection(worker="w1", why="no route"),)
         await world.finish(change.operation)
+
+    async def test_a_rebind_that_comes_late_or_twice_moves_nothing(self, world: World) -> None:
+        """Its caller has given it up and sent it again; then the first arrives."""
+        op = await world.begin(BeginResume, await world.create(), prefer=("w1",))
+        late = world.step(Rebind, op, attempts=1, avoid=("w1",))
+        moved = await world.apply(late)
+        again = await world.apply(late)
+        assert again.outcome is Outcome.REPEATED and again.operation == moved.operation
+        before = await dump(world.store)
+        assert moved.operation is not None
+        back = await world.apply(world.step(Rebind, op, attempts=2, avoid=("w2",)))
+        assert back.operation is not None and (back.operation.worker, back.operation.attempts) == ("w1", 3)
+        after = await dump(world.store)
+        assert (await world.apply(late)).outcome is Outcome.REPEATED
+        assert await dump(world.store) == after != before
 
     async def test_rebind_to_the_only_worker_keeps_its_slot(self, store: Store) -> None:
         world = await World(store).setup({"w1": 1})

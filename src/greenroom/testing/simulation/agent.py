@@ -53,6 +53,15 @@ HELLO_S = 2.0
 Reply = Callable[[Link, Any, Record | GreenroomError], None]
 
 
+class _Nobody:
+    """Hears how far a call is."""
+
+    def progress(self, progress: api.Progress) -> None: ...
+
+
+_NOBODY = _Nobody()
+
+
 class Directory(Protocol):
     """Where agents find replicas."""
 
@@ -193,6 +202,9 @@ class Agent:
     # --- alone --------------------------------------------------------------------------------------------
 
     def _running(self) -> list[str]:
+        """What is to be frozen."""
+        if not self._alone.alone:
+            return []
         return [uid for uid, s in self.machine.sandboxes.items() if s.state is ResidentState.RUNNING]
 
     def knows_it_is_alone(self) -> bool:
@@ -239,17 +251,17 @@ class Agent:
     async def _handle(self, call: AgentCall, stale: bool) -> Record:
         match call:
             case api.Start() | api.Restore():
-                return await self._fence.run(call, lambda: self._wake(call))
+                return await self._fence.run(call, lambda _: self._wake(call), _NOBODY)
             case api.Checkpoint():
-                return await self._fence.run(call, lambda: self._checkpoint(call))
+                return await self._fence.run(call, lambda _: self._checkpoint(call), _NOBODY)
             case api.Publish():
-                return await self._fence.run(call, lambda: self._publish(call))
+                return await self._fence.run(call, lambda _: self._publish(call), _NOBODY)
             case api.Discard():
-                return await self._fence.run(call, lambda: self._discard(call, stale))
+                return await self._fence.run(call, lambda _: self._discard(call, stale), _NOBODY)
             case api.Freeze():
-                return await self._fence.run(call, lambda: self._freeze(call))
+                return await self._fence.run(call, lambda _: self._freeze(call), _NOBODY)
             case api.Thaw():
-                return await self._fence.run(call, lambda: self._thaw(call))
+                return await self._fence.run(call, lambda _: self._thaw(call), _NOBODY)
             case api.Upload():
                 return await self._upload(call)
             case api.Release():
