@@ -9,7 +9,7 @@ import asyncio
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from msgspec.structs import replace
 
@@ -25,6 +25,7 @@ from greenroom.core.errors import (
     GreenroomError,
     NotFound,
     ResourceExhausted,
+    Unavailable,
     Unimplemented,
 )
 from greenroom.core.records import PhaseTime, Record, Snapshot, SnapshotScope, SnapshotState
@@ -70,6 +71,13 @@ class Directory(Protocol):
     def hub(self, replica: str) -> SimHub | None: ...
 
 
+class _Wake(NamedTuple):
+    """One under way. ``epoch`` is that of its beginning; to let ``scope`` time out ends it."""
+
+    epoch: int
+    scope: asyncio.Timeout
+
+
 class Agent:
     """One agent process on a machine."""
 
@@ -95,6 +103,7 @@ class Agent:
         self._random = random.Random(f"agent {self.boot_id} {seed}")
         self._fence = Fence(self.worker, cast(Journal, machine.journal), self._resident_generation, self._still_holds)
         self._links: dict[str, Link] = {}
+        self._wakes: dict[str, _Wake] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._welcome = Welcome()
         self.leaving = False
@@ -116,7 +125,9 @@ class Agent:
 
     def _begin(self) -> None:
         file, loop = cast(Path, self.machine.welcome), self.network.loop
-        self._alone = AloneWatch(file, self._running, self._freeze_alone, boot_time=loop.time)
+        self._alone = AloneWatch(file, self._stale, self._stop_stale, boot_time=loop.time)
+        for sandbox in self.machine.sandboxes.values():
+            sandbox.epoch = self._alone.epoch  # as the agent before this one remembered it
         self._alone.start()
 
     def hello(self) -> Hello:
@@ -201,25 +212,38 @@ class Agent:
 
     # --- alone --------------------------------------------------------------------------------------------
 
-    def _running(self) -> list[str]:
-        """What is to be frozen."""
-        if not self._alone.alone:
-            return []
-        return [uid for uid, s in self.machine.sandboxes.items() if s.state is ResidentState.RUNNING]
+    def _may_run(self, epoch: int) -> bool:
+        return epoch >= 0 and epoch == self._alone.now
+
+    def _stale(self) -> list[str]:
+        """What runs, or is being woken, and was let run before it was alone."""
+        waking = [uid for uid, wake in self._wakes.items() if not self._may_run(wake.epoch)]
+        return waking + [uid for uid, s in self.machine.sandboxes.items() if uid not in self._wakes and self._runs(s)]
+
+    def _runs(self, sandbox: Sandbox) -> bool:
+        return not sandbox.frozen and not self._may_run(sandbox.epoch)
+
+    async def _stop_stale(self, uid: str) -> None:
+        wake = self._wakes.get(uid)
+        if wake is not None and not self._may_run(wake.epoch) and not wake.scope.expired():
+            wake.scope.reschedule(self.network.loop.time())
+
+        async def stop() -> None:
+            sandbox = self.machine.sandboxes.get(uid)
+            if sandbox is None or not self._runs(sandbox):
+                return
+            if sandbox.state is ResidentState.STARTING:
+                await self._end(uid)
+            else:
+                await self._work(QUICK_S)
+                sandbox.freeze()
+            self.trace(self.worker, "stopped, having been alone,", sandbox.identity.name)
+
+        await self._fence.aside(uid, stop)
 
     def knows_it_is_alone(self) -> bool:
         """Looked at from outside: `AloneWatch.alone` would make it so."""
         return self._alone._left_s() <= 0
-
-    async def _freeze_alone(self, uid: str) -> None:
-        async def freeze() -> None:
-            sandbox = self.machine.sandboxes.get(uid)
-            if self._alone.alone and sandbox is not None and sandbox.state is ResidentState.RUNNING:
-                await self._work(QUICK_S)
-                sandbox.freeze()
-                self.trace(self.worker, "froze, being alone,", sandbox.identity.name)
-
-        await self._fence.aside(uid, freeze)
 
     # --- calls --------------------------------------------------------------------------------------------
 
@@ -241,7 +265,7 @@ class Agent:
             reply(link, pending, error)
 
     def _check_epoch(self, call: api.Thaw) -> None:
-        if call.epoch >= 0 and (self._alone.alone or call.epoch != self._alone.epoch):
+        if call.epoch >= 0 and call.epoch != self._alone.now:
             raise FailedPrecondition("what you know of it is from before it was frozen", reason="STALE_EPOCH")
 
     def _acts(self, call: api.ActorCall) -> None:
@@ -251,7 +275,8 @@ class Agent:
     async def _handle(self, call: AgentCall, stale: bool) -> Record:
         match call:
             case api.Start() | api.Restore():
-                return await self._fence.run(call, lambda _: self._wake(call), _NOBODY)
+                epoch = self._alone.now
+                return await self._fence.run(call, lambda _: self._wake(call, epoch), _NOBODY)
             case api.Checkpoint():
                 return await self._fence.run(call, lambda _: self._checkpoint(call), _NOBODY)
             case api.Publish():
@@ -261,7 +286,8 @@ class Agent:
             case api.Freeze():
                 return await self._fence.run(call, lambda _: self._freeze(call), _NOBODY)
             case api.Thaw():
-                return await self._fence.run(call, lambda _: self._thaw(call), _NOBODY)
+                epoch = self._alone.now
+                return await self._fence.run(call, lambda _: self._thaw(call, epoch), _NOBODY)
             case api.Upload():
                 return await self._upload(call)
             case api.Release():
@@ -300,6 +326,8 @@ class Agent:
         match call:
             case api.Start() | api.Restore() | api.Thaw():
                 if sandbox is None or sandbox.state is not ResidentState.RUNNING:
+                    return False
+                if isinstance(call, api.Thaw) and not self._may_run(sandbox.epoch):
                     return False
                 sandbox.identity = replace(sandbox.identity, generation=call.generation)
                 return True
@@ -373,7 +401,33 @@ class Agent:
 
     # --- wake and end -------------------------------------------------------------------------------------
 
-    async def _wake(self, call: api.Start | api.Restore) -> api.Started:
+    async def _wake(self, call: api.Start | api.Restore, epoch: int) -> api.Started:
+        """``epoch``: when the call came. It ends as soon as that is over."""
+        uid = call.actor_uid
+        if not self._may_run(epoch):
+            raise self._was_alone()
+        try:
+            async with asyncio.timeout(None) as scope:
+                self._wakes[uid] = _Wake(epoch, scope)
+                started = await self._wake_in(call)
+            if self._may_run(epoch):
+                return started
+        except TimeoutError:
+            if not scope.expired():
+                raise
+        finally:
+            del self._wakes[uid]
+            if (sandbox := self.machine.sandboxes.get(uid)) is not None:
+                sandbox.epoch = epoch
+        await asyncio.shield(self._end(uid))
+        raise self._was_alone()
+
+    def _was_alone(self) -> Unavailable:
+        return Unavailable(
+            f"worker {self.worker} heard no control plane while it woke the actor", reason="WORKER_ALONE"
+        )
+
+    async def _wake_in(self, call: api.Start | api.Restore) -> api.Started:
         await self._end(call.actor_uid)
         count = await self._load(call.snapshot) if isinstance(call, api.Restore) else 0
         phases = await self._work(LOAD_S)
@@ -386,8 +440,7 @@ class Agent:
             raise
         if sandbox.gone:
             raise FailedPrecondition("the actor's process ended while it was waking", reason="ACTOR_EXITED")
-        if not sandbox.frozen:
-            sandbox.state = ResidentState.RUNNING
+        sandbox.state = ResidentState.RUNNING
         return api.Started(endpoint=sandbox.endpoint, phases=phases)
 
     async def _load(self, snapshot: Snapshot) -> int:
@@ -427,8 +480,9 @@ class Agent:
         sandbox.freeze()
         return api.Done(phases=phases)
 
-    async def _thaw(self, call: api.Thaw) -> api.Started:
+    async def _thaw(self, call: api.Thaw, epoch: int) -> api.Started:
         sandbox = self._resident(call.actor_uid)
+        self._check_epoch(call)
         self.machine.staged.pop(call.actor_uid, None)
         phases = await self._work(QUICK_S)
         if sandbox.gone:
@@ -436,6 +490,7 @@ class Agent:
         self._acts(call)
         self.machine.watch.goes_on(sandbox)
         self.machine.thaw(sandbox)
+        sandbox.epoch = epoch
         return api.Started(endpoint=sandbox.endpoint, phases=phases, warm=True)
 
     # --- sleep --------------------------------------------------------------------------------------------
@@ -444,7 +499,7 @@ class Agent:
         sandbox = self._resident(call.actor_uid)
         try:
             self._acts(call)
-            sandbox.freeze()
+            sandbox.frozen = True
             phases = await self._work(WRITE_S)
             if self.machine.disk_full_until > self.network.loop.time():
                 raise ResourceExhausted("the worker's disk is full", reason="DISK_FULL")
@@ -460,9 +515,12 @@ class Agent:
             )
             self.machine.staged[call.actor_uid] = made, sandbox.count
         except BaseException:
-            if not sandbox.gone:  # after a failure it runs, also when it was frozen before
+            if not self._may_run(sandbox.epoch):
+                sandbox.freeze()
+            elif not sandbox.gone:  # after a failure it runs, also when it was frozen before
                 self.machine.thaw(sandbox)
             raise
+        sandbox.freeze()
         sandbox.operation_id = call.operation_id
         return api.Checkpointed(size_bytes=8, phases=phases)
 

@@ -27,12 +27,14 @@ class Sandbox:
         origin: what it began with.
         frozen: its CPU is stopped; requests wait.
         gone: it has ended.
+        epoch: in which it was let run (`greenroom.agent.alone`).
         ended_by_call: an agent was told to end it.
     """
 
     __slots__ = (
         "count",
         "ended_by_call",
+        "epoch",
         "frozen",
         "gone",
         "identity",
@@ -50,6 +52,7 @@ class Sandbox:
         self.identity = identity
         self.count = self.origin = count
         self.operation_id = operation_id
+        self.epoch = -1
         self.state = ResidentState.STARTING
         self.frozen = False
         self.gone = self.ended_by_call = False
