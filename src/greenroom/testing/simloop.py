@@ -30,6 +30,7 @@ import contextlib
 import heapq
 import itertools
 import random
+import warnings
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextvars import Context, ContextVar, copy_context
@@ -293,11 +294,13 @@ class SimLoop(asyncio.BaseEventLoop):
         """Throws away what is left. Coroutines that were cut off are closed here, all at once, instead of whenever
         their garbage is collected; what their ``finally`` blocks try to do reaches nothing any more."""
         self._ended = True
-        for task in asyncio.all_tasks(self):
-            task._log_destroy_pending = False  # type: ignore[attr-defined]
-            with contextlib.suppress(Exception, asyncio.CancelledError):
-                coro: Any = task.get_coro()
-                coro.close()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of coroutines that were cut off before they began
+            for task in asyncio.all_tasks(self):
+                task._log_destroy_pending = False  # type: ignore[attr-defined]
+                with contextlib.suppress(Exception, asyncio.CancelledError):
+                    coro: Any = task.get_coro()
+                    coro.close()
         self._timers.clear()
         self._active.clear()
 

@@ -232,11 +232,17 @@ class Agent:
         task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, link: Link, call: AgentCall, pending: Any, reply: Reply) -> None:
-        stale = isinstance(call, api.ActorCall) and self.machine.watch.call_arrived(self.worker, call)
         try:
+            if isinstance(call, api.Thaw):
+                self._check_epoch(call)
+            stale = isinstance(call, api.ActorCall) and self.machine.watch.call_arrived(self.worker, call)
             reply(link, pending, await self._handle(call, stale))
         except GreenroomError as error:
             reply(link, pending, error)
+
+    def _check_epoch(self, call: api.Thaw) -> None:
+        if call.epoch >= 0 and (self._alone.alone or call.epoch != self._alone.epoch):
+            raise FailedPrecondition("what you know of it is from before it was frozen", reason="STALE_EPOCH")
 
     def _acts(self, call: api.ActorCall) -> None:
         """It is about to change a sandbox."""
@@ -255,8 +261,6 @@ class Agent:
             case api.Freeze():
                 return await self._fence.run(call, lambda _: self._freeze(call), _NOBODY)
             case api.Thaw():
-                if call.epoch >= 0 and (self._alone.alone or call.epoch != self._alone.epoch):
-                    raise FailedPrecondition("what you know of it is from before it was frozen", reason="STALE_EPOCH")
                 return await self._fence.run(call, lambda _: self._thaw(call), _NOBODY)
             case api.Upload():
                 return await self._upload(call)

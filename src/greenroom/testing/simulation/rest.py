@@ -100,7 +100,11 @@ async def _snapshots(
     records = {s.id: s for s in await list_all(store, Snapshot)}
     present = {i for i, s in records.items() if s.state is SnapshotState.PRESENT}
     wanted = {i for a in actors for i in (a.snapshot, a.previous_snapshot) if i}
-    wanted |= {t.golden_snapshot for t in await list_all(store, Template) if t.golden_snapshot}
+    templates = {t.name: t for t in await list_all(store, Template)}
+    wanted |= {t.golden_snapshot for t in templates.values()}
+    # What a preparation that failed has left is removed when it is begun again, or the template is deleted.
+    failed = {name for name, t in templates.items() if t.state is TemplateState.FAILED}
+    wanted |= {s.id for s in records.values() if s.golden and s.template in failed}
     return (
         [f"recorded, but not stored: {i}" for i in present - set(bucket.stored)]
         + [f"still to be uploaded: {s}" for s in records.values() if s.state is SnapshotState.LOCAL]
