@@ -145,8 +145,10 @@ def not_now(worker: Worker, demand: Demand, now: float) -> str | None:
     if not _has_it(worker, demand.snapshot):
         assert demand.snapshot is not None
         return f"the snapshot is not uploaded yet, it is on worker {demand.snapshot.worker} only"
-    if worker.state is not WorkerState.ACTIVE or worker.cordon:
-        return f"is {worker.state}" + (f" ({worker.cordon})" if worker.cordon else "")
+    if worker.state is not WorkerState.ACTIVE:
+        return f"is {worker.state}"
+    if worker.cordon:
+        return f"is being emptied ({worker.cordon})"
     if demand.reachable is not None and worker.name not in demand.reachable:
         return "is not connected to the replica that decided"
     if worker.used >= worker.capacity:
