@@ -488,7 +488,8 @@ class Agent:
         if sandbox.gone:
             raise NotFound(f"actor {call.actor_uid} has ended", reason="NOT_RESIDENT")
         self._acts(call)
-        self.machine.watch.goes_on(sandbox)
+        if self._may_run(epoch):  # else it is frozen again at once
+            self.machine.watch.goes_on(sandbox)
         self.machine.thaw(sandbox)
         sandbox.epoch = epoch
         return api.Started(endpoint=sandbox.endpoint, phases=phases, warm=True)
