@@ -202,7 +202,7 @@ MUTATIONS = [
     Mutation(nothing_is_frozen_that_is_alone, 30, "somebody routes there|two incarnations", APART),
     Mutation(heartbeats_are_always_answered, 200, "does not know that it is alone|two incarnations", CUT),
     Mutation(workers_of_others_count_as_lost, 30, "counts as lost, and was heard", APART),
-    Mutation(the_feed_revokes_nothing, 10, "routes to|answered by", DRAWN),
+    Mutation(the_feed_revokes_nothing, 100, "routes to|answered by", DRAWN),
     Mutation(suspends_are_answered_when_they_begin, 20, "as was said, with", DRAWN),
 ]
 

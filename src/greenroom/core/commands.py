@@ -206,15 +206,20 @@ class RequestCancel(Command, frozen=True, kw_only=True):
 
 class Crash(Command, frozen=True, kw_only=True):
     """The live incarnation is gone. Changes nothing unless the actor is running or paused on that worker with a
-    generation not above ``generation``. Recorded as the operation ``operation_id``."""
+    generation not above ``generation``. Recorded as the operation ``operation_id``.
 
-    needs = frozenset({"source", "previous"})
+    ``lost``: because its worker counts as lost. Then only while the worker's record says DISCONNECTED, too: who hears
+    the worker writes that first, and what goes on there is not crashed by a decision that is late.
+    """
+
+    needs = frozenset({"source", "previous", "place"})
     operation_id: str
     uid: str
     worker: str
     generation: int
     reason: str
     message: str
+    lost: bool = False
 
 
 class Reunite(Command, frozen=True, kw_only=True):
@@ -288,6 +293,7 @@ class View(Record, frozen=True, kw_only=True):
         named: the snapshot that the command names.
         owned: all snapshots of the actor's uid.
         workers: of the template's pool.
+        place: the worker that the actor is on.
     """
 
     actor: Actor | None = None
@@ -301,6 +307,7 @@ class View(Record, frozen=True, kw_only=True):
     named: Snapshot | None = None
     owned: tuple[Snapshot, ...] = ()
     workers: tuple[Worker, ...] = ()
+    place: Worker | None = None
 
 
 class Outcome(enum.StrEnum):

@@ -72,6 +72,7 @@ from greenroom.core.records import (
     SnapshotState,
     Template,
     TemplateState,
+    WorkerState,
 )
 
 # --- decisions --------------------------------------------------------------------------------------------
@@ -714,6 +715,8 @@ def _crash(view: View, c: Crash) -> Change:
         or actor.state not in (ActorState.RUNNING, ActorState.PAUSED)
     ):
         return Change(outcome=Outcome.ALREADY, actor=actor)
+    if c.lost and view.place is not None and view.place.state is not WorkerState.DISCONNECTED:
+        return Change(outcome=Outcome.ALREADY, actor=actor)  # it has been heard again
     return Change(
         actor=replace(
             actor,

@@ -337,7 +337,7 @@ class Census:
                 continue
         message = f"worker {worker} went away and did not come back"
         for actor in actors:
-            await self._crash(actor, actor.generation, "WorkerLost", message)
+            await self._crash(actor, actor.generation, "WorkerLost", message, lost=True)
 
     async def heard_loop(self) -> None:
         """Writes down which workers this process hears, and finds those that nobody does."""
@@ -629,7 +629,7 @@ class Census:
                 await self._crash(actor, event.generation, "Exited", message)
         return ""
 
-    async def _crash(self, actor: Actor, generation: int, reason: str, message: str) -> None:
+    async def _crash(self, actor: Actor, generation: int, reason: str, message: str, *, lost: bool = False) -> None:
         """Records that the incarnation of that generation, or an older one, is gone; a newer one is left alone."""
         change = await self._ops.commit(
             Crash(
@@ -641,6 +641,7 @@ class Census:
                 generation=generation,
                 reason=reason,
                 message=message,
+                lost=lost,
             )
         )
         current = change.actor

@@ -480,6 +480,9 @@ class Preparer:
             if all(getattr(current, name) == value for name, value in fields.items()):
                 return current  # written already, and the reply was lost
             moved = (current.state, current.operation) != (template.state, template.operation)
+            newer = current.generation > int(str(fields.get("generation", current.generation)))
+            if newer:  # a later process has taken the preparation up
+                raise _overtaken(template)
             mine = op is None or (current.operation, current.generation) == (op.id, op.generation)
             if not mine or (unchanged and moved):
                 raise _overtaken(template)

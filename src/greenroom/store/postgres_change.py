@@ -35,7 +35,7 @@ _TYPES = (  # noqa: SIM905  # as a table
     "text xid boolean bigint text text text text text "
     "text xid bigint text text text text text "
     "xid text text text boolean "
-    "text xid "
+    "text xid text xid "
     "smallint[] text[] xid[] "
     "text xid integer text "
     "smallint[] text[] xid[] bigint[] text[] text[] text[] text[] text[]"
@@ -90,8 +90,9 @@ def _lease(change: Change, uid: str, fetched: Fetched) -> tuple[Any, ...]:
 
 
 def _read(change: Change, fetched: Fetched) -> tuple[Any, ...]:
-    """The template and the snapshots that the decision was made from and that it does not write itself."""
+    """The template, the worker and the snapshots that the decision was made from and that it does not write itself."""
     template: tuple[str | None, str | None] = None, None
+    place: tuple[str | None, str | None] = None, None
     snapshots: list[tuple[int, str, str]] = []
     written = {s.id for s in change.snapshots}
     for cls, pk in fetched.read_rows:
@@ -100,9 +101,11 @@ def _read(change: Change, fetched: Fetched) -> tuple[Any, ...]:
             continue
         if cls is Template:
             template = pk, row.xmin
+        elif cls is Worker:
+            place = pk, row.xmin
         elif cls is Snapshot and pk not in written:
             snapshots.append((cell_of(row.record), pk, row.xmin))
-    return *template, *_columns(snapshots, 3)
+    return *template, *place, *_columns(snapshots, 3)
 
 
 def _slots(change: Change, fetched: Fetched) -> tuple[Any, ...]:

@@ -101,6 +101,7 @@ def load(rows: Rows, command: ActorCommand) -> View:
         named=rows.read(Snapshot, named_id) if named_id else None,
         owned=tuple(rows.snapshots_of(actor.uid)) if actor and "owned" in needs else (),
         workers=tuple(rows.workers_of(template.spec.pool)) if template and "workers" in needs else (),
+        place=rows.read(Worker, actor.worker) if actor and actor.worker and "place" in needs else None,
     )
 
 

@@ -148,7 +148,7 @@ CREATE TABLE outbox (
 -- made anew with the same version.
 --
 -- a_: the actor; a_xmin null: there was none, a_data null: it stays as it is. o_: its operation; o_xmin null: it is new.
--- l_: the lease; l_xmin null: whatever there is is replaced. t_: the template, r_: snapshots that were read.
+-- l_: the lease; l_xmin null: whatever there is is replaced. t_: the template, k_: the worker, r_: snapshots that were read.
 -- s_: snapshots to write; an xmin of null: it is new. w_take, w_free: workers of whom a slot changes hands.
 -- check_new: nobody has looked yet whether the operation's id is known already.
 --
@@ -164,7 +164,7 @@ DO $do$ BEGIN FOR part IN 0..7 LOOP EXECUTE replace($function$
         a_state text, a_worker text, a_template text, a_uid text, a_data text,
         o_pk text, o_xmin xid, o_version bigint, o_kind text, o_namespace text, o_state text, o_request text, o_data text,
         l_xmin xid, l_owner text, l_operation text, l_data text, l_drops boolean,
-        t_pk text, t_xmin xid,
+        t_pk text, t_xmin xid, k_pk text, k_xmin xid,
         r_cells smallint[], r_pks text[], r_xmins xid[],
         w_take text, w_take_xmin xid, w_take_from integer, w_free text,
         s_cells smallint[], s_pks text[], s_xmins xid[], s_versions bigint[],
@@ -191,6 +191,10 @@ DO $do$ BEGIN FOR part IN 0..7 LOOP EXECUTE replace($function$
         END IF;
         IF t_pk IS NOT NULL THEN
             IF NOT EXISTS (SELECT FROM templates WHERE pk = t_pk AND xmin = t_xmin) THEN RETURN; END IF;
+        END IF;
+        IF k_pk IS NOT NULL THEN  -- locked: whoever writes that the worker is heard again comes after this
+            PERFORM FROM workers WHERE pk = k_pk AND xmin = k_xmin FOR SHARE;
+            IF NOT FOUND THEN RETURN; END IF;
         END IF;
         FOR i IN 1 .. coalesce(array_length(r_pks, 1), 0) LOOP
             IF NOT EXISTS (SELECT FROM snapshots WHERE cell = r_cells[i] AND pk = r_pks[i] AND xmin = r_xmins[i]) THEN

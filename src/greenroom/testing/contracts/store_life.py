@@ -259,6 +259,25 @@ class Life:
         await world.finish(op)
         assert (await world.actor(key)).unsaved_since is None
 
+    async def test_a_loss_counts_only_while_the_worker_is_not_heard(self, world: World) -> None:
+        key, _ = await world.in_state(ActorState.RUNNING)
+        actor = await world.actor(key)
+        report = Crash(
+            operation_id=world.id("op-"),
+            key=key,
+            now=world.now,
+            uid=actor.uid,
+            worker=actor.worker,
+            generation=actor.generation,
+            reason="WorkerLost",
+            message="late",
+            lost=True,
+        )
+        assert (await world.apply(report)).outcome is Outcome.ALREADY, "it has been heard again"
+        worker = await world.store.get(Worker, actor.worker)
+        await world.store.put(replace(worker, state=WorkerState.DISCONNECTED))
+        assert (await world.apply(report)).outcome is Outcome.CHANGED
+
     async def test_a_late_crash_report_changes_nothing(self, world: World) -> None:
         key, _ = await world.in_state(ActorState.RUNNING)
         old = await world.actor(key)
