@@ -282,10 +282,13 @@ class Oracle:
 
     def _suspended(self, line: Line, actor: Actor) -> None:
         sandbox, count = line.current, self.world.stored_count(actor.snapshot)
-        if count is None:
-            raise self.broken(f"its snapshot is not there: {actor}")
         if sandbox is None:
             raise self.broken(f"it was suspended and did not run: {actor}")
+        made = self.store._rows.read(Snapshot, actor.snapshot)
+        if count is None and made is not None and made.state is SnapshotState.LOCAL:
+            count = sandbox.count  # it was on that worker's disk, and that was lost meanwhile
+        if count is None:
+            raise self.broken(f"its snapshot is not there: {actor}")
         if not (sandbox.frozen or sandbox.gone):
             raise self.broken(f"it counts as suspended, and runs: {sandbox}, {actor}")
         if count != sandbox.count:

@@ -63,7 +63,8 @@ class Replica:
         self.trace = trace
         self.sandboxes = sandboxes
         self.oracle = oracle
-        self.alive = True
+        #: Whether it takes requests, and whether its process has ended.
+        self.alive, self.dead = True, False
         self.started = False
         self.requests = 0
         #: Who waits for this process: told when it dies.
@@ -90,7 +91,7 @@ class Replica:
 
     def die(self) -> None:
         """From this instant nothing of it runs. What it has sent arrives all the same."""
-        self.alive = False
+        self.alive, self.dead = False, True
         self.trace(self.name, "dies")
         self.loop.kill(self.process)
         self.hub.shut()

@@ -145,7 +145,7 @@ class Simulation:
     # --- parts that live and die --------------------------------------------------------------------------
 
     def start_replica(self, name: str) -> None:
-        if name in self.replicas and self.replicas[name].alive:
+        if name in self.replicas and not self.replicas[name].dead:
             return
         self._processes += 1
         bits = random.Random(f"ids {self.seed} {self._processes}").getrandbits
@@ -174,14 +174,14 @@ class Simulation:
     def crash_replica(self, name: str, restart_s: float | None = None) -> None:
         """It dies. It is started again by whoever has killed it, or else a while later."""
         replica = self.replicas[name]
-        if not replica.alive:
+        if replica.dead:
             return
         replica.die()
         after_s = self._random.uniform(0.1, 8.0) if restart_s is None else restart_s
         self.loop.call_later(after_s, self.start_replica, name, context=self.loop.main.context)
 
     def stop_replica(self, name: str) -> None:
-        """It ends as it should. Whoever has stopped it starts it again."""
+        """It ends as it should, and is started again a while later."""
         replica = self.replicas[name]
         self.trace(name, "stops")
         stopping = self.loop.start(replica.process, replica.stop(), f"stop-{name}")
@@ -191,7 +191,7 @@ class Simulation:
         if task.exception() is not None:
             self.oracle.broken(f"{replica.name} could not stop: {task.exception()!r}")
         left = replica.left_behind()
-        replica.die()
+        self.crash_replica(replica.name)
         if left:
             self.oracle.broken(f"{replica.name} was closed, and these go on: {left}")
 

@@ -87,7 +87,6 @@ class Trouble:
                 self._later(away_s, lambda: world.start_replica(replica.name))
             case Fault.REPLICA_STOP if replica.alive:
                 world.stop_replica(replica.name)
-                self._later(away_s, lambda: world.start_replica(replica.name))
             case Fault.AGENT_LEAVES if agent is not None:
                 agent.leave()
             case Fault.REPLICA_PAUSE if replica.alive:
