@@ -21,7 +21,6 @@ from greenroom.core.commands import ActorCommand, BeginSuspend, Change, FinishSu
 from greenroom.core.records import Actor, Operation, Snapshot, Worker
 from greenroom.engine.census import Census
 from greenroom.engine.drivers import Drivers, Phases
-from greenroom.engine.follower import Follower
 from greenroom.engine.recovery import Recovery
 from greenroom.store import transaction
 from greenroom.testing.simulation.agent import Agent
@@ -118,7 +117,7 @@ def nothing_is_frozen_that_is_alone(patch: Patch) -> None:
     async def leave_it(self: Agent, uid: str) -> None:
         pass
 
-    patch.setattr(Agent, "_freeze_alone", leave_it)
+    patch.setattr(Agent, "_stop_stale", leave_it)
     patch.setattr(Census, "is_trusted", lambda self, worker: True)
 
 
@@ -138,17 +137,6 @@ def workers_of_others_count_as_lost(patch: Patch) -> None:
         return False
 
     patch.setattr(Census, "_is_fresh", never)
-
-
-def the_feed_revokes_nothing(patch: Patch) -> None:
-    """What another replica has put to sleep stays bound."""
-    follow = Follower._follow_actor
-
-    async def only_bind(self: Follower, actor: Actor, event: Any) -> None:
-        if actor.endpoint is not None:
-            await follow(self, actor, event)
-
-    patch.setattr(Follower, "_follow_actor", only_bind)
 
 
 def suspends_are_answered_when_they_begin(patch: Patch) -> None:
@@ -202,7 +190,6 @@ MUTATIONS = [
     Mutation(nothing_is_frozen_that_is_alone, 30, "somebody routes there|two incarnations", APART),
     Mutation(heartbeats_are_always_answered, 200, "does not know that it is alone|two incarnations", CUT),
     Mutation(workers_of_others_count_as_lost, 30, "counts as lost, and was heard", APART),
-    Mutation(the_feed_revokes_nothing, 100, "routes to|answered by", DRAWN),
     Mutation(suspends_are_answered_when_they_begin, 20, "as was said, with", DRAWN),
 ]
 
