@@ -35,8 +35,8 @@ def replica(data_dir: Path, server: PostgresServer) -> Iterator[Callable[..., Ki
     url = server.url(server.create_database())
     kits: list[Kit] = []
 
-    def start(name: str, place: str = "", store: str = url) -> Kit:
-        clocks = (f"--lease-ttl={LEASE_TTL_S:g}", f"--worker-return={WORKER_RETURN_S:g}")
+    def start(name: str, place: str = "", store: str = url, lease_ttl_s: float = LEASE_TTL_S) -> Kit:
+        clocks = (f"--lease-ttl={lease_ttl_s:g}", f"--worker-return={WORKER_RETURN_S:g}")
         shared = (f"--store={store}", f"--snapshots={data_dir / 'snapshots'}", f"--images={data_dir / 'images'}")
         options = (*shared, *clocks, f"--name={name}")
         live = LiveServer(data_dir / (place or name), backend="sim", workers=1, slots=8, options=options)
@@ -72,7 +72,7 @@ def test_what_one_does_the_other_knows(replica: Callable[..., Kit]) -> None:
     assert a.get("x")["count"] == 3, "woken again by the one that had it"
     assert b.get("y")["count"] == 1
     b.act("Pause", "y")
-    # A GET that the other gateway had sent just before the pause reached it is sent again, as HTTP lets it.
+    # A GET that the other gateway had sent before it heard of the pause is sent again, as HTTP lets it.
     assert a.get("y")["count"] in (2, 3)
     a.act("Delete", "y")
     # The other gateway hears of it a moment later; until then it asks a sandbox that is gone.
@@ -155,7 +155,7 @@ def test_a_database_of_a_newer_program_is_refused(replica: Callable[..., Kit], s
 
 
 def test_a_name_that_another_has_is_refused(replica: Callable[..., Kit]) -> None:
-    a = replica("a")
+    a = replica("a", lease_ttl_s=60.0)  # it lives as long as its last word is younger than that
     until(lambda: a.client.system.ListReplicas(pb.ListReplicasRequest()).replicas, bool)
     with pytest.raises(FailedPrecondition, match="another replica of the control plane is called 'a'"):
-        replica("a", place="elsewhere")
+        replica("a", place="elsewhere", lease_ttl_s=60.0)

@@ -37,6 +37,8 @@ class FakeWaker:
         self.operations = 0
         self.error: Exception | None = None
         self.phases: tuple[PhaseTime, ...] = ()
+        #: Actors that somebody else has put to sleep, which only who asks hears.
+        self.elsewhere: set[Key] = set()
         self._waking: dict[Key, asyncio.Task[Wake]] = {}
 
     async def wake(self, key: Key) -> Wake:
@@ -60,6 +62,12 @@ class FakeWaker:
         if key not in self.endpoints:
             raise NotFound(f"actor {key} does not exist; create it first")
         return Wake(self.bind(key), operation, self.phases)
+
+    async def is_over(self, binding: Binding) -> bool:
+        if binding.key in self.elsewhere:
+            self.elsewhere.discard(binding.key)
+            self.bindings.revoke(binding.key)
+        return binding.revoked
 
     def bind(self, key: Key) -> Binding:
         binding = Binding(key, f"uid-{key.name}", self._generation(), "w", self.endpoints[key], 300.0)

@@ -341,21 +341,36 @@ async def test_an_actor_that_never_answers_gets_one_retry_at_most(tmp_path: Path
 
 
 async def test_a_dead_endpoint_is_resolved_again(tmp_path: Path) -> None:
-    """The table still has the old place of the actor; the engine knows better."""
-
-    class Knowing(FakeWaker):
-        async def wake(self, key: Key) -> Wake:
-            self.bindings.revoke(key)
-            return await super().wake(key)
-
+    """The table still has the old place of the actor; the engine, when asked, knows better."""
     async with actor(tmp_path, answers(OK)) as it:
-        waker = Knowing()
+        waker = FakeWaker()
         waker.endpoints[KEY] = Endpoint(path=str(tmp_path / "gone.sock"))
         async with gateway(waker) as bench:
             waker.bind(KEY)
             waker.endpoints[KEY] = Endpoint(path=it.path)
+            waker.elsewhere.add(KEY)
             response = await bench.ask(POST)
             assert (response.status, waker.calls) == (200, 1)
+
+
+@pytest.mark.parametrize(("request_", "status"), [(GET, 200), (POST, 502)], ids=["get", "post"])
+async def test_what_another_replica_suspended_is_woken_again(tmp_path: Path, request_: bytes, status: int) -> None:
+    """Its endpoint still took the connection, then ended it, before this process heard of the suspension."""
+    asked = 0
+
+    async def dies_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        await reader.readuntil(b"\r\n\r\n")
+        asked += 1
+        if asked > 1:
+            writer.write(OK)
+            await writer.drain()
+
+    async with running(tmp_path, dies_once) as (bench, _):
+        bench.waker.elsewhere.add(KEY)
+        response = await bench.ask(request_)
+        assert response.status == status
+        assert status == 200 or response.reason == "ACTOR_SUSPENDED"
 
 
 async def test_connections_per_actor_are_bounded(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ from greenroom.core.records import (
     Worker,
     WorkerState,
 )
-from greenroom.engine.bindings import BindingTable, Wake
+from greenroom.engine.bindings import Binding, BindingTable, Wake
 from greenroom.store.memory import MemoryStore
 
 DIGEST = "sha256:" + "ab" * 32
@@ -79,6 +79,9 @@ class FakeControl:
         self._ids = itertools.count(1)
 
     async def wake(self, key: Key) -> Wake:
+        raise NotImplementedError("no gateway here")
+
+    async def is_over(self, binding: Binding) -> bool:
         raise NotImplementedError("no gateway here")
 
     # --- actors ---

@@ -54,7 +54,7 @@ from greenroom.core.records import (
 )
 from greenroom.core.states import BOUND
 from greenroom.engine import clock
-from greenroom.engine.bindings import BindingTable, Wake
+from greenroom.engine.bindings import Binding, BindingTable, Wake
 from greenroom.engine.census import ASKED, Census
 from greenroom.engine.config import EngineConfig
 from greenroom.engine.drivers import Drivers, Phases
@@ -170,6 +170,9 @@ class Engine:
 
     async def wake(self, key: Key) -> Wake:
         return await self.wakes.wake(key)
+
+    async def is_over(self, binding: Binding) -> bool:
+        return await self.follower.is_over(binding)
 
     def slot_freed(self, *, probe: bool = False) -> None:
         """Some slot of some pool is free; with ``probe`` none or many may be: a worker has come."""

@@ -124,6 +124,20 @@ class Follower:
         except NotFound:
             return None
 
+    async def is_over(self, binding: Binding) -> bool:
+        """See `greenroom.engine.port.Waker`."""
+        if not binding.revoked and not self._engine.config.exclusive:
+            try:
+                actor = await self._current(binding.key)
+            except GreenroomError as error:  # the store is away: then the feed says so later
+                log.info("not looked up", actor=str(binding.key), error=error.message)
+                return binding.revoked
+            incarnation = (binding.uid, binding.generation, ActorState.RUNNING)
+            alive = actor is not None and (actor.uid, actor.generation, actor.state) == incarnation
+            if not alive and self._engine.bindings.peek(binding.key) is binding:
+                self._engine.bindings.revoke(binding.key)
+        return binding.revoked
+
     async def reach(self, key: Key) -> None:
         """An actor that runs, by its record, and that nobody can reach from here yet: bound when its worker lives,
         waited for when that is away.

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from greenroom.core.agentapi import ActorStats
 from greenroom.core.records import Actor, Key, Operation, Pool, PoolSpec, Template, TemplateSpec, Worker
-from greenroom.engine.bindings import BindingTable, Wake
+from greenroom.engine.bindings import Binding, BindingTable, Wake
 from greenroom.store.port import Store
 
 #: How long a mutation waits for its operation unless the caller says otherwise.
@@ -34,6 +34,10 @@ class Waker(Protocol):
             FailedPrecondition: it can't be woken (template failed; crashed and held, reason ``ACTOR_CRASHED``).
             GreenroomError: what the wake-up failed with.
         """
+
+    async def is_over(self, binding: Binding) -> bool:
+        """Whether a binding is no good any more: for who finds nobody behind it. Another replica may have put the
+        actor to sleep a moment ago; then the binding is revoked when this returns."""
 
 
 class ExecStream(Protocol):

@@ -129,9 +129,12 @@ class Exchange:
             return self.method in IDEMPOTENT
         return not self._body_sent and not self._pending_bytes
 
-    async def _obtain(self) -> None:
-        """The slow path: a binding if there is none yet, and a connection; then sends the request."""
+    async def _obtain(self, closed: str = "") -> None:
+        """The slow path: a binding if there is none yet, and a connection; then sends the request. ``closed``: see
+        `_look`."""
         try:
+            if closed and self._binding is not None:
+                await self._look(self._binding, closed)
             self._send(await self._connect())
         except GreenroomError as e:
             self._fail(e)
@@ -158,8 +161,9 @@ class Exchange:
             try:
                 connection = await pool.connect(self.route.port)
             except ConnectFailed as e:
+                over = await self.gateway.waker.is_over(binding)
                 self._release()
-                if binding.revoked:
+                if over:
                     self._count_rewake()
                 elif reresolved:
                     port = f"port {self.route.port}" if self.route.port else "its port"
@@ -383,31 +387,45 @@ class Exchange:
         """The connection is closed. Repeats the request if that is right."""
         connection, self._connection = self._connection, None
         assert connection is not None and self._binding is not None
-        revoked = self._binding.revoked
         if self._responding:
             self._fail(BadGateway(why))
-        elif revoked:
-            self._release()
-            if self.first_byte or self.method not in SAFE or self.request.framing != 0:
-                self._fail(self._suspended())
-                return
+        elif self._binding.revoked:
             try:
-                self._count_rewake()
+                self._taken_away()
             except GreenroomError as e:
                 self._fail(e)
             else:
                 self._repeat()
-        elif connection.reused and not self._fresh_only and not self.first_byte and self._repeatable():
+        elif self.first_byte:
+            self._fail(self._no_response(why, "BAD_RESPONSE"))
+        elif connection.reused and not self._fresh_only and self._repeatable():
             self._fresh_only = True
             self._repeat()
         else:
-            message = f"actor {self.route.key} gave no proper response: {why}"
-            self._fail(BadGateway(message, reason="BAD_RESPONSE" if self.first_byte else "CONNECTION_CLOSED"))
+            self._repeat(why)
 
-    def _repeat(self) -> None:
+    async def _look(self, binding: Binding, why: str) -> None:
+        """After a connection was closed without a word: the actor did that itself, or another replica has suspended it.
+        Returns when the request may be sent again."""
+        if not await self.gateway.waker.is_over(binding):
+            raise self._no_response(why, "CONNECTION_CLOSED")
+        self._taken_away()
+
+    def _no_response(self, why: str, reason: str) -> BadGateway:
+        return BadGateway(f"actor {self.route.key} gave no proper response: {why}", reason=reason)
+
+    def _taken_away(self) -> None:
+        """The actor was suspended under the request, which may have reached it. Returns when it may be sent again."""
+        self._release()
+        if self.first_byte or self.method not in SAFE or self.request.framing != 0:
+            raise self._suspended()
+        self._count_rewake()
+
+    def _repeat(self, closed: str = "") -> None:
+        """``closed``: why, when that is to be looked into first."""
         self._out.clear()
         self.client.deadline = NEVER
-        self._task = asyncio.create_task(self._obtain())
+        self._task = asyncio.create_task(self._obtain(closed))
 
     def expired(self) -> None:
         """The client connection's deadline has passed."""

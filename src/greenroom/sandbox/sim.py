@@ -5,7 +5,7 @@ so thousands of actors and wakes per second say something about the rest of the 
 
 One server per backend, on a unix socket, answers for all of them and tells them apart by the request header
 ``Greenroom-Actor: <namespace>/<name>``, which a gateway always sets. A request for an actor that is not resident here
-is answered 421 (Misdirected Request, RFC 9110 section 15.5.20), so the shared endpoint can't reach the wrong actor.
+ends its connection without an answer, as the endpoint of a sandbox that is gone does.
 
     /, /inc        counts one further in memory and in the simulated file; answers as ``/info``
     /info          JSON: actor, count, file_count, boot, generation
@@ -404,12 +404,13 @@ class _Connection(asyncio.Protocol):
                 self._send(b"503 Service Unavailable", b'{"error":"too many requests wait"}', keep_alive)
                 continue
             self._pending.popleft()
-            self._answer(sandbox, actor, url, keep_alive)
+            self._answer(sandbox, url, keep_alive)
 
-    def _answer(self, sandbox: _Sandbox | None, actor: str, url: bytes, keep_alive: bool) -> None:
+    def _answer(self, sandbox: _Sandbox | None, url: bytes, keep_alive: bool) -> None:
         if sandbox is None:
-            body = msgspec.json.encode({"error": f"actor {actor!r} is not resident here"})
-            return self._send(b"421 Misdirected Request", body, keep_alive)
+            if self._transport is not None:
+                self._transport.close()
+            return
         path, _, query = url.partition(b"?")
         match path:
             case b"/" | b"/inc":

@@ -69,8 +69,9 @@ QUICK = EngineConfig(
     retry_s=0.002,
     reconcile_s=0.05,
 )
-#: How long `SimWorld.settle` waits. Everything takes milliseconds; this bounds a world that never settles.
-SETTLE_S = 3.0
+#: How long `SimWorld.settle` waits. Everything takes milliseconds; this bounds a world that never settles, and is
+#: longer than a busy machine stands still.
+SETTLE_S = 20.0
 _POLL_S = 0.002
 
 
