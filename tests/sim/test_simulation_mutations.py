@@ -18,7 +18,7 @@ from greenroom.agent.fence import Fence
 from greenroom.core import lifecycle
 from greenroom.core.agentapi import Heartbeat
 from greenroom.core.commands import ActorCommand, BeginSuspend, Change, FinishSuspend, Outcome, TakeOver, View
-from greenroom.core.records import Actor, Operation, Snapshot, Worker
+from greenroom.core.records import Actor, ActorState, Operation, Snapshot, Worker
 from greenroom.engine.census import Census
 from greenroom.engine.drivers import Drivers, Phases
 from greenroom.engine.follower import Follower
@@ -118,7 +118,7 @@ def nothing_is_frozen_that_is_alone(patch: Patch) -> None:
     async def leave_it(self: Agent, uid: str) -> None:
         pass
 
-    patch.setattr(Agent, "_freeze_alone", leave_it)
+    patch.setattr(Agent, "_stop_stale", leave_it)
     patch.setattr(Census, "is_trusted", lambda self, worker: True)
 
 
@@ -140,15 +140,19 @@ def workers_of_others_count_as_lost(patch: Patch) -> None:
     patch.setattr(Census, "_is_fresh", never)
 
 
-def the_feed_revokes_nothing(patch: Patch) -> None:
-    """What another replica has put to sleep stays bound."""
+def nothing_is_revoked(patch: Patch) -> None:
+    """What another replica has put to sleep stays bound: the feed does not tell, and the census does not see it."""
     follow = Follower._follow_actor
 
     async def only_bind(self: Follower, actor: Actor, event: Any) -> None:
-        if actor.endpoint is not None:
+        if actor.state is ActorState.RUNNING:
             await follow(self, actor, event)
 
+    async def leave_it(self: Census, binding: Any) -> None:
+        pass
+
     patch.setattr(Follower, "_follow_actor", only_bind)
+    patch.setattr(Census, "_drop_stale", leave_it)
 
 
 def suspends_are_answered_when_they_begin(patch: Patch) -> None:
@@ -202,7 +206,7 @@ MUTATIONS = [
     Mutation(nothing_is_frozen_that_is_alone, 30, "somebody routes there|two incarnations", APART),
     Mutation(heartbeats_are_always_answered, 200, "does not know that it is alone|two incarnations", CUT),
     Mutation(workers_of_others_count_as_lost, 30, "counts as lost, and was heard", APART),
-    Mutation(the_feed_revokes_nothing, 100, "routes to|answered by", DRAWN),
+    Mutation(nothing_is_revoked, 10, "routes to|answered by", DRAWN),
     Mutation(suspends_are_answered_when_they_begin, 20, "as was said, with", DRAWN),
 ]
 

@@ -19,7 +19,7 @@ from greenroom.core.records import Actor, Key, Probe, Template, TemplateSpec, Te
 from greenroom.engine.bindings import BindingTable
 from greenroom.engine.census import ASKED
 from greenroom.testing.contracts.store_world import list_all
-from greenroom.testing.simloop import SimLoop
+from greenroom.testing.simloop import Process, SimLoop
 from greenroom.testing.simulation.agent import Agent
 from greenroom.testing.simulation.clients import TEMPLATE, User
 from greenroom.testing.simulation.database import Database
@@ -86,7 +86,7 @@ class Simulation:
         self.trace = Trace(self.loop.time, keep=trace)
         self.faults = Injector(seed, rate=plan.step_rate, without=plan.without)
         self.network = Network(self.loop, seed, self.faults)
-        self.network.crash = lambda process: self.crash_replica(process.name)
+        self.network.crash = self._crash
         self.database = Database(self.network, self.trace)
         self.bucket = Bucket(self.network, self.trace)
         return_s = plan.clocks.worker_return_s if plan.replicas > 1 else None
@@ -94,6 +94,8 @@ class Simulation:
         self.database.on_write = self.oracle.wrote
         self.names = tuple(f"r{n}" for n in range(plan.replicas))
         self.replicas: dict[str, Replica] = {}
+        #: Processes of replicas whose name another one has by now.
+        self._doubles: list[Replica] = []
         self.sandboxes: dict[str, Sandbox] = {}
         self.machines = {
             name: Machine(self.loop, name, plan.slots, self.oracle, self.sandboxes)
@@ -125,7 +127,8 @@ class Simulation:
     def tables(self) -> list[BindingTable]:
         """Those by which requests are routed at this moment."""
         now = self.loop.time()
-        return [r.engine.bindings for r in self.replicas.values() if r.alive and r.process.held_until <= now]
+        replicas = [*self.replicas.values(), *self._doubles]
+        return [r.engine.bindings for r in replicas if r.alive and r.process.held_until <= now]
 
     def stored_count(self, snapshot_id: str) -> int | None:
         if snapshot_id in self.bucket.stored:
@@ -165,7 +168,7 @@ class Simulation:
 
     def _started(self, replica: Replica, task: asyncio.Task[None]) -> None:
         """A process that could not start has ended, and whoever looks after it starts another one."""
-        if task.exception() is not None and self.replicas[replica.name] is replica:
+        if task.exception() is not None and self.replicas.get(replica.name) is replica:
             self.trace(replica.name, "could not start", task.exception())
             if not isinstance(task.exception(), GreenroomError):
                 self.oracle.broken(f"{replica.name} could not start: {task.exception()!r}")
@@ -179,6 +182,22 @@ class Simulation:
         replica.die()
         after_s = self._random.uniform(0.1, 8.0) if restart_s is None else restart_s
         self.loop.call_later(after_s, self.start_replica, name, context=self.loop.main.context)
+
+    def _crash(self, process: Process) -> None:
+        """A process of a replica dies at one of its steps."""
+        replica = self.replicas[process.name]
+        if replica.process is process:
+            self.crash_replica(replica.name)
+        for double in self._doubles:
+            if double.process is process and not double.dead:
+                double.die()
+
+    def double_replica(self, name: str) -> Callable[[], None]:
+        """Another process of its name is started, while it is still there. Returns what ends the older one."""
+        double = self.replicas.pop(name)
+        self._doubles.append(double)
+        self.start_replica(name)
+        return lambda: None if double.dead else double.die()
 
     def stop_replica(self, name: str) -> None:
         """It ends as it should, and is started again a while later."""
