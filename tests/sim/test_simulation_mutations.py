@@ -24,7 +24,7 @@ from greenroom.engine.drivers import Drivers, Phases
 from greenroom.engine.follower import Follower
 from greenroom.engine.recovery import Recovery
 from greenroom.store import transaction
-from greenroom.testing.simulation.agent import Agent
+from greenroom.testing.simulation.calls import Calls
 from greenroom.testing.simulation.faults import Fault
 from greenroom.testing.simulation.plan import Plan
 from greenroom.testing.simulation.run import Broken, run_all
@@ -115,10 +115,10 @@ def discarded_before_the_commit(patch: Patch) -> None:
 def nothing_is_frozen_that_is_alone(patch: Patch) -> None:
     """And requests go wherever a binding leads."""
 
-    async def leave_it(self: Agent, uid: str) -> None:
+    async def leave_it(self: Calls, uid: str) -> None:
         pass
 
-    patch.setattr(Agent, "_stop_stale", leave_it)
+    patch.setattr(Calls, "_stop_stale", leave_it)
     patch.setattr(Census, "is_trusted", lambda self, worker: True)
 
 

@@ -22,7 +22,7 @@ from greenroom.core.records import (
 from greenroom.engine.config import EngineConfig
 from greenroom.store.memory import MemoryStore
 from greenroom.testing.contracts.store_world import list_all
-from greenroom.testing.simulation.agent import HANG_S
+from greenroom.testing.simulation.calls import HANG_S
 from greenroom.testing.simulation.machine import Machine
 from greenroom.testing.simulation.replica import Replica
 from greenroom.testing.simulation.snapshots import Bucket
