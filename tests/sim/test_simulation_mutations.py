@@ -18,9 +18,10 @@ from greenroom.agent.fence import Fence
 from greenroom.core import lifecycle
 from greenroom.core.agentapi import Heartbeat
 from greenroom.core.commands import ActorCommand, BeginSuspend, Change, FinishSuspend, Outcome, TakeOver, View
-from greenroom.core.records import Actor, ActorState, Operation, Snapshot, Worker
+from greenroom.core.records import Actor, ActorState, Operation, OperationState, Snapshot, Worker
 from greenroom.engine.census import Census
 from greenroom.engine.drivers import Drivers, Phases
+from greenroom.engine.engine import Engine
 from greenroom.engine.follower import Follower
 from greenroom.engine.recovery import Recovery
 from greenroom.store import transaction
@@ -157,9 +158,6 @@ def nothing_is_revoked(patch: Patch) -> None:
 
 def suspends_are_answered_when_they_begin(patch: Patch) -> None:
     """Before the snapshot is committed."""
-    from greenroom.core.records import OperationState
-    from greenroom.engine.engine import Engine
-
     transition = Engine.transition
 
     async def at_once(self: Engine, kind: Any, key: Any, request_id: str, cause: str) -> Operation:

@@ -30,6 +30,7 @@ from greenroom.core.records import (
     Template,
     TemplateState,
     Worker,
+    WorkerState,
 )
 from greenroom.testing.contracts.store_world import ENDPOINT, FAILURE, World, dump
 
