@@ -66,10 +66,13 @@ class Line:
     deleted: bool = False
 
 
+NEVER = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A request that was carried out: ``count`` is what it counted to, ``stale`` what is wrong with the sandbox that
-    did it ("" for nothing), ``losses`` those of the line until then."""
+    did it ("" for nothing), ``losses`` those of the line until then (`NEVER`: it does not matter what it counted to)."""
 
     sandbox: Sandbox
     key: Key
@@ -294,7 +297,8 @@ class Oracle:
             stale = f"it was suspended before: {line.actor}"
         elif named is not None and named is not line and named.current is not None:
             stale = f"another actor has its name: {named.actor}"
-        return Answer(sandbox, key, count, stale, line.losses)
+        # What it still answers when it counts as lost is lost too, as if it had been lost just afterwards.
+        return Answer(sandbox, key, count, stale, line.losses if line.current is sandbox else NEVER)
 
     def before_suspend(self, key: Key) -> tuple[Line, int, int] | None:
         """What an actor must have in its snapshot when a suspend that is asked for now is said to be done."""
