@@ -72,7 +72,8 @@ NEVER = -1
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A request that was carried out: ``count`` is what it counted to, ``stale`` what is wrong with the sandbox that
-    did it ("" for nothing), ``losses`` those of the line until then (`NEVER`: it does not matter what it counted to)."""
+    did it ("" for nothing), ``losses`` those of the line until then (`NEVER`: it does not matter what it counted
+    to)."""
 
     sandbox: Sandbox
     key: Key
