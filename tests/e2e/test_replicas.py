@@ -75,7 +75,8 @@ def test_what_one_does_the_other_knows(replica: Callable[..., Kit]) -> None:
     # A GET that the other gateway had sent just before the pause reached it is sent again, as HTTP lets it.
     assert a.get("y")["count"] in (2, 3)
     a.act("Delete", "y")
-    assert b.live.request("default/y").status == 404
+    # The other gateway hears of it a moment later; until then it asks a sandbox that is gone.
+    until(lambda: b.live.request("default/y").status, lambda status: status == 404)
     operation = b.act("Suspend", "x")
     shown = a.client.operations.GetOperation(pb.GetOperationRequest(id=operation.id))
     assert convert.from_message(Operation, shown).state is OperationState.DONE

@@ -37,6 +37,8 @@ CONNECT_TIMEOUT_S = 30.0
 RETIRE_PAUSE_S = 10.0
 #: Tries of a conditional write against what else is written about the same worker.
 WRITE_ATTEMPTS = 10
+#: How long an agent that is to end is waited for, should it be about to connect.
+YOUNG_S = 10.0
 #: How long an agent may take to end after it was asked to: its sandboxes and its network are removed meanwhile.
 STOP_TIMEOUT_S = 20.0
 
@@ -223,6 +225,9 @@ class Supervisor:
         raise Conflict(f"worker {name} keeps changing")
 
     async def _end(self, name: str, keeper: asyncio.Task[None], *, wipe: bool) -> None:
+        # One that is just being started takes over first what an agent before it left; ended before it handles signals,
+        # it would leave that behind.
+        await self._engine.census.wait_for_worker(name, asyncio.get_running_loop().time() + YOUNG_S)
         keeper.cancel()
         await asyncio.gather(keeper, return_exceptions=True)
         process = self._processes.pop(name, None)
