@@ -288,8 +288,6 @@ class Calls:
             raise FailedPrecondition(f"snapshot {snapshot.id} can't run here", reason="NO_COMPATIBLE_WORKER")
         if (held := self.machine.held.get(snapshot.id)) is not None:
             return held[1]
-        if snapshot.state is SnapshotState.LOCAL:
-            raise DataLoss(f"snapshot {snapshot.id} is not held here", reason="SNAPSHOT_CORRUPT")
         return await self.bucket.load(snapshot)
 
     async def _end(self, uid: str) -> None:
