@@ -96,7 +96,9 @@ def _bindings(actors: list[Actor], replicas: list[Replica]) -> list[str]:
 async def _snapshots(
     store: MemoryStore, actors: list[Actor], machines: dict[str, Machine], bucket: Bucket
 ) -> list[str]:
-    """What is stored is what has a record, and each record is wanted by somebody."""
+    """What has a record is stored, and each record is wanted by somebody. Not the other way round: what arrives after
+    all that would remove it (a snapshot published after its suspend was backed out, a held copy whose release was lost)
+    stays until something collects it."""
     records = {s.id: s for s in await list_all(store, Snapshot)}
     present = {i for i, s in records.items() if s.state is SnapshotState.PRESENT}
     wanted = {i for a in actors for i in (a.snapshot, a.previous_snapshot) if i}
