@@ -36,6 +36,7 @@ FAILED_ONCE = {
     189: "a binding that went back to an older generation: AssertionError",
     74: "a worker counted as lost too early, when a look at the store took long",
     300360: "an actor of a lost worker was crashed late, when the worker was back",
+    290: "the exit of a first try of a wake crashed what the second had woken",
     148: "a worker that wanted to end was not seen off again after the first try had failed",
     278: "the same",
     26: "a drained worker's record forgot why, and the worker stayed drained",

@@ -18,12 +18,14 @@ from greenroom.agent.fence import Fence
 from greenroom.core import lifecycle
 from greenroom.core.agentapi import Heartbeat
 from greenroom.core.commands import ActorCommand, BeginSuspend, Change, FinishSuspend, Outcome, TakeOver, View
-from greenroom.core.records import Actor, Operation, Snapshot, Worker
+from greenroom.core.records import Actor, ActorState, Operation, OperationState, Snapshot, Worker
 from greenroom.engine.census import Census
 from greenroom.engine.drivers import Drivers, Phases
+from greenroom.engine.engine import Engine
+from greenroom.engine.follower import Follower
 from greenroom.engine.recovery import Recovery
 from greenroom.store import transaction
-from greenroom.testing.simulation.agent import Agent
+from greenroom.testing.simulation.calls import Calls
 from greenroom.testing.simulation.faults import Fault
 from greenroom.testing.simulation.plan import Plan
 from greenroom.testing.simulation.run import Broken, run_all
@@ -114,10 +116,10 @@ def discarded_before_the_commit(patch: Patch) -> None:
 def nothing_is_frozen_that_is_alone(patch: Patch) -> None:
     """And requests go wherever a binding leads."""
 
-    async def leave_it(self: Agent, uid: str) -> None:
+    async def leave_it(self: Calls, uid: str) -> None:
         pass
 
-    patch.setattr(Agent, "_stop_stale", leave_it)
+    patch.setattr(Calls, "_stop_stale", leave_it)
     patch.setattr(Census, "is_trusted", lambda self, worker: True)
 
 
@@ -139,11 +141,23 @@ def workers_of_others_count_as_lost(patch: Patch) -> None:
     patch.setattr(Census, "_is_fresh", never)
 
 
+def nothing_is_revoked(patch: Patch) -> None:
+    """What another replica has put to sleep stays bound: the feed does not tell, and the census does not see it."""
+    follow = Follower._follow_actor
+
+    async def only_bind(self: Follower, actor: Actor, event: Any) -> None:
+        if actor.state is ActorState.RUNNING:
+            await follow(self, actor, event)
+
+    async def leave_it(self: Census, binding: Any) -> None:
+        pass
+
+    patch.setattr(Follower, "_follow_actor", only_bind)
+    patch.setattr(Census, "_drop_stale", leave_it)
+
+
 def suspends_are_answered_when_they_begin(patch: Patch) -> None:
     """Before the snapshot is committed."""
-    from greenroom.core.records import OperationState
-    from greenroom.engine.engine import Engine
-
     transition = Engine.transition
 
     async def at_once(self: Engine, kind: Any, key: Any, request_id: str, cause: str) -> Operation:
@@ -190,6 +204,7 @@ MUTATIONS = [
     Mutation(nothing_is_frozen_that_is_alone, 30, "somebody routes there|two incarnations", APART),
     Mutation(heartbeats_are_always_answered, 200, "does not know that it is alone|two incarnations", CUT),
     Mutation(workers_of_others_count_as_lost, 30, "counts as lost, and was heard", APART),
+    Mutation(nothing_is_revoked, 10, "routes to|answered by", DRAWN),
     Mutation(suspends_are_answered_when_they_begin, 20, "as was said, with", DRAWN),
 ]
 

@@ -65,21 +65,22 @@ class Database:
         self.on_write: Callable[[str, Write | None, Effects], None] = lambda who, write, effects: None
         #: The latest event of each record.
         self.latest: dict[tuple[type[Stored], str], Stored] = {}
-        self._who = ""
+        self._who: SimStore | None = None
         self._write: Write | None = None
 
-    def do(self, who: str, what: str, work: Coroutine[Any, Any, T], write: Write | None = None) -> T:
+    def do(self, who: SimStore, what: str, work: Coroutine[Any, Any, T], write: Write | None = None) -> T:
         """Carries out a call of a replica; ``write``: what it wants to have written."""
         self._who, self._write = who, write
-        self.trace(who, "store", what)
+        self.trace(who.name, "store", what)
         return at_once(work)
 
     def _written(self, effects: Effects) -> None:
         if effects:
             self.latest.update({(type(r), r.pk): r for _, r in effects})
-            self.on_write(self._who, self._write, effects)
+            assert self._who is not None
+            self.on_write(self._who.name, self._write, effects)
             for feed in self.feeds:
-                feed.push(effects, own=feed.process.name == self._who)
+                feed.push(effects, own=feed is self._who.feed)
 
 
 class _Tap:
@@ -170,14 +171,14 @@ class SimStore:
         self._database = database
         self._memory = database.memory
         self._network = database.network
-        self._me = process.name
+        self.name = process.name
         self.feed = Feed(database, process)
         self.skew_s = skew_s
 
     async def _ask(
         self, what: str, make: Callable[[], Coroutine[Any, Any, T]], write: Write | None = None, weight: float = 1.0
     ) -> T:
-        act = lambda: self._database.do(self._me, what, make(), write)  # noqa: E731
+        act = lambda: self._database.do(self, what, make(), write)  # noqa: E731
         return await self._network.ask(STORE, act, _away, weight=weight)
 
     async def apply(self, command: ActorCommand) -> Change:

@@ -23,6 +23,7 @@ class Fault(enum.Enum):
     AGENT_AFTER = "agent-after"  # the agent dies when it has carried it out
 
     REPLICA_CRASH = "replica-crash"
+    REPLICA_DOUBLE = "replica-double"  # it stands still, another one of its name is started, and both go on
     REPLICA_STOP = "replica-stop"  # it ends as it should, and is started again
     REPLICA_PAUSE = "replica-pause"  # the process stops for longer than a lease, and goes on
     CLOCK_JUMP = "clock-jump"  # a replica's clock, back or forth

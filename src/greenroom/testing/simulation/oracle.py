@@ -8,50 +8,24 @@ must have in memory it follows by itself, from the requests that were carried ou
    running sandboxes of one actor that replicas would route to.
 2. Nothing is lost silently. An actor wakes with exactly what it had when it was suspended; what else takes it back is a
    recorded crash, or a recorded loss of its snapshot, and these need a cause.
-3. Slots are what actors are bound, never more than there are.
-4. Only legal transitions; versions and generations only grow; who lost an operation changes nothing, neither in the
-   store nor on a worker.
-5. A worker counts as lost only when nobody has heard it for long, and by then its agent knows that it is alone, nobody
+3. Who lost an operation changes nothing on a worker.
+4. A worker counts as lost only when nobody has heard it for long, and by then its agent knows that it is alone, nobody
    routes there, and nothing goes on there that does not know better.
-6. Whatever `greenroom.testing.contracts.store_world.audit` checks. Here it is checked for the records that a write
-   touched; the whole of it from time to time.
+5. What `bookkeeping` looks at.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from greenroom.core import states
 from greenroom.core.agentapi import ActorCall
-from greenroom.core.commands import Begin, Command, OperationCommand, TakeOver
-from greenroom.core.records import (
-    Actor,
-    ActorState,
-    Key,
-    Lease,
-    Operation,
-    OperationKind,
-    OperationState,
-    Snapshot,
-    SnapshotState,
-    Worker,
-)
+from greenroom.core.records import Actor, ActorState, Key, Snapshot, SnapshotState
 from greenroom.engine.bindings import BindingTable
-from greenroom.store.memory import MemoryStore
-from greenroom.store.port import EventType, Free, Stored
-from greenroom.testing.contracts.store_world import audit
-from greenroom.testing.simulation.database import Effects, Write, at_once
+from greenroom.store.port import EventType, Stored
+from greenroom.testing.simulation.bookkeeping import Bookkeeping, Violation
+from greenroom.testing.simulation.database import Effects, Write
 from greenroom.testing.simulation.machine import Machine, Sandbox
-
-#: The whole audit is done after every so many writes.
-WHOLE_AUDIT_EVERY = 100
-
-
-class Violation(AssertionError):
-    """Something that must hold does not."""
 
 
 class World(Protocol):
@@ -92,10 +66,14 @@ class Line:
     deleted: bool = False
 
 
+NEVER = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A request that was carried out: ``count`` is what it counted to, ``stale`` what is wrong with the sandbox that
-    did it ("" for nothing), ``losses`` those of the line until then."""
+    did it ("" for nothing), ``losses`` those of the line until then (`NEVER`: it does not matter what it counted
+    to)."""
 
     sandbox: Sandbox
     key: Key
@@ -106,148 +84,55 @@ class Answer:
 
 @dataclass(slots=True)
 class Oracle:
-    store: MemoryStore
+    """Attributes:
+    return_s: `EngineConfig.worker_return_s`, where there are several replicas.
+    lines: of all actors that there ever were, by uid; ``by_key`` of those that are there.
+    seen: the call of the highest generation that has reached a machine, by machine and actor.
+    suspects: actors with more than one running sandbox.
+    """
+
+    books: Bookkeeping
     world: World
-    stop: Callable[[], None]
-    now: Callable[[], float]
-    #: `EngineConfig.worker_return_s`, where there are several replicas.
     return_s: float | None
-    #: When it was last written down that somebody heard a worker.
-    heard_at: dict[str, float] = field(default_factory=dict)
     lines: dict[str, Line] = field(default_factory=dict)
     by_key: dict[str, Line] = field(default_factory=dict)
-    records: dict[tuple[type[Stored], str], Stored] = field(default_factory=dict)
-    #: How operations ended, by (kind, end); crashes by reason; and what else is worth to be seen.
-    ends: Counter[str] = field(default_factory=Counter)
-    writes: int = 0
-    #: The call of the highest generation that has reached a machine, by machine and actor.
     seen: dict[tuple[str, str], ActorCall] = field(default_factory=dict)
-    #: Actors with more than one running sandbox.
     suspects: dict[str, Key] = field(default_factory=dict)
-    #: What does not hold. The first one ends the simulation.
-    found: list[Violation] = field(default_factory=list)
 
     def broken(self, what: str) -> Violation:
-        """To be raised. Whoever swallows it does not make it undone."""
-        self.found.append(Violation(what))
-        self.stop()
-        return self.found[-1]
-
-    # --- the store ----------------------------------------------------------------------------------------
-
-    def wrote(self, who: str, write: Write | None, effects: Effects) -> None:
-        """After every write, in the same instant."""
-        self.writes += 1
-        if isinstance(write, OperationCommand):
-            self._check_owner(who, write)
-        elif write is not None and not isinstance(write, Command):
-            self._check_read(who, write)
-        for kind, record in effects:
-            known = (type(record), record.pk)
-            before = self.records.get(known)
-            if kind is EventType.DELETED:
-                self.records.pop(known, None)
-            else:
-                self.records[known] = record
-            match record:
-                case Actor():
-                    self._actor(before, record, write, deleted=kind is EventType.DELETED)
-                case Operation():
-                    self._operation(before, record, deleted=kind is EventType.DELETED)
-                case Worker():
-                    self._worker(before, record)
-                case Snapshot():
-                    self._snapshot(before, record)
-                case _:
-                    self._version(before, record)
-        for _, record in effects:
-            if isinstance(record, Actor):
-                self._audit(record)
-        if self.writes % WHOLE_AUDIT_EVERY == 0:
-            self.audit()
-        if self.suspects:
-            self.look_for_two()
-
-    def audit(self) -> None:
-        """The whole of `audit`."""
-        at_once(audit(self.store))
-
-    def _check_owner(self, who: str, c: OperationCommand) -> None:
-        """Of a command that has changed something: the records of before the write are still those known here."""
-        actor = self.records.get((Actor, str(c.key)))
-        if not isinstance(actor, Actor) or (actor.operation, actor.generation) != (c.operation_id, c.generation):
-            raise self.broken(f"{who} has lost {c.key} and has changed it all the same: {c}; it was {actor}")
-
-    def _check_read(self, who: str, record: Free) -> None:
-        """Of a record that was stored: it was made from the one that was there."""
-        before = self.records.get((type(record), record.pk))
-        if record.version != getattr(before, "version", 0):
-            raise self.broken(f"a write was lost: {who} replaced {before}, which it had not read, by {record}")
-
-    def _version(self, before: Stored | None, record: Stored) -> None:
-        if isinstance(record, Lease) or before is None or before is record:
-            return
-        old, new = getattr(before, "version", 0), getattr(record, "version", 0)
-        if new != old + 1:
-            raise self.broken(f"a write was lost: version {new} replaces version {old} of {record}")
-
-    def _worker(self, before: Stored | None, worker: Worker) -> None:
-        if isinstance(before, Worker) and worker.version < before.version:
-            raise self.broken(
-                f"a write was lost: version {worker.version} replaces version {before.version} of {worker}"
-            )
-        if not isinstance(before, Worker) or worker.last_seen != before.last_seen:
-            self.heard_at[worker.name] = self.now()
-        bound = self.store._rows.bound_to(worker.name)
-        if worker.used != bound:
-            raise self.broken(f"{worker.used} slots of worker {worker.name} are taken, by {bound} actors")
-        if worker.used > worker.capacity and (before is None or worker.used > before.used):  # type: ignore[union-attr]
-            raise self.broken(f"worker {worker.name} has {worker.capacity} slots, and {worker.used} are taken")
-
-    def _operation(self, before: Stored | None, op: Operation, *, deleted: bool) -> None:
-        if deleted:
-            return
-        if isinstance(before, Operation):
-            self._version(before, op)
-            again = op.kind is OperationKind.PREPARE and (op.state, op.error) == (before.state, before.error)
-            if before.state is not OperationState.RUNNING and not again:
-                raise self.broken(f"an operation that has ended was changed: {before} -> {op}")
-            if op.generation < before.generation:
-                raise self.broken(f"the generation went back: {before} -> {op}")
-        if op.state is not OperationState.RUNNING:
-            self.ends[f"{op.kind} {op.state}"] += 1
-            if op.takeovers:
-                self.ends[f"{op.kind} taken over"] += 1
-            if op.kind is OperationKind.CRASH and op.error is not None:
-                self.ends[f"crash: {op.error.reason}"] += 1
+        """See `Verdicts.broken`."""
+        return self.books.verdicts.broken(what)
 
     # --- actors -------------------------------------------------------------------------------------------
 
-    def _actor(self, before: Stored | None, actor: Actor, write: Write | None, *, deleted: bool) -> None:
-        old = before if isinstance(before, Actor) and before.uid == actor.uid else None
-        if deleted:
-            self.lines[actor.uid].deleted = True
-            self.lines[actor.uid].current = None
-            self.by_key.pop(actor.pk, None)
-            return
-        if old is None:
+    def wrote(self, who: str, write: Write | None, effects: Effects) -> None:
+        """After every write, in the same instant."""
+        before = {record.pk: self.books.records.get((Snapshot, record.pk)) for _, record in effects}
+        for old, new in self.books.wrote(who, write, effects):
+            self._changed(old, new)
+        for kind, record in effects:
+            if isinstance(record, Snapshot) and kind is EventType.PUT:
+                self._snapshot(before[record.pk], record)
+        if self.suspects:
+            self.look_for_two()
+
+    def _changed(self, old: Actor | None, actor: Actor | None) -> None:
+        if actor is None:
+            assert old is not None
+            line = self.lines[old.uid]
+            line.deleted, line.current = True, None
+            self.by_key.pop(old.pk, None)
+        elif old is None or old.uid != actor.uid:
             if actor.uid in self.lines or actor.state is not ActorState.SUSPENDED:
                 raise self.broken(f"not how an actor begins: {actor}")
             self.lines[actor.uid] = self.by_key[actor.pk] = Line(actor)
-            return
-        line = self.lines[actor.uid]
-        line.actor = actor
-        self._version(old, actor)
-        if actor.generation < old.generation:
-            raise self.broken(f"the generation went back: {old} -> {actor}")
-        if isinstance(write, Begin | TakeOver) and actor.generation <= old.generation:
-            raise self.broken(f"somebody took it without a new generation: {old} -> {actor}")
-        if actor.state is not old.state:
-            if actor.state not in states.LEGAL[old.state]:
-                raise self.broken(f"no legal transition: {old} -> {actor}")
-            self._moved(line, old, actor)
-        elif actor.snapshot != old.snapshot:
-            self._set_back(line, old, actor)
+        else:
+            line = self.lines[actor.uid]
+            line.actor = actor
+            if actor.state is not old.state:
+                self._moved(line, old, actor)
+            elif actor.snapshot != old.snapshot:
+                self._set_back(line, old, actor)
 
     def _moved(self, line: Line, old: Actor, actor: Actor) -> None:
         S = ActorState
@@ -284,8 +169,8 @@ class Oracle:
         sandbox, count = line.current, self.world.stored_count(actor.snapshot)
         if sandbox is None:
             raise self.broken(f"it was suspended and did not run: {actor}")
-        made = self.store._rows.read(Snapshot, actor.snapshot)
-        if count is None and made is not None and made.state is SnapshotState.LOCAL:
+        made = self.books.records.get((Snapshot, actor.snapshot))
+        if count is None and isinstance(made, Snapshot) and made.state is SnapshotState.LOCAL:
             count = sandbox.count  # it was on that worker's disk, and that was lost meanwhile
         if count is None:
             raise self.broken(f"its snapshot is not there: {actor}")
@@ -303,6 +188,8 @@ class Oracle:
         sandbox = line.current
         if actor.reason == "WorkerLost" and sandbox is not None and not (sandbox.frozen or sandbox.gone):
             self._lost(old)
+        if actor.reason in ("SandboxLost", "Exited") and sandbox is not None and not sandbox.gone:
+            raise self.broken(f"its sandbox counts as gone, and is there: {sandbox}, {actor}")
         line.current, line.asleep = None, False
         self._set_back(line, old, actor)
 
@@ -311,7 +198,7 @@ class Oracle:
         that replica's own business."""
         if self.return_s is None:
             return
-        unheard_s = self.now() - self.heard_at.get(actor.worker, 0.0)
+        unheard_s = self.books.now() - self.books.heard_at.get(actor.worker, 0.0)
         if unheard_s < self.return_s:
             raise self.broken(f"{actor.worker} counts as lost, and was heard {unheard_s:.3f} s ago: {actor}")
         if self.world.knows_it_is_alone(actor.worker) is False:
@@ -327,17 +214,16 @@ class Oracle:
             not_begun = old.state is ActorState.RESUMING and actor.state is ActorState.CRASHED and not old.snapshot
             if not (begun_anew or not_begun or self._is_bad(old.snapshot)):
                 raise self.broken(f"another snapshot for no reason: {old} -> {actor}")
-            self.ends[f"set back: {actor.reason or 'boot'}"] += 1
+            self.books.ends[f"set back: {actor.reason or 'boot'}"] += 1
             line.saved = (self.world.stored_count(actor.snapshot) or 0) if actor.snapshot else 0
         line.losses += 1
         line.acked = line.saved
 
     def _is_bad(self, snapshot_id: str) -> bool:
-        record = self.records.get((Snapshot, snapshot_id))
+        record = self.books.records.get((Snapshot, snapshot_id))
         return isinstance(record, Snapshot) and record.state is SnapshotState.CORRUPT
 
     def _snapshot(self, before: Stored | None, record: Snapshot) -> None:
-        self._version(before, record)
         if record.state is SnapshotState.CORRUPT and isinstance(before, Snapshot) and not self._is_bad_now(before):
             raise self.broken(f"a good snapshot counts as corrupt: {before} -> {record}")
 
@@ -345,39 +231,6 @@ class Oracle:
         """Whether it may be given up: nobody can read it, or only a worker that has been away for long."""
         damaged = self.world.stored_count(snapshot.id) is None or self.world.is_damaged(snapshot.id)
         return damaged or snapshot.state in (SnapshotState.LOCAL, SnapshotState.CORRUPT)
-
-    # --- the audit of what was touched --------------------------------------------------------------------
-
-    def _audit(self, actor: Actor) -> None:
-        """`audit`, as far as it is about this actor."""
-        rows = self.store._rows
-        now = rows.read(Actor, actor.pk)
-        if now is None or now is not actor:
-            return
-        lease = rows.read(Lease, actor.uid)
-        if (actor.state in states.BOUND) > bool(actor.worker and rows.read(Worker, actor.worker)):
-            raise self.broken(f"bound to no worker: {actor}")
-        if actor.worker and actor.state not in states.BOUND | {ActorState.DELETING}:
-            raise self.broken(f"keeps a slot: {actor}")
-        if actor.state is ActorState.RUNNING and actor.endpoint is None:
-            raise self.broken(f"running, but where? {actor}")
-        for name in filter(None, (actor.snapshot, actor.previous_snapshot)):
-            snapshot = rows.read(Snapshot, name)
-            if snapshot is None or snapshot.state is SnapshotState.CONDEMNED:
-                raise self.broken(f"snapshot {name} is gone or condemned: {actor}")
-        if not actor.operation:
-            if actor.state in states.BUSY - {ActorState.DELETING}:
-                raise self.broken(f"nobody will go on with {actor}")
-            if lease is not None:
-                raise self.broken(f"a lease without an operation: {lease}, {actor}")
-            return
-        op = rows.read(Operation, actor.operation)
-        if actor.state not in states.BUSY or op is None or op.state is not OperationState.RUNNING:
-            raise self.broken(f"its operation is not under way: {actor}, {op}")
-        if (op.uid, op.generation) != (actor.uid, actor.generation):
-            raise self.broken(f"another's operation: {actor}, {op}")
-        if lease is None or (lease.operation, lease.generation) != (op.id, actor.generation):
-            raise self.broken(f"no lease, or a stale one: {lease}, {actor}")
 
     # --- sandboxes ----------------------------------------------------------------------------------------
 
@@ -445,7 +298,8 @@ class Oracle:
             stale = f"it was suspended before: {line.actor}"
         elif named is not None and named is not line and named.current is not None:
             stale = f"another actor has its name: {named.actor}"
-        return Answer(sandbox, key, count, stale, line.losses)
+        # What it still answers when it counts as lost is lost too, as if it had been lost just afterwards.
+        return Answer(sandbox, key, count, stale, line.losses if line.current is sandbox else NEVER)
 
     def before_suspend(self, key: Key) -> tuple[Line, int, int] | None:
         """What an actor must have in its snapshot when a suspend that is asked for now is said to be done."""
@@ -464,7 +318,7 @@ class Oracle:
 
     def answered(self, answer: Answer) -> None:
         """Somebody has the answer."""
-        self.ends["answers"] += 1
+        self.books.ends["answers"] += 1
         if answer.stale:
             raise self.broken(f"answered by {answer.sandbox}, but {answer.stale}")
         line = self.lines[answer.sandbox.uid]

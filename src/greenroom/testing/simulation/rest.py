@@ -22,7 +22,7 @@ from greenroom.core.records import (
 from greenroom.engine.config import EngineConfig
 from greenroom.store.memory import MemoryStore
 from greenroom.testing.contracts.store_world import list_all
-from greenroom.testing.simulation.agent import HANG_S
+from greenroom.testing.simulation.calls import HANG_S
 from greenroom.testing.simulation.machine import Machine
 from greenroom.testing.simulation.replica import Replica
 from greenroom.testing.simulation.snapshots import Bucket
@@ -96,7 +96,9 @@ def _bindings(actors: list[Actor], replicas: list[Replica]) -> list[str]:
 async def _snapshots(
     store: MemoryStore, actors: list[Actor], machines: dict[str, Machine], bucket: Bucket
 ) -> list[str]:
-    """What is stored is what has a record, and each record is wanted by somebody."""
+    """What has a record is stored, and each record is wanted by somebody. Not the other way round: what arrives after
+    all that would remove it (a snapshot published after its suspend was backed out, a held copy whose release was lost)
+    stays until something collects it."""
     records = {s.id: s for s in await list_all(store, Snapshot)}
     present = {i for i, s in records.items() if s.state is SnapshotState.PRESENT}
     wanted = {i for a in actors for i in (a.snapshot, a.previous_snapshot) if i}

@@ -1,47 +1,32 @@
-"""Puts a simulated world together, runs it through trouble and calm, and says what came of it."""
+"""Runs a simulated world through trouble and calm, and says what came of it."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import structlog
 
 from greenroom.core.errors import GreenroomError
-from greenroom.core.records import Actor, Key, Probe, Template, TemplateSpec, TemplateState, Worker
-from greenroom.engine.bindings import BindingTable
+from greenroom.core.records import Actor, Key, Template, TemplateState, Worker
 from greenroom.engine.census import ASKED
 from greenroom.testing.contracts.store_world import list_all
-from greenroom.testing.simloop import SimLoop
-from greenroom.testing.simulation.agent import Agent
+from greenroom.testing.simulation.bookkeeping import Verdicts
 from greenroom.testing.simulation.clients import TEMPLATE, User
-from greenroom.testing.simulation.database import Database
-from greenroom.testing.simulation.faults import Fault, Injector
-from greenroom.testing.simulation.links import SimHub
-from greenroom.testing.simulation.machine import Machine, Sandbox
-from greenroom.testing.simulation.network import Network
-from greenroom.testing.simulation.oracle import Oracle
+from greenroom.testing.simulation.faults import Fault
 from greenroom.testing.simulation.plan import Plan
-from greenroom.testing.simulation.replica import Replica
 from greenroom.testing.simulation.rest import bound_s, problems
-from greenroom.testing.simulation.snapshots import Bucket
-from greenroom.testing.simulation.trace import Trace
-from greenroom.testing.simulation.trouble import Trouble
+from greenroom.testing.simulation.world import SKEW_S, World
 
 NAMESPACE = "default"
 #: How long it may take until the template is ready, while nothing goes wrong.
 SETUP_S = 60.0
-#: A replica that could not start is started again this much later.
-RESTART_S = 1.0
-#: Clocks of replicas differ by up to this much.
-SKEW_S = 0.5
 #: Actors that two people use.
 MORE_USERS = 2
 #: How often somebody tries to use an actor in the end.
@@ -55,7 +40,7 @@ class Report:
     Attributes:
         digest: of all that happened; two runs of a seed have the same.
         hits: faults that were done, by kind.
-        ends: see `Oracle.ends`.
+        ends: see `Bookkeeping.ends`; and what people did.
         virtual_s: how long it took in there.
         settle_s: how much of that until it was at rest after the trouble.
     """
@@ -77,173 +62,14 @@ class Broken(AssertionError):
         self.seed = seed
 
 
-class Simulation:
-    """One world. See `run`."""
+class Simulation(World):
+    """One world and what happens in it. See `run`.
 
-    def __init__(self, seed: int, plan: Plan, *, trace: bool = False) -> None:
-        self.seed, self.plan = seed, plan
-        self.loop = SimLoop(seed, pace=plan.pace)
-        self.trace = Trace(self.loop.time, keep=trace)
-        self.faults = Injector(seed, rate=plan.step_rate, without=plan.without)
-        self.network = Network(self.loop, seed, self.faults)
-        self.network.crash = lambda process: self.crash_replica(process.name)
-        self.database = Database(self.network, self.trace)
-        self.bucket = Bucket(self.network, self.trace)
-        return_s = plan.clocks.worker_return_s if plan.replicas > 1 else None
-        self.oracle = Oracle(self.database.memory, self, self.loop.stop, self.loop.time, return_s)
-        self.database.on_write = self.oracle.wrote
-        self.names = tuple(f"r{n}" for n in range(plan.replicas))
-        self.replicas: dict[str, Replica] = {}
-        self.sandboxes: dict[str, Sandbox] = {}
-        self.machines = {
-            name: Machine(self.loop, name, plan.slots, self.oracle, self.sandboxes)
-            for name in (f"w{n}" for n in range(plan.machines))
-        }
-        self.agents: dict[str, Agent] = {}
-        self.spec = TemplateSpec(
-            image="sim:t",
-            readyz=Probe(path="/healthz", timeout_s=5.0),
-            idle_timeout_s=plan.idle_timeout_s,
-            on_crash=plan.on_crash,
-            durability=plan.durability,
-        )
-        self.people = self.loop.process("people")
-        self._processes = 0
-        self._random = random.Random(f"world {seed}")
-        self.trouble = Trouble(self, seed)
-        self._settle_s = 0.0
+    Attributes:
+        settle_s: how long it took until it was at rest after the trouble.
+    """
 
-    # --- what others look at ------------------------------------------------------------------------------
-
-    def hub(self, replica: str) -> SimHub | None:
-        there = self.replicas.get(replica)
-        return there.hub if there is not None and there.alive else None
-
-    def replicas_alive(self) -> list[Replica]:
-        return [r for r in self.replicas.values() if r.alive]
-
-    def tables(self) -> list[BindingTable]:
-        """Those by which requests are routed at this moment."""
-        now = self.loop.time()
-        return [r.engine.bindings for r in self.replicas.values() if r.alive and r.process.held_until <= now]
-
-    def stored_count(self, snapshot_id: str) -> int | None:
-        if snapshot_id in self.bucket.stored:
-            return self.bucket.stored[snapshot_id][1]
-        return next((m.held[snapshot_id][1] for m in self.machines.values() if snapshot_id in m.held), None)
-
-    def is_damaged(self, snapshot_id: str) -> bool:
-        return snapshot_id in self.bucket.corrupt
-
-    def knows_it_is_alone(self, worker: str) -> bool | None:
-        agent = self.agents.get(worker)
-        return None if agent is None else agent.knows_it_is_alone()
-
-    def sandbox_at(self, path: str) -> Sandbox | None:
-        return self.sandboxes.get(path)
-
-    # --- parts that live and die --------------------------------------------------------------------------
-
-    def start_replica(self, name: str) -> None:
-        if name in self.replicas and not self.replicas[name].dead:
-            return
-        self._processes += 1
-        bits = random.Random(f"ids {self.seed} {self._processes}").getrandbits
-        owner = f"{name}/{self._processes}"
-        config = replace(
-            self.plan.clocks, owner=owner, replica=name, link=name, exclusive=self.plan.replicas == 1, randbits=bits
-        )
-        skew_s = self._random.uniform(-SKEW_S, SKEW_S)
-        replica = Replica(
-            name, self.network, self.database, self.bucket, config, skew_s, self.sandboxes, self.oracle, self.trace
-        )
-        replica.hub.kill_agent = lambda agent: self._kill_agent(agent)
-        self.replicas[name] = replica
-        self.trace(name, "starts")
-        task = self.loop.start(replica.process, replica.start(), f"start-{name}")
-        task.add_done_callback(lambda done: self._started(replica, done), context=self.loop.main.context)
-
-    def _started(self, replica: Replica, task: asyncio.Task[None]) -> None:
-        """A process that could not start has ended, and whoever looks after it starts another one."""
-        if task.exception() is not None and self.replicas[replica.name] is replica:
-            self.trace(replica.name, "could not start", task.exception())
-            if not isinstance(task.exception(), GreenroomError):
-                self.oracle.broken(f"{replica.name} could not start: {task.exception()!r}")
-            self.crash_replica(replica.name, RESTART_S)
-
-    def crash_replica(self, name: str, restart_s: float | None = None) -> None:
-        """It dies. It is started again by whoever has killed it, or else a while later."""
-        replica = self.replicas[name]
-        if replica.dead:
-            return
-        replica.die()
-        after_s = self._random.uniform(0.1, 8.0) if restart_s is None else restart_s
-        self.loop.call_later(after_s, self.start_replica, name, context=self.loop.main.context)
-
-    def stop_replica(self, name: str) -> None:
-        """It ends as it should, and is started again a while later."""
-        replica = self.replicas[name]
-        self.trace(name, "stops")
-        stopping = self.loop.start(replica.process, replica.stop(), f"stop-{name}")
-        stopping.add_done_callback(lambda done: self._stopped(replica, done), context=self.loop.main.context)
-
-    def _stopped(self, replica: Replica, task: asyncio.Task[None]) -> None:
-        if task.exception() is not None:
-            self.oracle.broken(f"{replica.name} could not stop: {task.exception()!r}")
-        left = replica.left_behind()
-        self.crash_replica(replica.name)
-        if left:
-            self.oracle.broken(f"{replica.name} was closed, and these go on: {left}")
-
-    def start_agent(self, name: str) -> None:
-        if name in self.agents:
-            return
-        machine = self.machines[name]
-        if not machine.up:
-            machine.boot()
-        self._processes += 1
-        agent = Agent(machine, self.network, self.bucket, self, self._processes, str(self.seed), self.trace)
-        agent.end = lambda wipe: self._agent_ends(agent, wipe)
-        self.agents[name] = agent
-        self.trace(name, "starts with", len(machine.sandboxes))
-        agent.start()
-
-    def crash_agent(self, name: str) -> None:
-        """Its sandboxes live on."""
-        agent = self.agents.pop(name)
-        self.trace(name, "agent dies")
-        self.loop.kill(agent.process)
-        agent.hang_up()
-
-    def _agent_ends(self, agent: Agent, wipe: bool) -> None:
-        """As it was told to; a while later there is a new one."""
-        if self.agents.get(agent.worker) is agent:
-            self.crash_agent(agent.worker)
-            for sandbox in list(agent.machine.sandboxes.values()) if wipe else ():
-                sandbox.ended_by_call = True
-                agent.machine.remove(sandbox)
-            after_s = self._random.uniform(0.1, 8.0)
-            self.loop.call_later(after_s, self.start_agent, agent.worker, context=self.loop.main.context)
-
-    def _kill_agent(self, agent: Agent) -> None:
-        """At a step. Sometimes the whole machine dies."""
-        if self.agents.get(agent.worker) is agent:
-            if self._random.random() < 0.5:
-                self.crash_agent(agent.worker)
-            else:
-                self.crash_machine(agent.worker, disk=False)
-            after_s = self._random.uniform(0.1, 8.0)
-            self.loop.call_later(after_s, self.start_agent, agent.worker, context=self.loop.main.context)
-
-    def crash_machine(self, name: str, *, disk: bool) -> None:
-        """With all that runs there, and (``disk``) all that is stored there; its connections just go silent."""
-        agent = self.agents.pop(name, None)
-        self.trace(name, "machine dies", disk)
-        if agent is not None:
-            self.loop.kill(agent.process)
-        self.machines[name].crash()
-        if disk:
-            self.machines[name].format()
+    settle_s = 0.0
 
     # --- a run --------------------------------------------------------------------------------------------
 
@@ -270,7 +96,7 @@ class Simulation:
         await asyncio.wait(lives)
         for life, user in zip(lives, users, strict=True):
             life.result()
-            self.oracle.ends.update({f"user: {act}": times for act, times in user.did.items()})
+            self.books.ends.update({f"user: {act}": times for act, times in user.did.items()})
 
     async def _apply(self) -> None:
         replica = self.replicas[self.names[0]]
@@ -285,11 +111,11 @@ class Simulation:
         self.faults.trouble = False
         self.trouble.heal()
         for replica in self.replicas_alive():
-            replica.store.skew_s = self._random.uniform(-SKEW_S, SKEW_S)
+            replica.store.skew_s = self.random.uniform(-SKEW_S, SKEW_S)
         begin = self.loop.time()
         await self._undrain()
         await self._settle(begin + self._bound_s())
-        self._settle_s = self.loop.time() - begin
+        self.settle_s = self.loop.time() - begin
         for actor in await list_all(self.database.memory, Actor):
             await self._use(actor)
         await self._settle(self.loop.time() + self._bound_s())
@@ -309,14 +135,14 @@ class Simulation:
     async def _settle(self, until: float) -> None:
         while found := await problems(self.database.memory, list(self.replicas.values()), self.machines, self.bucket):
             if self.loop.time() > until:
-                raise self.oracle.broken("it does not come to rest:\n" + "\n".join(found))
+                raise self.verdicts.broken("it does not come to rest:\n" + "\n".join(found))
             await asyncio.sleep(1.0)
-        self.oracle.audit()
+        self.books.audit()
 
     async def _use(self, actor: Actor) -> None:
         """Somebody uses it, and tries again when it was just being put to sleep."""
         for attempt in range(USES):
-            replica = self._random.choice(self.replicas_alive())
+            replica = self.random.choice(self.replicas_alive())
             try:
                 self.oracle.answered(await replica.ask("request", partial(replica.request, actor.key)))
                 return
@@ -327,35 +153,35 @@ class Simulation:
                 if error.reason == "ACTOR_CRASHED":
                     await replica.ask("resume", partial(replica.engine.resume, actor.key))
                 elif error.reason != "UNAVAILABLE" or attempt == USES - 1:
-                    raise self.oracle.broken(f"{actor.key} can't be used: {error.reason}: {error.message}") from error
+                    raise self.verdicts.broken(f"{actor.key} can't be used: {error.reason}: {error.message}") from error
 
     def run(self) -> Report:
         """Raises:
         Broken: something does not hold; names the seed.
         """
         try:
-            with _logs(self.oracle):
+            with _logs(self.verdicts):
                 self.loop.run_until_complete(self.main())
         except BaseException as error:
-            first = self.oracle.found[0] if self.oracle.found else error
+            first = self.verdicts.found[0] if self.verdicts.found else error
             raise Broken(self.seed, self.loop.time(), first) from first
         finally:
             self.loop.close()
-        if self.oracle.found:
-            raise Broken(self.seed, self.loop.time(), self.oracle.found[0]) from self.oracle.found[0]
+        if self.verdicts.found:
+            raise Broken(self.seed, self.loop.time(), self.verdicts.found[0]) from self.verdicts.found[0]
         return Report(
             seed=self.seed,
             digest=self.trace.digest(),
             hits=self.faults.hits,
-            ends=self.oracle.ends,
+            ends=self.books.ends,
             virtual_s=self.loop.time(),
-            settle_s=self._settle_s,
+            settle_s=self.settle_s,
             steps=self.loop.steps,
         )
 
 
 @contextmanager
-def _logs(oracle: Oracle) -> Iterator[None]:
+def _logs(verdicts: Verdicts) -> Iterator[None]:
     """Nothing is logged; but an exception that the engine only logs, and that nobody raised on purpose, is a bug."""
 
     def listen(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -368,7 +194,7 @@ def _logs(oracle: Oracle) -> Iterator[None]:
                 if isinstance(error, BaseException)
                 else traceback.format_exc()
             )
-            oracle.broken(f"a bug was logged: {event}\n{text}")
+            verdicts.broken(f"a bug was logged: {event}\n{text}")
         raise structlog.DropEvent
 
     before = structlog.get_config()
