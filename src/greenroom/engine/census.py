@@ -624,10 +624,17 @@ class Census:
         for actor in await self.all(Actor, uid=event.actor_uid):
             if actor.worker == worker and actor.state in BUSY:
                 return actor.operation
-            if actor.worker == worker:
+            if actor.worker == worker and not await self._lives(actor):
                 message = f"its process ended with status {event.code}{last}"
                 await self._crash(actor, event.generation, "Exited", message)
         return ""
+
+    async def _lives(self, actor: Actor) -> bool:
+        """Whether its worker has a sandbox of it now. The one that has ended need not be the one that the record speaks
+        of: when the answer to a call was lost, the call is sent again, and may have made another in its place."""
+        await self.wait_for_worker(actor.worker, clock.monotonic() + self._engine.config.worker_return_s)
+        said = await self._residents(actor.worker)
+        return any(r.actor_uid == actor.uid and r.endpoint is not None for r in said.residents)
 
     async def _crash(self, actor: Actor, generation: int, reason: str, message: str, *, lost: bool = False) -> None:
         """Records that the incarnation of that generation, or an older one, is gone; a newer one is left alone."""
