@@ -2,6 +2,7 @@
 
     apply   read what the command is decided from -> `decide` -> write it, if all of that is still so
             (one statement each; nothing is locked in between, and who was overtaken reads again)
+            what is known here already is not read; what is written at the same time is written together
     put     one statement, conditional on the version
     watch   own writes at once, those of other processes by the feed (`postgres_feed`)
 
@@ -15,7 +16,7 @@ import contextlib
 import copy
 import random
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from msgspec.structs import replace
@@ -26,7 +27,7 @@ from greenroom.core.lifecycle import decide
 from greenroom.core.records import Operation, Worker
 from greenroom.store import transaction
 from greenroom.store.port import KEPT_OPERATIONS, MAX_PAGE, EventType, Free, R, W, check_list, not_found
-from greenroom.store.postgres_change import Code, Written, effects, write
+from greenroom.store.postgres_change import ChangeRow, Code, Written, effects, row_of, write
 from greenroom.store.postgres_clock import DatabaseClock
 from greenroom.store.postgres_errors import Overtaken
 from greenroom.store.postgres_feed import Feed, Published
@@ -35,10 +36,13 @@ from greenroom.store.postgres_pool import MAX_CONNECTIONS, Connection, Database
 from greenroom.store.postgres_rows import PARTITIONED, TABLES, Row, Table, cell, encode, without_used, xmin_of
 from greenroom.store.postgres_schema import Migration, migrations
 from greenroom.store.postgres_view import Fetched, Wanted, fetch, fetch_more, guess
+from greenroom.store.postgres_writer import Writer
 from greenroom.store.transaction import Effects
 from greenroom.store.watch import Broadcast, Watcher, closed
 
 T = TypeVar("T")
+#: Does a piece of work with a connection, which it finds.
+_Run = Callable[[Callable[[Connection], Awaitable[Any]]], Awaitable[Any]]
 
 #: How often a write is tried that others overtake. From `LOCK_FROM` on the actor is locked from the read to the write,
 #: so that only a change of its template, of a worker or of the last free slot can come in between.
@@ -56,13 +60,14 @@ class PostgresStore:
     def __init__(self, url: str, replica: str, scripts: list[Migration], max_connections: int) -> None:
         self._database = Database(url, replica, max_connections=max_connections)
         #: Tells this process's rows in the outbox from those of others.
-        self._writer = uuid.uuid4().hex
+        self._name = uuid.uuid4().hex
+        self._writer = Writer(self._database, self._name)
         self._broadcast = Broadcast()
         self._published = Published(self._broadcast)
         self._clock = DatabaseClock()
         self._hints = Hints()
         self._feed = Feed(
-            self._database, scripts, self._writer, self._published, self._broadcast, self._hints, self._clock
+            self._database, scripts, self._name, self._published, self._broadcast, self._hints, self._clock
         )
         self._calls = 0
         self._quiet = asyncio.Event()  # set when closed and no call is under way
@@ -107,48 +112,62 @@ class PostgresStore:
 
     async def _apply(self, command: ActorCommand, attempt: int) -> Change | None:
         """None: it has to be tried again; somebody was faster, or what was known here was not enough."""
-
-        async def work(connection: Connection) -> tuple[Change, Written | None] | None:
-            if attempt == 0:
-                return await self._decide(connection, command, guess(self._hints, command), hints=self._hints)
-            async with contextlib.AsyncExitStack() as stack:
-                if locked := attempt >= LOCK_FROM:
-                    await stack.enter_async_context(connection.transaction())
-                    await connection.execute(_LOCK, [cell(*command.key), str(command.key)], prepare=True)
-                fetched = await self._fetch(connection, command)
-                return await self._decide(connection, command, fetched, locked=locked)
-
-        done = await self._call(work)
-        if done is None:
-            return None
-        change, written = done
+        if attempt < LOCK_FROM:
+            async with self._under_way():
+                decided = await self._decide(self._database.run, command, attempt)
+                if decided is None:
+                    return None
+                change, row = decided
+                written = None if row is None else await self._count(change, self._writer.write(row))
+        else:
+            locked = await self._call(lambda connection: self._apply_locked(connection, command))
+            if locked is None:
+                return None
+            change, written = locked
         if written is not None:
+            if written.code != Code.WRITTEN:
+                return None
             self._published.publish(effects(change), written.event)
             self._hints.written(change, written.xmin)
         return change
 
-    async def _decide(
-        self,
-        connection: Connection,
-        command: ActorCommand,
-        fetched: Fetched,
-        *,
-        hints: Hints | None = None,
-        locked: bool = False,
+    async def _apply_locked(
+        self, connection: Connection, command: ActorCommand
     ) -> tuple[Change, Written | None] | None:
-        """What to do, and that it is done; raises what `decide` raises. None: something has changed meanwhile, or the
-        answer is not sure. ``hints``: to begin with, what this process knows is enough."""
-        only_hints = hints is not None
+        """The same in one transaction that keeps others from the actor."""
+
+        async def run(work: Callable[[Connection], Awaitable[T]]) -> T:
+            return await work(connection)
+
+        async with connection.transaction():
+            await connection.execute(_LOCK, [cell(*command.key), str(command.key)], prepare=True)
+            decided = await self._decide(run, command, LOCK_FROM)
+            if decided is None:
+                return None
+            change, row = decided
+            if row is None:
+                return change, None
+
+            async def write_it() -> Written:
+                [written] = await write(connection, self._name, [row])
+                return written
+
+            return change, await self._count(change, write_it())
+
+    async def _decide(self, run: _Run, command: ActorCommand, attempt: int) -> tuple[Change, ChangeRow | None] | None:
+        """What to do, and what of it is to be written; raises what `decide` raises. None: what was read does not belong
+        together. The first attempt begins with what this process knows, the next reads everything."""
+        locked, known = attempt >= LOCK_FROM, attempt == 0
+        fetched = guess(self._hints, command) if known else await self._fetch(run, command)
         while True:
             try:
                 view = transaction.load(fetched, command)
                 break
             except Wanted as wanted:
-                if only_hints and wanted.cls in PARTITIONED:  # one statement for all that is the actor's own
-                    only_hints, fetched = False, await self._fetch(connection, command, hints)
+                if known and wanted.cls in PARTITIONED:  # one statement for all that is the actor's own
+                    known, fetched = False, await self._fetch(run, command, self._hints)
                 else:
-                    await fetch_more(connection, fetched, wanted)
-                    self._hints.learn(fetched)
+                    await self._fetch_more(run, fetched, wanted)
         try:
             change = decide(view, command)
         except GreenroomError:
@@ -157,22 +176,30 @@ class PostgresStore:
             return None  # perhaps only because what was read does not belong together
         if change.outcome is not Outcome.CHANGED:
             return (change, None) if fetched.sure or locked else None
-        # Counted from now on, so that many who choose at the same time do not all choose the same worker.
+        return change, row_of(self._feed.partitions[cell(*command.key)], command.key, change, fetched)
+
+    async def _count(self, change: Change, writing: Awaitable[Written]) -> Written:
+        """Slots that a change takes count from now on, so that many who choose at the same time do not all choose the
+        same worker; those of one that is not written do not."""
         self._hints.count(change)
-        part = self._feed.partitions[cell(*command.key)]
         done = False
         try:
-            written = await write(connection, part, self._writer, command.key, change, fetched)
+            written = await writing
             done = written.code == Code.WRITTEN
+            return written
         finally:
             if not done:
                 self._hints.count(change, -1)
-        return (change, written) if done else None
 
-    async def _fetch(self, connection: Connection, command: ActorCommand, hints: Hints | None = None) -> Fetched:
-        fetched = await fetch(connection, self._feed.partitions[cell(*command.key)], command, hints)
+    async def _fetch(self, run: _Run, command: ActorCommand, hints: Hints | None = None) -> Fetched:
+        part = self._feed.partitions[cell(*command.key)]
+        fetched: Fetched = await run(lambda connection: fetch(connection, part, command, hints))
         self._hints.learn(fetched)
         return fetched
+
+    async def _fetch_more(self, run: _Run, fetched: Fetched, wanted: Wanted) -> None:
+        await run(lambda connection: fetch_more(connection, fetched, wanted))
+        self._hints.learn(fetched)
 
     async def put(self, record: W) -> W:
         return await self._until_not_stale(lambda _: self._put(record), record.pk)
@@ -181,7 +208,7 @@ class PostgresStore:
         table: Table = TABLES[type(record)]
         new: W = replace(record, version=record.version + 1)
         data = (without_used(new) if isinstance(new, Worker) else encode(new)).decode()
-        values: list[Any] = [self._writer, new.pk, new.version, data, record.version, *table.values(new)]
+        values: list[Any] = [self._name, new.pk, new.version, data, record.version, *table.values(new)]
 
         async def work(connection: Connection) -> tuple[W, int, str] | None:
             row: Any
@@ -214,7 +241,7 @@ class PostgresStore:
 
         async def work(connection: Connection) -> tuple[int, Free] | bool | None:
             sql = _REMOVE_WORKER if isinstance(record, Worker) else table.remove
-            values = [self._writer, record.pk, record.version]
+            values = [self._name, record.pk, record.version]
             row = await (await connection.execute(sql, values, prepare=True)).fetchone()
             if row is not None and row[0] is not None:
                 return row[0], table.record(*row[1:])
@@ -236,7 +263,7 @@ class PostgresStore:
             return sorted(pk for (pk,) in rows)
 
         async def drop(connection: Connection, ids: list[str]) -> list[tuple[Any, ...]]:
-            return await (await connection.execute(_DROP, [self._writer, ids], prepare=True)).fetchall()
+            return await (await connection.execute(_DROP, [self._name, ids], prepare=True)).fetchall()
 
         finished, dropped = await self._call(find), 0
         what = "the list of operations"
@@ -295,6 +322,13 @@ class PostgresStore:
     # --- calls --------------------------------------------------------------------------------------------
 
     async def _call(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        async with self._under_way():
+            return await self._database.run(work)
+
+    @contextlib.asynccontextmanager
+    async def _under_way(self) -> AsyncIterator[None]:
+        """Around everything that asks the database. What it wrote is to be published in the turn of the loop in which
+        it ends."""
         if self._closed:
             raise closed()
         self._calls += 1
@@ -305,7 +339,7 @@ class PostgresStore:
                 await self._feed.tried.wait()
             if self._feed.trouble is not None:
                 raise copy.copy(self._feed.trouble)
-            return await self._database.run(work)
+            yield
         finally:
             self._published.end(call)
             self._calls -= 1
@@ -330,6 +364,7 @@ class PostgresStore:
         try:
             if self._calls:
                 await self._quiet.wait()
+            await self._writer.close()
             await self._feed.close()
             self._database.close()
         finally:

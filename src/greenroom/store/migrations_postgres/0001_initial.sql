@@ -55,10 +55,8 @@ CREATE TABLE operations (
     data text COLLATE "C" NOT NULL,
     PRIMARY KEY (pk, cell)
 ) PARTITION BY HASH (cell);
-CREATE INDEX operations_kind ON operations (kind);
-CREATE INDEX operations_namespace ON operations (namespace);
+-- Finished ones are kept by the ten thousand, which are soon looked through, and written by the thousand a second.
 CREATE INDEX operations_state ON operations (state, pk) WHERE state = 'Running';
-CREATE INDEX operations_uid ON operations (uid);
 CREATE INDEX operations_request ON operations (request) WHERE request <> '';
 
 CREATE TABLE leases (
@@ -143,186 +141,232 @@ CREATE TABLE outbox (
     PRIMARY KEY (xact, id)
 ) WITH (autovacuum_vacuum_scale_factor = 0.2, autovacuum_vacuum_cost_delay = 0);
 
--- Writes what was decided for one actor, if every row that the decision was made from is still as it was read. A row's
+-- What was decided for one actor; it is written if every row that it was decided from is still as it was read. A row's
 -- `xmin` is the transaction that wrote it, so (key, xmin) is one state of one record, also when a record was removed and
 -- made anew with the same version.
---
--- a_: the actor; a_xmin null: there was none, a_data null: it stays as it is. o_: its operation; o_xmin null: it is new.
--- l_: the lease; l_xmin null: whatever there is is replaced. t_: the template, k_: the worker, r_: snapshots that were read.
--- s_: snapshots to write; an xmin of null: it is new. w_take, w_free: workers of whom a slot changes hands.
--- check_new: nobody has looked yet whether the operation's id is known already.
---
--- event: the last row in the outbox, if there is one. code: '' when it is written, 'stale' when something has changed, 'full' when the worker has no free slot. Otherwise
+CREATE TYPE change_v1 AS (
+    part integer, cell smallint,  -- where the actor is
+    check_new boolean,  -- nobody has looked yet whether the operation's id is known already
+    -- The actor; a_xmin null: there was none, a_data null: it stays as it is.
+    a_pk text, a_xmin xid, a_deletes boolean, a_version bigint,
+    a_state text, a_worker text, a_template text, a_uid text, a_data text,
+    -- Its operation; o_xmin null: it is new.
+    o_pk text, o_xmin xid, o_version bigint, o_kind text, o_namespace text, o_state text, o_request text, o_data text,
+    -- Its lease; l_xmin null: whatever there is is replaced.
+    l_xmin xid, l_owner text, l_operation text, l_data text, l_drops boolean,
+    -- What was read: the template, the worker, snapshots.
+    t_pk text, t_xmin xid, k_pk text, k_xmin xid,
+    r_cells smallint[], r_pks text[], r_xmins xid[],
+    -- Workers of whom a slot changes hands.
+    w_take text, w_take_xmin xid, w_take_from integer, w_free text,
+    -- Snapshots to write; an xmin of null: it is new.
+    s_cells smallint[], s_pks text[], s_xmins xid[], s_versions bigint[],
+    s_actor_uids text[], s_namespaces text[], s_states text[], s_templates text[], s_datas text[]
+);
+
+-- Gives '' when it is written, 'stale' when something has changed, 'full' when the worker has no free slot. Otherwise
 -- raises GR001, which is 'stale' noticed after the first write.
 --
 -- One function a partition: a statement on a whole partitioned table would open all of its partitions each time, which
--- takes longer than the write. Its caller knows in which one the actor is.
+-- takes longer than the write.
 DO $do$ BEGIN FOR part IN 0..7 LOOP EXECUTE replace($function$
-    CREATE FUNCTION write_change_v1_{part}(
-        p_writer text, p_cell smallint, check_new boolean,
-        a_pk text, a_xmin xid, a_deletes boolean, a_version bigint,
-        a_state text, a_worker text, a_template text, a_uid text, a_data text,
-        o_pk text, o_xmin xid, o_version bigint, o_kind text, o_namespace text, o_state text, o_request text, o_data text,
-        l_xmin xid, l_owner text, l_operation text, l_data text, l_drops boolean,
-        t_pk text, t_xmin xid, k_pk text, k_xmin xid,
-        r_cells smallint[], r_pks text[], r_xmins xid[],
-        w_take text, w_take_xmin xid, w_take_from integer, w_free text,
-        s_cells smallint[], s_pks text[], s_xmins xid[], s_versions bigint[],
-        s_actor_uids text[], s_namespaces text[], s_states text[], s_templates text[], s_datas text[],
-        OUT code text, OUT xact xid, OUT event bigint
-    ) LANGUAGE plpgsql AS $body$
+    CREATE FUNCTION write_change_v1_{part}(c change_v1) RETURNS text LANGUAGE plpgsql AS $body$
     DECLARE
         room integer;
         old_slot integer;
         new_slot integer;
-        a_type text;
         taken integer;
         i integer;
     BEGIN
-        code := 'stale';
         -- Conditions one by one: a query in one is set up even where what stands before it is enough.
-        IF check_new THEN
-            IF EXISTS (SELECT FROM operations WHERE pk = o_pk) THEN RETURN; END IF;
+        IF c.check_new THEN
+            IF EXISTS (SELECT FROM operations WHERE pk = c.o_pk) THEN RETURN 'stale'; END IF;
         END IF;
-        IF o_xmin IS NULL AND o_request <> '' THEN
+        IF c.o_xmin IS NULL AND c.o_request <> '' THEN
             -- A request may be repeated for another actor at the same time, whose row says nothing about it.
-            PERFORM pg_advisory_xact_lock(hashtextextended(o_request, 0));
-            IF EXISTS (SELECT FROM operations WHERE request = o_request AND request <> '') THEN RETURN; END IF;
+            PERFORM pg_advisory_xact_lock(hashtextextended(c.o_request, 0));
+            IF EXISTS (SELECT FROM operations WHERE request = c.o_request AND request <> '') THEN RETURN 'stale'; END IF;
         END IF;
-        IF t_pk IS NOT NULL THEN
-            IF NOT EXISTS (SELECT FROM templates WHERE pk = t_pk AND xmin = t_xmin) THEN RETURN; END IF;
+        IF c.t_pk IS NOT NULL THEN
+            IF NOT EXISTS (SELECT FROM templates WHERE pk = c.t_pk AND xmin = c.t_xmin) THEN RETURN 'stale'; END IF;
         END IF;
-        IF k_pk IS NOT NULL THEN  -- locked: whoever writes that the worker is heard again comes after this
-            PERFORM FROM workers WHERE pk = k_pk AND xmin = k_xmin FOR SHARE;
-            IF NOT FOUND THEN RETURN; END IF;
+        IF c.k_pk IS NOT NULL THEN  -- locked: whoever writes that the worker is heard again comes after this
+            PERFORM FROM workers WHERE pk = c.k_pk AND xmin = c.k_xmin FOR SHARE;
+            IF NOT FOUND THEN RETURN 'stale'; END IF;
         END IF;
-        FOR i IN 1 .. coalesce(array_length(r_pks, 1), 0) LOOP
-            IF NOT EXISTS (SELECT FROM snapshots WHERE cell = r_cells[i] AND pk = r_pks[i] AND xmin = r_xmins[i]) THEN
-                RETURN;
+        FOR i IN 1 .. coalesce(array_length(c.r_pks, 1), 0) LOOP
+            IF NOT EXISTS (SELECT FROM snapshots WHERE cell = c.r_cells[i] AND pk = c.r_pks[i] AND xmin = c.r_xmins[i]) THEN
+                RETURN 'stale';
             END IF;
         END LOOP;
 
-        IF w_take IS NOT NULL THEN
-            UPDATE slots SET actor_uid = a_uid WHERE worker = w_take AND number = (
-                SELECT number FROM slots WHERE worker = w_take AND number >= w_take_from AND actor_uid = ''
+        IF c.w_take IS NOT NULL THEN
+            UPDATE slots SET actor_uid = c.a_uid WHERE worker = c.w_take AND number = (
+                SELECT number FROM slots WHERE worker = c.w_take AND number >= c.w_take_from AND actor_uid = ''
                 ORDER BY number LIMIT 1 FOR UPDATE SKIP LOCKED)
             RETURNING number INTO new_slot;
             IF NOT FOUND THEN
-                UPDATE slots SET actor_uid = a_uid WHERE worker = w_take AND number = (
-                    SELECT number FROM slots WHERE worker = w_take AND number < w_take_from AND actor_uid = ''
+                UPDATE slots SET actor_uid = c.a_uid WHERE worker = c.w_take AND number = (
+                    SELECT number FROM slots WHERE worker = c.w_take AND number < c.w_take_from AND actor_uid = ''
                     ORDER BY number LIMIT 1 FOR UPDATE SKIP LOCKED)
                 RETURNING number INTO new_slot;
-                IF NOT FOUND THEN code := 'full'; RETURN; END IF;
+                IF NOT FOUND THEN RETURN 'full'; END IF;
             END IF;
             -- After the slot, which who changes the worker's state locks.
-            IF NOT EXISTS (SELECT FROM workers WHERE pk = w_take AND xmin = w_take_xmin AND state = 'Active') THEN
-                RAISE EXCEPTION 'worker % has changed', w_take USING ERRCODE = 'GR001';
+            IF NOT EXISTS (SELECT FROM workers WHERE pk = c.w_take AND xmin = c.w_take_xmin AND state = 'Active') THEN
+                RAISE EXCEPTION 'worker % has changed', c.w_take USING ERRCODE = 'GR001';
             END IF;
         END IF;
 
-        IF w_free IS NOT NULL THEN
-            SELECT slot INTO old_slot FROM actors_{part} WHERE cell = p_cell AND pk = a_pk AND xmin = a_xmin;
+        IF c.w_free IS NOT NULL THEN
+            SELECT slot INTO old_slot FROM actors_{part} WHERE cell = c.cell AND pk = c.a_pk AND xmin = c.a_xmin;
         END IF;
 
-        IF a_data IS NULL THEN
-            IF a_xmin IS NOT NULL THEN
-                PERFORM FROM actors_{part} WHERE cell = p_cell AND pk = a_pk AND xmin = a_xmin FOR NO KEY UPDATE;
-                IF NOT FOUND THEN RAISE EXCEPTION 'actor % has changed', a_pk USING ERRCODE = 'GR001'; END IF;
+        IF c.a_data IS NULL THEN
+            IF c.a_xmin IS NOT NULL THEN
+                PERFORM FROM actors_{part} WHERE cell = c.cell AND pk = c.a_pk AND xmin = c.a_xmin FOR NO KEY UPDATE;
+                IF NOT FOUND THEN RAISE EXCEPTION 'actor % has changed', c.a_pk USING ERRCODE = 'GR001'; END IF;
             END IF;
-        ELSIF a_xmin IS NULL THEN
+        ELSIF c.a_xmin IS NULL THEN
             INSERT INTO actors_{part} (cell, pk, version, state, worker, template, uid, data)
-            VALUES (p_cell, a_pk, a_version, a_state, a_worker, a_template, a_uid, a_data);
-        ELSIF a_deletes THEN
-            DELETE FROM actors_{part} WHERE cell = p_cell AND pk = a_pk AND xmin = a_xmin;
+            VALUES (c.cell, c.a_pk, c.a_version, c.a_state, c.a_worker, c.a_template, c.a_uid, c.a_data);
+        ELSIF c.a_deletes THEN
+            DELETE FROM actors_{part} WHERE cell = c.cell AND pk = c.a_pk AND xmin = c.a_xmin;
         ELSE
-            UPDATE actors_{part} SET version = a_version, state = a_state, worker = a_worker, data = a_data,
-                slot = CASE WHEN a_worker <> '' THEN coalesce(new_slot, slot) END
-            WHERE cell = p_cell AND pk = a_pk AND xmin = a_xmin;
+            UPDATE actors_{part} SET version = c.a_version, state = c.a_state, worker = c.a_worker, data = c.a_data,
+                slot = CASE WHEN c.a_worker <> '' THEN coalesce(new_slot, slot) END
+            WHERE cell = c.cell AND pk = c.a_pk AND xmin = c.a_xmin;
         END IF;
-        IF a_data IS NOT NULL AND NOT FOUND THEN
-            RAISE EXCEPTION 'actor % has changed', a_pk USING ERRCODE = 'GR001';
+        IF c.a_data IS NOT NULL AND NOT FOUND THEN
+            RAISE EXCEPTION 'actor % has changed', c.a_pk USING ERRCODE = 'GR001';
         END IF;
 
         -- After the actor, which who makes a worker that is in use locks.
-        IF w_free IS NOT NULL THEN
+        IF c.w_free IS NOT NULL THEN
             UPDATE slots SET actor_uid = ''
-            WHERE worker = w_free AND number = old_slot AND actor_uid = a_uid AND NOT crowded;
+            WHERE worker = c.w_free AND number = old_slot AND actor_uid = c.a_uid AND NOT crowded;
             IF NOT FOUND THEN
-                SELECT capacity INTO room FROM workers WHERE pk = w_free FOR UPDATE;
+                SELECT capacity INTO room FROM workers WHERE pk = c.w_free FOR UPDATE;
                 IF FOUND THEN
                     DELETE FROM slots
-                    WHERE worker = w_free AND number = old_slot AND actor_uid = a_uid AND crowded;
+                    WHERE worker = c.w_free AND number = old_slot AND actor_uid = c.a_uid AND crowded;
                     IF FOUND THEN
-                        SELECT count(*) INTO taken FROM slots WHERE worker = w_free;
-                        IF taken <= room THEN UPDATE slots SET crowded = false WHERE worker = w_free; END IF;
+                        SELECT count(*) INTO taken FROM slots WHERE worker = c.w_free;
+                        IF taken <= room THEN UPDATE slots SET crowded = false WHERE worker = c.w_free; END IF;
                     ELSE  -- it has become less crowded, or was made anew, since the first look
                         UPDATE slots SET actor_uid = ''
-                        WHERE worker = w_free AND number = old_slot AND actor_uid = a_uid;
-                        IF NOT FOUND THEN RAISE EXCEPTION 'actor % has no slot of worker %', a_pk, w_free; END IF;
+                        WHERE worker = c.w_free AND number = old_slot AND actor_uid = c.a_uid;
+                        IF NOT FOUND THEN RAISE EXCEPTION 'actor % has no slot of worker %', c.a_pk, c.w_free; END IF;
                     END IF;
                 END IF;  -- else the worker was removed, and its slots with it
             END IF;
         END IF;
 
-        IF l_data IS NOT NULL AND l_xmin IS NOT NULL THEN
-            UPDATE leases_{part} SET owner = l_owner, operation = l_operation, data = l_data
-            WHERE cell = p_cell AND pk = a_uid AND xmin = l_xmin;
-            IF NOT FOUND THEN RAISE EXCEPTION 'the lease of % has changed', a_pk USING ERRCODE = 'GR001'; END IF;
-        ELSIF l_data IS NOT NULL THEN
-            INSERT INTO leases_{part} (cell, pk, owner, operation, data) VALUES (p_cell, a_uid, l_owner, l_operation, l_data)
+        IF c.l_data IS NOT NULL AND c.l_xmin IS NOT NULL THEN
+            UPDATE leases_{part} SET owner = c.l_owner, operation = c.l_operation, data = c.l_data
+            WHERE cell = c.cell AND pk = c.a_uid AND xmin = c.l_xmin;
+            IF NOT FOUND THEN RAISE EXCEPTION 'the lease of % has changed', c.a_pk USING ERRCODE = 'GR001'; END IF;
+        ELSIF c.l_data IS NOT NULL THEN
+            INSERT INTO leases_{part} (cell, pk, owner, operation, data) VALUES (c.cell, c.a_uid, c.l_owner, c.l_operation, c.l_data)
             ON CONFLICT (pk, cell) DO UPDATE
             SET owner = excluded.owner, operation = excluded.operation, data = excluded.data;
-        ELSIF l_drops THEN
-            DELETE FROM leases_{part} WHERE cell = p_cell AND pk = a_uid;
+        ELSIF c.l_drops THEN
+            DELETE FROM leases_{part} WHERE cell = c.cell AND pk = c.a_uid;
         END IF;
 
-        FOR i IN 1 .. coalesce(array_length(s_pks, 1), 0) LOOP
-            IF s_xmins[i] IS NULL THEN
+        FOR i IN 1 .. coalesce(array_length(c.s_pks, 1), 0) LOOP
+            IF c.s_xmins[i] IS NULL THEN
                 INSERT INTO snapshots_{part} (cell, pk, version, actor_uid, namespace, state, template, data)
-                VALUES (s_cells[i], s_pks[i], s_versions[i], s_actor_uids[i], s_namespaces[i], s_states[i], s_templates[i],
-                        s_datas[i]);
+                VALUES (c.s_cells[i], c.s_pks[i], c.s_versions[i], c.s_actor_uids[i], c.s_namespaces[i], c.s_states[i], c.s_templates[i],
+                        c.s_datas[i]);
             ELSE
-                UPDATE snapshots_{part} SET version = s_versions[i], state = s_states[i], data = s_datas[i]
-                WHERE cell = s_cells[i] AND pk = s_pks[i] AND xmin = s_xmins[i];
+                UPDATE snapshots_{part} SET version = c.s_versions[i], state = c.s_states[i], data = c.s_datas[i]
+                WHERE cell = c.s_cells[i] AND pk = c.s_pks[i] AND xmin = c.s_xmins[i];
                 IF NOT FOUND THEN  -- perhaps it is another actor's, as a golden one is
-                    UPDATE snapshots SET version = s_versions[i], state = s_states[i], data = s_datas[i]
-                    WHERE cell = s_cells[i] AND pk = s_pks[i] AND xmin = s_xmins[i];
+                    UPDATE snapshots SET version = c.s_versions[i], state = c.s_states[i], data = c.s_datas[i]
+                    WHERE cell = c.s_cells[i] AND pk = c.s_pks[i] AND xmin = c.s_xmins[i];
                     IF NOT FOUND THEN
-                        RAISE EXCEPTION 'snapshot % has changed', s_pks[i] USING ERRCODE = 'GR001';
+                        RAISE EXCEPTION 'snapshot % has changed', c.s_pks[i] USING ERRCODE = 'GR001';
                     END IF;
                 END IF;
             END IF;
-            INSERT INTO outbox (writer, type, kind, pk, data) VALUES (p_writer, 'Put', 'Snapshot', s_pks[i], s_datas[i]);
-            event := lastval();
         END LOOP;
-        IF o_data IS NOT NULL THEN
-            IF o_xmin IS NULL THEN
+        IF c.o_data IS NOT NULL THEN
+            IF c.o_xmin IS NULL THEN
                 INSERT INTO operations_{part} (cell, pk, version, kind, namespace, state, uid, request, data)
-                VALUES (p_cell, o_pk, o_version, o_kind, o_namespace, o_state, a_uid, o_request, o_data);
+                VALUES (c.cell, c.o_pk, c.o_version, c.o_kind, c.o_namespace, c.o_state, c.a_uid, c.o_request, c.o_data);
             ELSE
-                UPDATE operations_{part} SET version = o_version, state = o_state, data = o_data
-                WHERE cell = p_cell AND pk = o_pk AND xmin = o_xmin;
-                IF NOT FOUND THEN RAISE EXCEPTION 'operation % has changed', o_pk USING ERRCODE = 'GR001'; END IF;
+                UPDATE operations_{part} SET version = c.o_version, state = c.o_state, data = c.o_data
+                WHERE cell = c.cell AND pk = c.o_pk AND xmin = c.o_xmin;
+                IF NOT FOUND THEN RAISE EXCEPTION 'operation % has changed', c.o_pk USING ERRCODE = 'GR001'; END IF;
             END IF;
         END IF;
 
-        -- Events in the order of what happened; the operation's comes last: who waits for its end then finds the rest.
-        a_type := CASE WHEN a_deletes THEN 'Deleted' ELSE 'Put' END;
-        IF a_data IS NOT NULL AND o_data IS NOT NULL THEN
-            INSERT INTO outbox (writer, type, kind, pk, data)
-            VALUES (p_writer, a_type, 'Actor', a_pk, a_data), (p_writer, 'Put', 'Operation', o_pk, o_data);
-            event := lastval();
-        ELSIF a_data IS NOT NULL THEN
-            INSERT INTO outbox (writer, type, kind, pk, data) VALUES (p_writer, a_type, 'Actor', a_pk, a_data);
-            event := lastval();
-        ELSIF o_data IS NOT NULL THEN
-            INSERT INTO outbox (writer, type, kind, pk, data) VALUES (p_writer, 'Put', 'Operation', o_pk, o_data);
-            event := lastval();
-        END IF;
-        code := '';
-        xact := pg_current_xact_id()::xid;
+        RETURN '';
     END $body$
 $function$, '{part}', part::text); END LOOP; END $do$;
+
+-- Writes several changes (a JSON array of `change_v1`) in one transaction: what a commit costs, all share. Tells of each
+-- what `write_change_v1` gives, with commas between; one that raises undoes all. With p_wait_ms, no row that another
+-- transaction has locked is waited for longer: those who come together should not wait for one of them for long.
+--
+-- event: the number of the last row in the outbox. Rows come in the order of what happened, an actor's operation last: who
+-- waits for its end then finds the rest.
+CREATE FUNCTION write_changes_v1(p_writer text, p_changes json, p_wait_ms integer, OUT codes text, OUT xact xid, OUT event bigint)
+LANGUAGE plpgsql AS $$
+DECLARE
+    c change_v1;
+    code text;
+    types text[];
+    kinds text[];
+    pks text[];
+    datas text[];
+    i integer;
+BEGIN
+    IF p_wait_ms IS NOT NULL THEN
+        PERFORM set_config('lock_timeout', p_wait_ms::text, true);
+    END IF;
+    FOR c IN SELECT * FROM json_populate_recordset(NULL::change_v1, p_changes) LOOP
+        CASE c.part
+            WHEN 0 THEN code := write_change_v1_0(c);
+            WHEN 1 THEN code := write_change_v1_1(c);
+            WHEN 2 THEN code := write_change_v1_2(c);
+            WHEN 3 THEN code := write_change_v1_3(c);
+            WHEN 4 THEN code := write_change_v1_4(c);
+            WHEN 5 THEN code := write_change_v1_5(c);
+            WHEN 6 THEN code := write_change_v1_6(c);
+            WHEN 7 THEN code := write_change_v1_7(c);
+        END CASE;
+        codes := CASE WHEN codes IS NULL THEN code ELSE codes || ',' || code END;
+        IF code = '' THEN
+            FOR i IN 1 .. coalesce(array_length(c.s_pks, 1), 0) LOOP
+                types := types || 'Put'::text;
+                kinds := kinds || 'Snapshot'::text;
+                pks := pks || c.s_pks[i];
+                datas := datas || c.s_datas[i];
+            END LOOP;
+            IF c.a_data IS NOT NULL THEN
+                types := types || CASE WHEN c.a_deletes THEN 'Deleted' ELSE 'Put' END;
+                kinds := kinds || 'Actor'::text;
+                pks := pks || c.a_pk;
+                datas := datas || c.a_data;
+            END IF;
+            IF c.o_data IS NOT NULL THEN
+                types := types || 'Put'::text;
+                kinds := kinds || 'Operation'::text;
+                pks := pks || c.o_pk;
+                datas := datas || c.o_data;
+            END IF;
+        END IF;
+    END LOOP;
+    IF pks IS NOT NULL THEN
+        INSERT INTO outbox (writer, type, kind, pk, data)
+        SELECT p_writer, e.type, e.kind, e.pk, e.data
+        FROM unnest(types, kinds, pks, datas) WITH ORDINALITY e(type, kind, pk, data, n) ORDER BY e.n;
+        event := lastval();
+        xact := pg_current_xact_id()::xid;
+    END IF;
+END $$;
 
 -- Inserts a worker (p_old 0) or replaces the one of version p_old, and makes its slots as many as it has room for.
 -- used: how many are taken; null when the version was another.
