@@ -373,6 +373,29 @@ async def test_what_another_replica_suspended_is_woken_again(tmp_path: Path, req
         assert status == 200 or response.reason == "ACTOR_SUSPENDED"
 
 
+@pytest.mark.parametrize(
+    ("request_", "outcome"),
+    [(GET, (503, "STORE_UNAVAILABLE")), (POST, (502, "CONNECTION_CLOSED"))],
+    ids=["get", "post"],
+)
+async def test_an_actor_that_hangs_up_while_nobody_can_say_why(
+    tmp_path: Path, request_: bytes, outcome: tuple[int, str]
+) -> None:
+    class Unknowing(FakeWaker):
+        async def is_over(self, binding: Binding) -> bool:
+            raise Unavailable("the store does not answer", reason="STORE_UNAVAILABLE", retry_after_s=1.0)
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+
+    async with actor(tmp_path, handler) as it:
+        waker = Unknowing()
+        waker.endpoints[KEY] = Endpoint(path=it.path)
+        async with gateway(waker) as bench:
+            response = await bench.ask(request_)
+            assert (response.status, response.reason) == outcome
+
+
 async def test_connections_per_actor_are_bounded(tmp_path: Path) -> None:
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()

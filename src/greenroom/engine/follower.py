@@ -127,11 +127,7 @@ class Follower:
     async def is_over(self, binding: Binding) -> bool:
         """See `greenroom.engine.port.Waker`."""
         if not binding.revoked and not self._engine.config.exclusive:
-            try:
-                actor = await self._current(binding.key)
-            except GreenroomError as error:  # the store is away: then the feed says so later
-                log.info("not looked up", actor=str(binding.key), error=error.message)
-                return binding.revoked
+            actor = await self._current(binding.key)
             incarnation = (binding.uid, binding.generation, ActorState.RUNNING)
             alive = actor is not None and (actor.uid, actor.generation, actor.state) == incarnation
             if not alive and self._engine.bindings.peek(binding.key) is binding:

@@ -37,7 +37,11 @@ class Waker(Protocol):
 
     async def is_over(self, binding: Binding) -> bool:
         """Whether a binding is no good any more: for who finds nobody behind it. Another replica may have put the
-        actor to sleep a moment ago; then the binding is revoked when this returns."""
+        actor to sleep a moment ago; then the binding is revoked when this returns.
+
+        Raises:
+            Unavailable: the store, which would know, does not answer.
+        """
 
 
 class ExecStream(Protocol):

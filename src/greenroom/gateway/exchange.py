@@ -407,8 +407,13 @@ class Exchange:
     async def _look(self, binding: Binding, why: str) -> None:
         """After a connection was closed without a word: the actor did that itself, or another replica has suspended it.
         Returns when the request may be sent again."""
-        if not await self.gateway.waker.is_over(binding):
-            raise self._no_response(why, "CONNECTION_CLOSED")
+        closed = self._no_response(why, "CONNECTION_CLOSED")
+        try:
+            over = await self.gateway.waker.is_over(binding)
+        except GreenroomError as unknown:
+            raise (unknown if self.method in SAFE else closed) from None  # nobody can say; the client may ask again
+        if not over:
+            raise closed
         self._taken_away()
 
     def _no_response(self, why: str, reason: str) -> BadGateway:

@@ -7,7 +7,6 @@ through a unix socket (and a loopback port if asked for), ended for sure.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import os
 import shutil
@@ -18,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 import psycopg
 
@@ -34,8 +34,6 @@ MEMORY_BYTES = 3 << 30
 
 #: Of temporary directories, and of the file in each that says which process it is for.
 _PREFIX, _OWNER = "gr-pg-", "owner"
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def find_programs() -> Path | None:
@@ -250,28 +248,23 @@ class PostgresServer:
             if process.wait() != 0:
                 raise RuntimeError(f"initdb failed: {self.log_file.read_text()}")
 
-    def _popen(self, command: list[str], log: object) -> subprocess.Popen[bytes]:
-        parent = os.getpid()
-
-        def end_with_parent() -> None:
-            # SIGQUIT: the postmaster takes its children along. Source: prctl(2).
-            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGQUIT, 0, 0, 0)
-            if os.getppid() != parent:
-                os._exit(1)
-
+    def _popen(self, command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+        """Starts a program as somebody who may not do much, to end with this thread."""
         environment = {"PATH": os.environ.get("PATH", ""), "TZ": "GMT", "LC_ALL": "C"}
         libraries = self._programs.parents[2]
         if libraries != Path("/usr/lib"):  # those that the system lacks were unpacked beside the programs
             environment["LD_LIBRARY_PATH"] = ":".join(map(str, libraries.glob("*-linux-gnu*")))
-        somebody = {"user": UNPRIVILEGED, "group": UNPRIVILEGED, "extra_groups": []} if os.geteuid() == 0 else {}
-        return subprocess.Popen(  # type: ignore[call-overload,no-any-return]  # keywords by condition
-            command,
+        # Not by a function in the forked child (`preexec_fn`): a process that speaks gRPC can't run one, its threads
+        # hold locks. SIGQUIT: the postmaster takes its children along.
+        become = ["setpriv", "--pdeathsig", "QUIT"]
+        if os.geteuid() == 0:
+            become += ["--reuid", str(UNPRIVILEGED), "--regid", str(UNPRIVILEGED), "--clear-groups"]
+        return subprocess.Popen(
+            [*become, "--", *command],
             cwd=self.directory,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a terminal's interrupt is for the tests, which then end the server
-            preexec_fn=end_with_parent,
-            **somebody,
         )
