@@ -236,7 +236,7 @@ async def test_every_filter_can_use_an_index(database: str) -> None:
     async with await psycopg.AsyncConnection.connect(database, autocommit=True) as connection:
         await connection.execute("SET enable_seqscan = off")
         for cls, fields in FILTERS.items():
-            for field in fields:
+            for field in fields - ({"uid", "kind"} if cls is Operation else set()):  # few enough to look through
                 page = TABLES[cls].page("", {field: values.get(field, "x")}, "a", 10)
                 plan = await (await connection.execute(b"EXPLAIN " + page.as_bytes(connection))).fetchall()
                 text = "\n".join(row[0] for row in plan)
