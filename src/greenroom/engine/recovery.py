@@ -77,7 +77,7 @@ class Recovery:
     async def _may_take(self, operation: Operation) -> bool:
         """Whether its lease has run out, and no other replica is better placed to go on with it."""
         if operation.kind is OperationKind.PREPARE:
-            return operation.owner == self._engine.config.owner or operation.held_until <= self._engine.now()
+            return self._engine.preparer.may_take(operation)
         try:
             lease = await self._ops.read(Lease, operation.uid)
         except NotFound:
@@ -134,11 +134,12 @@ class Recovery:
     # --- left-overs ---------------------------------------------------------------------------------------
 
     async def loop(self) -> None:
-        """Goes on with operations that nobody runs. Nothing else holds this up."""
+        """Goes on with what nobody drives. Nothing else holds this up."""
         while True:
             await asyncio.sleep(self._engine.config.janitor_s)
             try:
                 await self._take_up_operations(at_start=False)
+                await self._engine.preparer.begin_abandoned()
             except Exception as error:  # whatever it is, the next round must come
                 log.warning("operations not looked at, tries again", error=str(error), exc_info=bug_of(error))
 

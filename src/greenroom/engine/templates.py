@@ -114,12 +114,30 @@ class Preparer:
             return None
         if op is None or op.state is not OperationState.RUNNING:
             return None
-        if self._ops.claim(op.id):
+        if self.may_take(op) and self._ops.claim(op.id):
             try:
                 await self.take_up(op)
             finally:
                 self._ops.release(op.id)
         return op
+
+    def may_take(self, op: Operation) -> bool:
+        """Whether a preparation is this process's to drive, or nobody's."""
+        return op.owner == self._engine.config.owner or op.held_until <= self._engine.now()
+
+    async def begin_abandoned(self) -> None:
+        """Prepares templates that wait for nobody: who applied them died before it had begun, or who prepared them
+        was overtaken at its end."""
+        for state in (TemplateState.PENDING, TemplateState.PREPARING):
+            for template in await self._engine.census.all(Template, state=state):
+                if template.state_since + self._engine.config.lease_ttl_s > self._engine.now():
+                    continue  # whoever did that is about to go on
+                try:
+                    if await self._under_way(template) is None:
+                        log.info("takes up a template", template=str(template.key))
+                        await self._begin(template, "")
+                except GreenroomError as error:
+                    log.info("template not taken up", template=str(template.key), error=error.message)
 
     async def _begin(self, template: Template, request_id: str) -> tuple[Template, Operation | None]:
         now = self._engine.now()

@@ -64,8 +64,7 @@ async def problems(
         f"a worker that is there: {w}" for w in await list_all(store, Worker) if w.state is not WorkerState.ACTIVE
     ]
     settled = (TemplateState.READY, TemplateState.FAILED)
-    templates = [t for t in await list_all(store, Template) if t.operation]
-    found += [f"a template in between: {t}" for t in templates if t.state not in settled]
+    found += [f"a template in between: {t}" for t in await list_all(store, Template) if t.state not in settled]
     found += [f"{r.name} does not know {name}" for r in replicas for name in machines if name not in r.hub.connected()]
     return found
 
