@@ -196,3 +196,17 @@ async def test_the_first_worker_may_come_later(world: SimWorld) -> None:
     assert (await ended(world, operation)).state is OperationState.DONE
     await world.start_agent("w0")
     await world.settle()
+
+
+@pytest.mark.parametrize("state", [TemplateState.PENDING, TemplateState.PREPARING])
+async def test_one_that_nobody_prepares_is_taken_up(world: SimWorld, state: TemplateState) -> None:
+    """Who applied it died before the preparation began, or its operation has ended and the template was not told."""
+    long_ago = world.engine.now() - 2 * world.engine.config.lease_ttl_s
+    abandoned = Template(
+        namespace=NAMESPACE, name="t", uid="left", spec=SPEC, state=state, created_at=long_ago, state_since=long_ago,
+        operation="" if state is TemplateState.PENDING else "gone",
+    )  # fmt: skip
+    await world.store.put(abandoned)
+    template = await world.template()
+    assert (template.state, template.uid) == (TemplateState.READY, "left")
+    await world.settle()
