@@ -260,7 +260,15 @@ class Exec:
         self._transport = transport
         self._streams = streams
         self._process = asyncio.subprocess.Process(transport, streams, asyncio.get_running_loop())
+        # Signals go through a handle of our own: `subprocess` looks before it sends whether the process has ended, and
+        # takes its status away from `asyncio` if it has just done so.
+        self._helper = Process.find(self._process.pid)
+        streams.exited.add_done_callback(self._over)
         self._timer: asyncio.TimerHandle | None = None
+
+    def _over(self, _: object) -> None:
+        if self._helper is not None:
+            self._helper.close()
 
     @classmethod
     async def begin(
@@ -340,6 +348,6 @@ class Exec:
     def _kill(self) -> None:
         # The helper passes it on as SIGKILL to the command and its process group. The pipes are closed with it: what
         # the command left in the background must not keep `output` waiting.
-        with contextlib.suppress(ProcessLookupError):
-            self._transport.send_signal(signal.SIGTERM)
+        if self._helper is not None:
+            self._helper.send(signal.SIGTERM)
         self._streams.exited.add_done_callback(lambda _: self._transport.close())
