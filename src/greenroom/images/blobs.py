@@ -84,6 +84,23 @@ class BlobStore:
             write_atomically(self.path(digest), data)
         return digest
 
+    def digests(self) -> set[str]:
+        """Of all blobs that are here, whole or in part."""
+        names = {path.name for path in self._blobs.iterdir()} | {path.name for path in self._partial.iterdir()}
+        return {f"sha256:{name.partition('.')[0]}" for name in names if not name.startswith(".")}
+
+    def disk_bytes_of(self, digest: str) -> int:
+        """What the blob takes on disk, whole or in part."""
+        return sum(_disk_bytes(directory / hex_of(digest)) for directory in (self._blobs, self._partial))
+
+    def arrived_bytes(self, digest: str) -> int:
+        """How much of the blob is here, whoever fetches it: for those who wait for its lock."""
+        return self.disk_bytes_of(digest)
+
+    def disk_bytes(self) -> int:
+        """Of all of them."""
+        return sum(self.disk_bytes_of(digest) for digest in self.digests())
+
     def remove(self, digest: str) -> None:
         self.path(digest).unlink(missing_ok=True)
         (self._partial / hex_of(digest)).unlink(missing_ok=True)
@@ -240,6 +257,28 @@ class _Partial:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def try_lock(root: Path, digest: str) -> int | None:
+    """Takes the lock of a digest in the store below ``root`` if nobody has it; its descriptor, to be closed by the
+    caller, or None."""
+    fd = os.open(root / "locks" / hex_of(digest), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return fd
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _disk_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
 
 
 def hex_of(digest: str) -> str:

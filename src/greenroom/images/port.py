@@ -12,11 +12,11 @@ Nothing is ever held in memory whole: blobs are streamed, hashed while written, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
-from greenroom.core.records import LayerProgress, Record
+from greenroom.core.records import Evicted, ImageCache, LayerProgress, Record
 
 #: Of the images of one machine that are told to others (71 bytes each); a worker that has more is full of images.
 MAX_DIGESTS = 1000
@@ -49,6 +49,13 @@ class Image(Record, frozen=True, kw_only=True):
 
 
 class ImageStore(Protocol):
+    """What is here and used (`hold`) or pinned is never removed; the rest goes when there is too much (`trim`), what
+    was unused longest first. Uses are on disk: a sandbox outlives the process that made it."""
+
+    async def open(self) -> None:
+        """Removes or makes whole what killed processes left. Once, before anything else; others may be at work in the
+        same store."""
+
     async def prepare(self, reference: str, on_progress: OnProgress | None = None) -> Image:
         """Resolves, downloads and unpacks; what is already there is not done again. Cancellation-safe: a partial
         download is kept and gone on with.
@@ -76,6 +83,39 @@ class ImageStore(Protocol):
         """Manifest digests of the images that are there, sorted, at most `MAX_DIGESTS`. A hint for placement, asked for
         with every heartbeat: costs microseconds while nothing changes."""
 
+    async def hold(self, digest: str, holder: str, actor_uid: str, who: str = "") -> None:
+        """From now on the image is used, until `release`; idempotent. To be called before anything is started from it.
+
+        Args:
+            holder: a worker (`greenroom.images.uses.holder_of`).
+            actor_uid: of the actor, or ``warm`` for the sandboxes that are kept ready.
+            who: the actor as people call it.
+
+        Raises:
+            NotFound: it is not here (reason ``IMAGE_NOT_FOUND``), also when it has just been removed.
+        """
+
+    async def release(self, digest: str, holder: str, actor_uid: str) -> None:
+        """Idempotent."""
+
+    async def keep_only(self, holder: str, actor_uids: Collection[str]) -> dict[str, tuple[str, ...]]:
+        """At a worker's start: of its uses only those of these actors are left; returns the digests that each uses."""
+
+    async def pin(self, digest: str, *, undo: bool = False) -> None:
+        """Somebody wants to keep it. Raises `NotFound`."""
+
     async def remove(self, digest: str) -> None:
-        """Removes the tree and the blobs that no other image uses. Idempotent. The caller sees to it that none
-        runs."""
+        """Removes the tree and the blobs that no other image needs. Idempotent.
+
+        Raises:
+            FailedPrecondition: it is in use or pinned (reason ``IMAGE_IN_USE``); names by whom.
+        """
+
+    async def trim(self) -> Evicted:
+        """Evicts down to the low mark if there is more than the high mark; else nothing."""
+
+    async def prune(self, *, dry_run: bool = False) -> Evicted:
+        """Removes everything that may be removed, or says what that is."""
+
+    async def cache(self) -> ImageCache:
+        """What is here, with sizes and users."""
