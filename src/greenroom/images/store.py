@@ -128,11 +128,8 @@ class DiskImageStore:
         if not digest:
             meaning = self._catalog.meaning(reference)
             digest = meaning.digest if meaning is not None and meaning.imported else ""
-        image = self._catalog.load(digest) if digest else None
-        if image is None or not self._uses.is_open(digest):
-            return None
-        self._uses.touch(digest)
-        return msgspec.structs.replace(image, reference=reference)
+        image = self._usable(digest) if digest else None
+        return image and msgspec.structs.replace(image, reference=reference)
 
     async def get(self, digest: str) -> Image:
         image = await asyncio.to_thread(self._catalog.load, check_digest(digest))
@@ -240,16 +237,23 @@ class DiskImageStore:
 
     async def _prepare(self, wanted: _Wanted, source: _Source, listeners: Sequence[OnProgress | None]) -> Image:
         progress = Progress(wanted.manifest.layers, listeners)
-        image = await asyncio.to_thread(self._catalog.load, wanted.digest)
+        image = await asyncio.to_thread(self._usable, wanted.digest)
         if image is None:
             async with self._turn(wanted.digest, progress) as lock_fd:
                 image = await asyncio.to_thread(self._catalog.load, wanted.digest)  # another process may have made it
                 if image is None:
                     async with self._shared.told(wanted.digest, progress.stage):
                         image = await self._make_in_room(wanted, source, progress, lock_fd)
-        await asyncio.to_thread(self._uses.open, wanted.digest)
-        await asyncio.to_thread(self._uses.touch, wanted.digest)
+                self._uses.open(wanted.digest)  # should its removal have been begun, and cut short
         progress.finish()
+        return image
+
+    def _usable(self, digest: str) -> Image | None:
+        """The image, if it is whole and nobody is removing it."""
+        image = self._catalog.load(digest)
+        if image is None or not self._uses.is_open(digest):
+            return None
+        self._uses.touch(digest)
         return image
 
     @asynccontextmanager

@@ -65,7 +65,7 @@ class Uses:
     # --- the image comes and goes ------------------------------------------------------------------------
 
     def open(self, digest: str) -> None:
-        """The image is there, or is about to be: it may be used."""
+        """The image is there, or is about to be: it may be used. For who has its lock: whoever removes it has."""
         self._path(digest).mkdir(mode=0o700, exist_ok=True)
 
     def close(self, digest: str) -> bool:
