@@ -7,62 +7,76 @@ from pathlib import Path
 
 import msgspec
 
+from greenroom.agent.images import WorkerImages
 from greenroom.agent.progress import Reports
 from greenroom.agent.warm import MAX_CLASSES
-from greenroom.core.agentapi import Progress
-from greenroom.core.errors import FailedPrecondition, NotFound
-from greenroom.core.records import TemplateSpec
+from greenroom.core.agentapi import Identity, Prepare, Prepared, Progress
+from greenroom.core.errors import FailedPrecondition
+from greenroom.core.records import LayerProgress, TemplateSpec
 from greenroom.images.config import resolve_user
-from greenroom.images.port import Image, ImageConfig, ImageStore
+from greenroom.images.port import Image, ImageConfig, OnProgress
 from greenroom.sandbox.port import SandboxClass
+
+
+#: What a wake's phase begins with while its image is prepared: the wake waits for that.
+WAITS_FOR_IMAGE = "prepare/"
 
 
 class Classes:
     """``needs_image``: whether the backend runs images at all."""
 
-    def __init__(self, images: ImageStore, *, needs_image: bool) -> None:
+    def __init__(self, images: WorkerImages, *, needs_image: bool) -> None:
         self._images = images
         self._needs_image = needs_image
         self._known: dict[bytes, SandboxClass] = {}
 
-    async def of(self, image_digest: str, spec: TemplateSpec, reports: Reports) -> SandboxClass:
-        """Raises as `image` and `sandbox_class` do."""
+    async def held(self, image_digest: str, spec: TemplateSpec, owner: Identity, reports: Reports) -> SandboxClass:
+        """For a sandbox of this actor: its image is here, and stays until it is released
+        (`greenroom.agent.images.WorkerImages`).
+
+        Raises as `greenroom.agent.images.WorkerImages.hold` and `sandbox_class` do.
+        """
+        image = None
+        if self._needs_image:
+            who = f"{owner.namespace}/{owner.name}"
+            told = _telling(reports, WAITS_FOR_IMAGE)
+            image = await self._images.hold(spec.image, image_digest, owner.uid, who, told)
+        return self._of(image_digest, spec, image)
+
+    async def to_warm(self, image_digest: str, spec: TemplateSpec, reports: Reports) -> SandboxClass:
+        """For sandboxes that are to be kept ready; the image is prepared, and not held."""
+        image = None
+        if self._needs_image:
+            image = await self._images.prepare(spec.image, _telling(reports), image_digest)
+        return self._of(image_digest, spec, image)
+
+    def _of(self, image_digest: str, spec: TemplateSpec, image: Image | None) -> SandboxClass:
         key = image_digest.encode() + msgspec.json.encode(spec)
         cls = self._known.get(key)
         if cls is None:
-            cls = sandbox_class(await self._pinned_image(image_digest, spec, reports), spec)
+            cls = sandbox_class(image or _no_image(spec.image), spec)
             if len(self._known) >= MAX_CLASSES:
                 self._known.clear()
             self._known[key] = cls
         return cls
 
-    async def _pinned_image(self, digest: str, spec: TemplateSpec, reports: Reports) -> Image:
-        """The image that the template was made from, pulled first where it is not on this worker."""
-        if not self._needs_image:
-            return _no_image(spec.image)
-        try:
-            return await self._images.get(digest)
-        except NotFound:
-            image = await self.image(spec.image, reports)
-        if image.digest != digest:
-            raise FailedPrecondition(
-                f"image {spec.image} is {image.digest} now, but the template was made from {digest}, which this worker "
-                "does not have; name the digest in the template, or make a new template",
-                reason="IMAGE_MOVED",
-            )
-        return image
-
-    async def image(self, reference: str, reports: Reports) -> Image:
+    async def pull(self, call: Prepare, reports: Reports) -> Prepared:
         """Raises as `greenroom.images.port.ImageStore.prepare` does."""
-        if not self._needs_image:
-            return _no_image(reference)
-        return await self._images.prepare(
-            reference, lambda phase, layers: reports.tell(Progress(phase=phase, layers=layers))
-        )
+        if self._needs_image:
+            return await self._images.pull(call, _telling(reports))
+        image = _no_image(call.image)
+        return Prepared(image_digest=image.digest, size_bytes=image.size_bytes)
 
     def digests(self) -> tuple[str, ...]:
         """Of the images that are here."""
         return self._images.digests() if self._needs_image else ()
+
+
+def _telling(reports: Reports, prefix: str = "") -> OnProgress:
+    def tell(phase: str, layers: tuple[LayerProgress, ...]) -> None:
+        reports.tell(Progress(phase=prefix + phase, layers=layers))
+
+    return tell
 
 
 def sandbox_class(image: Image, spec: TemplateSpec) -> SandboxClass:

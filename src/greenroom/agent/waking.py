@@ -15,6 +15,7 @@ import structlog
 from greenroom.agent import readiness
 from greenroom.agent.classes import Classes
 from greenroom.agent.held import Held
+from greenroom.agent.images import WorkerImages
 from greenroom.agent.logs import LogFiles
 from greenroom.agent.progress import Marks, Reports
 from greenroom.agent.residents import QUOTED_LINES, Residents
@@ -43,6 +44,7 @@ class Waker:
         fingerprint: str,
         *,
         classes: Classes,
+        images: WorkerImages,
         snapshots: SnapshotStore,
         held: Held,
         cache: Path,
@@ -54,6 +56,7 @@ class Waker:
         self._backend = backend
         self._fingerprint = fingerprint
         self._classes = classes
+        self._images = images
         self._snapshots = snapshots
         self._held = held
         self._cache = cache
@@ -67,7 +70,14 @@ class Waker:
         if isinstance(call, api.Restore):
             self._check_runs_here(call.snapshot)
         await self._residents.end(call.actor_uid)  # of an earlier operation that was backed out
-        cls = await self._classes.of(call.image_digest, call.spec, reports)
+        try:
+            return await self._wake(call, marks, reports)
+        finally:
+            if self._residents.find(call.actor_uid) is None:
+                await self._images.release(call.actor_uid)
+
+    async def _wake(self, call: api.Start | api.Restore, marks: Marks, reports: Reports) -> api.Started:
+        cls = await self._classes.held(call.image_digest, call.spec, call.identity, reports)
         if self._warm:
             self._warm.want(cls)
         marks.end("prepare")

@@ -9,7 +9,17 @@ from __future__ import annotations
 
 import enum
 
-from greenroom.core.records import Endpoint, LayerProgress, PhaseTime, Record, Snapshot, TemplateSpec
+from greenroom.core.records import (
+    Endpoint,
+    Evicted,
+    ImageCache,
+    ImageDetail,
+    LayerProgress,
+    PhaseTime,
+    Record,
+    Snapshot,
+    TemplateSpec,
+)
 
 
 class Identity(Record, frozen=True, kw_only=True):
@@ -39,9 +49,54 @@ class ActorCall(Call, frozen=True, kw_only=True):
 
 
 class Prepare(Call, frozen=True, kw_only=True):
-    """Pulls and unpacks an image (idempotent); progress events carry a `LayerProgress` list. -> `Prepared`"""
+    """Pulls and unpacks an image (idempotent); progress events carry a `LayerProgress` list. ``digest``: what the
+    reference is known to mean; "" to resolve it now. ``pin``: it is kept until somebody unpins it. -> `Prepared`"""
 
     image: str
+    digest: str = ""
+    pin: bool = False
+
+
+class ListImages(Call, frozen=True, kw_only=True):
+    """-> `ImageCache`"""
+
+
+class InspectImage(Call, frozen=True, kw_only=True):
+    """-> `ImageDetail`"""
+
+    digest: str
+
+
+class RemoveImage(Call, frozen=True, kw_only=True):
+    """Removes an image; unknown is success. ``unpin``: also one that is pinned. -> `Done`
+
+    Raises `FailedPrecondition` (reason ``IMAGE_IN_USE``).
+    """
+
+    digest: str
+    unpin: bool = False
+
+
+class PinImage(Call, frozen=True, kw_only=True):
+    """Keeps an image whatever comes, or no longer. -> `Done`"""
+
+    digest: str
+    undo: bool = False
+
+
+class PruneImages(Call, frozen=True, kw_only=True):
+    """Removes every image that nobody uses and that is not pinned, or only says which these are. -> `Evicted`"""
+
+    dry_run: bool = False
+
+
+class ImportImage(Call, frozen=True, kw_only=True):
+    """Takes an image over from an archive. Stream: data frames of the archive (OCI layout or docker archive, as tar) one
+    way, an empty one at its end. ``name``: what it is called here; no registry is asked about it. ``tag``: which one of
+    the archive ("": its only one). It is pinned: it can't be pulled again. -> `Prepared`"""
+
+    name: str
+    tag: str = ""
 
 
 class Start(ActorCall, frozen=True, kw_only=True):
@@ -247,6 +302,8 @@ class Hello(Record, frozen=True, kw_only=True):
     residents: tuple[Resident, ...] = ()
     labels: dict[str, str] = {}
     images: tuple[str, ...] = ()
+    image_bytes: int = 0
+    image_over_bytes: int = 0
 
 
 class Heartbeat(Record, frozen=True, kw_only=True):
@@ -255,6 +312,8 @@ class Heartbeat(Record, frozen=True, kw_only=True):
     boot_id: str
     residents: tuple[Resident, ...] = ()
     images: tuple[str, ...] = ()
+    image_bytes: int = 0
+    image_over_bytes: int = 0
 
 
 class Leaving(Record, frozen=True, kw_only=True):
@@ -306,6 +365,12 @@ class Welcome(Record, frozen=True, kw_only=True):
 
 AgentCall = (
     Prepare
+    | ListImages
+    | InspectImage
+    | RemoveImage
+    | PinImage
+    | PruneImages
+    | ImportImage
     | Start
     | Restore
     | Checkpoint
@@ -327,6 +392,12 @@ AgentCall = (
 #: What each call answers with.
 ANSWERS: dict[str, type[Record]] = {
     "Prepare": Prepared,
+    "ListImages": ImageCache,
+    "InspectImage": ImageDetail,
+    "RemoveImage": Done,
+    "PinImage": Done,
+    "PruneImages": Evicted,
+    "ImportImage": Prepared,
     "Start": Started,
     "Restore": Started,
     "Checkpoint": Checkpointed,

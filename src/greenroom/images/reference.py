@@ -77,6 +77,11 @@ def parse(reference: str) -> LayoutReference | RegistryReference:
     return RegistryReference(host=host, repository=repository, tag=tag or DEFAULT_TAG, digest=digest)
 
 
+def pinned(reference: str, digest: str) -> str:
+    """What the same place calls the image of this digest."""
+    return f"{reference.partition('@')[0]}@{digest}"
+
+
 def check_digest(digest: str) -> str:
     """Returns ``digest`` if it is ``sha256:`` and 64 hex digits.
 
