@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from aiohttp import encode_basic_auth, web
-from registry_kit import Front, docker_registry, find_registry
+from aiohttp import web
+from registry_kit import docker_registry, find_registry
 
 import greenroom.testing
 from greenroom.core.errors import DataLoss, FailedPrecondition, NotFound, Unavailable
 from greenroom.images import blobs, registry
 from greenroom.images.store import DiskImageStore
 from greenroom.testing.contracts.images import COMPRESSIONS, contents, make_image
+from greenroom.testing.fault_proxy import FaultProxy
 from greenroom.testing.oci_layout import Compression, push_layout
 from greenroom.testing.python_image import build_python_image
 
@@ -119,8 +120,8 @@ async def test_nobody_answers(store: DiskImageStore, monkeypatch: pytest.MonkeyP
 
 
 async def test_goes_on_where_a_connection_broke_off(upstream: str, pushed: str, store: DiskImageStore) -> None:
-    async with Front(upstream).running() as front:
-        front.cut_after = SIZE // 3
+    async with FaultProxy(upstream).running() as front:
+        front.cut_after_bytes = SIZE // 3
         image = await store.prepare(f"{front.host}/{pushed}")
         check(image.rootfs)
         offsets = [int(r.removeprefix("bytes=").rstrip("-")) for r in front.ranges if r]
@@ -134,12 +135,12 @@ async def test_ranges_that_are_ignored(
 ) -> None:
     """A registry that always starts from the beginning: no byte is taken twice or in the wrong place."""
     monkeypatch.setattr(blobs, "RETRY_BASE_S", 0.001)
-    async with Front(upstream).running() as front:
-        front.cut_after, front.ignore_ranges = SIZE // 2, True
+    async with FaultProxy(upstream).running() as front:
+        front.cut_after_bytes, front.ignore_ranges = SIZE // 2, True
 
         async def heal() -> None:
             if len(front.ranges) > 4:
-                front.cut_after = None
+                front.cut_after_bytes = None
 
         front.before_chunk = heal
         check((await store.prepare(f"{front.host}/{pushed}")).rootfs)
@@ -149,21 +150,21 @@ async def test_gives_up_when_nothing_comes(
     upstream: str, pushed: str, store: DiskImageStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blobs, "RETRY_BASE_S", 0.001)
-    async with Front(upstream).running() as front:
-        front.cut_after = 0
+    async with FaultProxy(upstream).running() as front:
+        front.cut_after_bytes = 0
         with pytest.raises(Unavailable):
             await store.prepare(f"{front.host}/{pushed}")
-        front.cut_after = None
+        front.cut_after_bytes = None
         check((await store.prepare(f"{front.host}/{pushed}")).rootfs)
 
 
 async def test_damaged_on_the_way(upstream: str, pushed: str, store: DiskImageStore, tmp_path: Path) -> None:
-    async with Front(upstream).running() as front:
-        front.flip_byte = SIZE // 2
+    async with FaultProxy(upstream).running() as front:
+        front.corrupt_at = SIZE // 2
         with pytest.raises(DataLoss) as raised:
             await store.prepare(f"{front.host}/{pushed}")
         assert raised.value.reason == "DIGEST_MISMATCH"
-        front.flip_byte = None
+        front.corrupt_at = None
         check((await store.prepare(f"{front.host}/{pushed}")).rootfs)
 
 
@@ -177,7 +178,7 @@ asyncio.run(DiskImageStore(Path(sys.argv[1])).prepare(sys.argv[2]))
 
 async def test_killed_half_way_goes_on(upstream: str, pushed: str, tmp_path: Path) -> None:
     """A process is killed in the middle of a layer; the next one asks for the rest only."""
-    async with Front(upstream).running() as front:
+    async with FaultProxy(upstream).running() as front:
         half_way, go_on = asyncio.Event(), asyncio.Event()
 
         async def throttle() -> None:
@@ -208,7 +209,7 @@ async def test_killed_half_way_goes_on(upstream: str, pushed: str, tmp_path: Pat
 
 
 async def test_cancelled_half_way_goes_on(upstream: str, pushed: str, store: DiskImageStore, tmp_path: Path) -> None:
-    async with Front(upstream).running() as front:
+    async with FaultProxy(upstream).running() as front:
         half_way, go_on = asyncio.Event(), asyncio.Event()
 
         async def throttle() -> None:
@@ -243,39 +244,12 @@ async def test_partial_that_went_bad_is_fetched_anew(
 # --- logging in -----------------------------------------------------------------------------------------------
 
 
-def _token_server(front: Front, *, account: tuple[str, str] | None, lifetime: int) -> list[str]:
-    """Makes the front want tokens, each good for ``lifetime`` requests; returns the list of scopes asked for."""
-    scopes: list[str] = []
-    left: dict[str, int] = {}
-
-    async def intercept(request: web.Request) -> web.StreamResponse | None:
-        if request.path == "/token":
-            if account is not None and request.headers.get("Authorization") != encode_basic_auth(*account):
-                return web.Response(status=401)
-            scopes.append(request.query["scope"])
-            assert request.query["service"] == "test registry"
-            token = f"token{len(scopes)}"
-            left[token] = lifetime
-            return web.json_response({"token": token, "expires_in": 300})
-        token = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if left.get(token, 0) > 0:
-            left[token] -= 1
-            return None
-        challenge = (
-            f'Bearer realm="http://{front.host}/token",service="test registry",scope="repository:test/image:pull"'
-        )
-        return web.Response(status=401, headers={"WWW-Authenticate": challenge})
-
-    front.intercept = intercept
-    return scopes
-
-
 @pytest.mark.parametrize("lifetime", [3, 1000])
 async def test_anonymous_token(upstream: str, pushed: str, store: DiskImageStore, lifetime: int) -> None:
     """Also when tokens run out while layers are under way."""
-    async with Front(upstream).running() as front:
-        scopes = _token_server(front, account=None, lifetime=lifetime)
-        front.cut_after = SIZE // 2
+    async with FaultProxy(upstream).running() as front:
+        scopes = front.want_tokens(lifetime_requests=lifetime)
+        front.cut_after_bytes = SIZE // 2
         check((await store.prepare(f"{front.host}/{pushed}")).rootfs)
         assert set(scopes) == {"repository:test/image:pull"}
 
@@ -284,8 +258,8 @@ async def test_token_for_an_account(upstream: str, pushed: str, tmp_path: Path) 
     async def credentials(host: str) -> tuple[str, str] | None:
         return ("ada", "secret") if host == front.host else None
 
-    async with Front(upstream).running() as front:
-        _token_server(front, account=("ada", "secret"), lifetime=100)
+    async with FaultProxy(upstream).running() as front:
+        front.want_tokens(account=("ada", "secret"))
         with pytest.raises(FailedPrecondition) as raised:
             await DiskImageStore(tmp_path / "anonymous").prepare(f"{front.host}/{pushed}")
         assert raised.value.reason == "REGISTRY_AUTH"
@@ -302,7 +276,7 @@ async def test_password_is_not_sent_in_clear_elsewhere(upstream: str, pushed: st
     async def intercept(request: web.Request) -> web.StreamResponse | None:
         return web.Response(status=401, headers={"WWW-Authenticate": 'Bearer realm="http://192.0.2.1/token"'})
 
-    async with Front(upstream).running() as front:
+    async with FaultProxy(upstream).running() as front:
         front.intercept = intercept
         with pytest.raises(FailedPrecondition, match="not https"):
             await DiskImageStore(tmp_path / "store", credentials=credentials).prepare(f"{front.host}/{pushed}")
@@ -316,9 +290,9 @@ async def test_credentials_do_not_follow_a_redirect(upstream: str, pushed: str, 
         leaked.extend(request.headers.getall("Authorization", []))
         return None
 
-    async with Front(upstream).running() as storage, Front(upstream).running() as front:
+    async with FaultProxy(upstream).running() as storage, FaultProxy(upstream).running() as front:
         storage.intercept = watch
-        _token_server(front, account=None, lifetime=1000)
+        front.want_tokens(lifetime_requests=1000)
         tokens = front.intercept
         assert tokens is not None
 
