@@ -18,16 +18,16 @@ import contextlib
 import hashlib
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 
-from greenroom.core.errors import DataLoss, FailedPrecondition, NotFound, Unavailable
+from greenroom.core.errors import DataLoss, FailedPrecondition, NotFound
 from greenroom.core.records import LayerProgress, Record
-from greenroom.images.blobs import BlobSource, BlobStore, Interrupted, hex_of, sync_directory, write_atomically
+from greenroom.images.blobs import BlobStore, hex_of, sync_directory, write_atomically
+from greenroom.images.client import Client
 from greenroom.images.config import (
     Descriptor,
     Manifest,
@@ -36,11 +36,15 @@ from greenroom.images.config import (
     parse_config,
     parse_manifest,
 )
+from greenroom.images.download import Interrupted
 from greenroom.images.flight import Flights
 from greenroom.images.layout import LayoutSource
+from greenroom.images.origins import Origins, Source
+from greenroom.images.peers import PeerSource
 from greenroom.images.port import MAX_DIGESTS, Image, ImageConfig, OnProgress
 from greenroom.images.reference import LayoutReference, RegistryReference, check_digest, parse
-from greenroom.images.registry import Credentials, RegistrySource, anonymous
+from greenroom.images.registries import Registries
+from greenroom.images.registry import RegistrySource
 from greenroom.images.unpack import MAX_ENTRIES, MAX_UNPACKED_BYTES, Job, JobLayer
 from greenroom.images.unpacker import run_unpacker
 
@@ -53,12 +57,6 @@ PROGRESS_PERIOD_S = 0.1
 _SETTLED_S = 0.1
 #: Indexes inside indexes; one level is common, two are odd.
 _MAX_INDEX_DEPTH = 3
-
-
-class _Source(BlobSource, Protocol):
-    async def resolve(self) -> tuple[str, bytes, str]: ...
-
-    async def manifest(self, descriptor: Descriptor) -> bytes: ...
 
 
 class _ImageRecord(Record, frozen=True, kw_only=True):
@@ -88,7 +86,10 @@ class DiskImageStore:
 
     Args:
         root: made if it is not there.
-        credentials: accounts for registries; anonymous by default.
+        registries: accounts, mirrors and certificates; by default there are none.
+        peers: base URLs of agents that are asked before a registry (`greenroom.images.peers`); called for each image,
+            so that they may come and go.
+        peer_token: what the peers want to be told.
         max_entries, max_unpacked_bytes: what one image may unpack to.
     """
 
@@ -96,12 +97,16 @@ class DiskImageStore:
         self,
         root: Path,
         *,
-        credentials: Credentials = anonymous,
+        registries: Registries | None = None,
+        peers: Callable[[], Sequence[str]] = tuple,
+        peer_token: str = "",
         max_entries: int = MAX_ENTRIES,
         max_unpacked_bytes: int = MAX_UNPACKED_BYTES,
     ) -> None:
         self._root = root.absolute()
-        self._credentials = credentials
+        self._registries = registries or Registries()
+        self._peers = peers
+        self._peer_token = peer_token
         self._max_entries = max_entries
         self._max_unpacked_bytes = max_unpacked_bytes
         self._images = self._root / "images"
@@ -124,13 +129,13 @@ class DiskImageStore:
         if parsed.digest:
             with contextlib.suppress(NotFound):  # a digest never means anything else: nobody needs to be asked
                 return msgspec.structs.replace(await self.get(parsed.digest), reference=reference)
-        async with self._open(parsed) as source:
-            digest, data, manifest = await self._resolve(reference, source)
+        async with self._open(parsed) as origins:
+            digest, data, manifest = await self._resolve(reference, origins)
 
         async def work(listeners: Sequence[OnProgress | None]) -> Image:
             # With connections of its own: whoever began may give up before the others.
-            async with self._open(parsed) as source:
-                return await self._prepare(_Wanted(reference, digest, data, manifest), source, listeners)
+            async with self._open(parsed) as origins:
+                return await self._prepare(_Wanted(reference, digest, data, manifest), origins, listeners)
 
         image = await self._flights.join(digest, on_progress, work)
         record = _RefRecord(reference=reference, digest=digest, resolved_at=time.time())
@@ -172,43 +177,48 @@ class DiskImageStore:
 
     # --- preparing -------------------------------------------------------------------------------------------
 
-    def _open(self, parsed: LayoutReference | RegistryReference) -> AbstractAsyncContextManager[_Source]:
+    @contextlib.asynccontextmanager
+    async def _open(self, parsed: LayoutReference | RegistryReference) -> AsyncIterator[Origins]:
         if isinstance(parsed, LayoutReference):
-            return contextlib.nullcontext(LayoutSource(parsed))
-        return RegistrySource(parsed, credentials=self._credentials)
+            yield Origins([LayoutSource(parsed)])
+            return
+        async with contextlib.AsyncExitStack() as stack:
+            sources: list[Source] = []
+            if peers := self._peers():
+                peer_source = PeerSource(peers, digest=parsed.digest, token=self._peer_token)
+                sources.append(await stack.enter_async_context(peer_source))
+            client = await stack.enter_async_context(Client(self._registries))
+            for endpoint in self._registries.endpoints(parsed):
+                sources.append(RegistrySource(endpoint, parsed, self._registries, client))
+            yield Origins(sources)
 
-    async def _resolve(self, reference: str, source: _Source) -> tuple[str, bytes, Manifest]:
+    async def _resolve(self, reference: str, origins: Origins) -> tuple[str, bytes, Manifest]:
         """The manifest for this machine, through indexes: its digest, bytes and content."""
         try:
-            wanted, data, media_type = await source.resolve()
+            data, media_type = await origins.resolve()
             for _ in range(_MAX_INDEX_DEPTH):
-                digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
-                if wanted and digest != wanted:
-                    raise DataLoss(
-                        f"image {reference}: what was sent for {wanted} has the digest {digest}",
-                        reason="DIGEST_MISMATCH",
-                    )
                 found = parse_manifest(reference, data, media_type)
                 if isinstance(found, Manifest):
-                    return digest, data, found
+                    return f"sha256:{hashlib.sha256(data).hexdigest()}", data, found
                 chosen = choose(reference, found)
-                wanted, data, media_type = chosen.digest, await source.manifest(chosen), chosen.media_type
+                data, media_type = await origins.manifest(chosen), chosen.media_type
         except Interrupted as error:
-            raise Unavailable(f"image {reference} can't be resolved: {error}") from error
+            raise error.final(f"image {reference} can't be resolved") from error
         raise invalid(f"image {reference} has indexes inside indexes more than {_MAX_INDEX_DEPTH} deep")
 
-    async def _prepare(self, wanted: _Wanted, source: _Source, listeners: Sequence[OnProgress | None]) -> Image:
+    async def _prepare(self, wanted: _Wanted, origins: Origins, listeners: Sequence[OnProgress | None]) -> Image:
         progress = _Progress(wanted.manifest.layers, listeners)
         image = await asyncio.to_thread(self._load, wanted.digest)
         if image is None:
-            async with self._blobs.locked(wanted.digest) as lock_fd:
+            # An agent that waits for another one tells what that has done.
+            async with self._blobs.locked(wanted.digest, lambda: progress.look(self._blobs)) as lock_fd:
                 image = await asyncio.to_thread(self._load, wanted.digest)  # another process may have made it
                 if image is None:
-                    image = await self._make(wanted, source, progress, lock_fd)
+                    image = await self._make(wanted, origins, progress, lock_fd)
         progress.finish()
         return image
 
-    async def _make(self, wanted: _Wanted, source: _Source, progress: _Progress, lock_fd: int) -> Image:
+    async def _make(self, wanted: _Wanted, origins: Origins, progress: _Progress, lock_fd: int) -> Image:
         reference, digest, manifest = wanted.reference, wanted.digest, wanted.manifest
         record = _ImageRecord(
             reference=reference,
@@ -221,24 +231,26 @@ class DiskImageStore:
         await asyncio.to_thread(self._write_record, record)
         await asyncio.to_thread(self._blobs.write, wanted.data)
         try:
-            await self._blobs.fetch(manifest.config, source, lambda done: None)
+            await self._blobs.fetch(manifest.config, origins.sources, lambda done: None)
             data = await asyncio.to_thread(self._blobs.read, manifest.config.digest)
             config, diff_ids = parse_config(reference, data, len(manifest.layers))
-            await self._fetch_layers(manifest, source, progress)
+            await self._fetch_layers(manifest, origins, progress)
         except Interrupted as error:
-            raise Unavailable(f"image {reference} can't be fetched: {error.__cause__ or error}") from error
+            raise error.final(f"image {reference} can't be fetched") from error
         await asyncio.to_thread(self._write_record, msgspec.structs.replace(record, config=config))
         await self._unpack(digest, manifest, diff_ids, progress, lock_fd)
         image = await asyncio.to_thread(self._load, digest)
         assert image is not None
         return image
 
-    async def _fetch_layers(self, manifest: Manifest, source: _Source, progress: _Progress) -> None:
+    async def _fetch_layers(self, manifest: Manifest, origins: Origins, progress: _Progress) -> None:
         turns = asyncio.Semaphore(PARALLEL_LAYERS)
 
         async def fetch(layer: Descriptor) -> None:
             async with turns:
-                await self._blobs.fetch(layer, source, lambda done: progress.update("download", layer.digest, done))
+                await self._blobs.fetch(
+                    layer, origins.sources, lambda done: progress.update("download", layer.digest, done)
+                )
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -329,6 +341,7 @@ class _Progress:
 
     def __init__(self, layers: Sequence[Descriptor], listeners: Sequence[OnProgress | None]) -> None:
         self._listeners = listeners
+        self._descriptors = layers
         self._layers = {layer.digest: LayerProgress(digest=layer.digest, total_bytes=layer.size) for layer in layers}
         self._phase = "download"
         self._next = 0.0
@@ -342,6 +355,12 @@ class _Progress:
         if changed or now >= self._next:
             self._next = now + PROGRESS_PERIOD_S
             self._tell()
+
+    def look(self, blobs: BlobStore) -> None:
+        """Tells how far another process is."""
+        for descriptor in self._descriptors:
+            if (done_bytes := blobs.done_bytes(descriptor)) > self._layers[descriptor.digest].done_bytes:
+                self.update("download", descriptor.digest, done_bytes)
 
     def finish(self) -> None:
         self._phase = "unpack"
