@@ -20,7 +20,8 @@ from greenroom.images.config import (
     resolve_user,
     this_platform,
 )
-from greenroom.images.reference import LayoutReference, RegistryReference, check_digest, parse
+from greenroom.images.reference import LayoutReference, RegistryReference, check_digest, parse, pinned
+from greenroom.images.registries import Registries
 
 DIGEST = "sha256:" + "a1" * 32
 
@@ -72,7 +73,8 @@ def test_malformed(text: str) -> None:
 
 def test_only_loopback_is_spoken_to_without_tls() -> None:
     def url(host: str) -> str:
-        return RegistryReference(host=host, repository="a").base_url
+        (endpoint,) = Registries().endpoints(RegistryReference(host=host, repository="a"))
+        return endpoint.base_url.removesuffix("/v2/a")
 
     for host in ("localhost", "localhost:5000", "127.0.0.1:1", "127.9.9.9", "[::1]", "[::1]:5000", "x.localhost"):
         assert url(host) == f"http://{host}"
@@ -85,6 +87,15 @@ def test_check_digest() -> None:
     for bad in ("", "a1" * 32, "sha512:" + "a" * 128, "sha256:../../x", DIGEST.upper()):
         with pytest.raises(InvalidArgument):
             check_digest(bad)
+
+
+def test_pinned() -> None:
+    assert pinned("r.example/a:1", DIGEST) == f"r.example/a:1@{DIGEST}"
+    assert pinned(f"python@{DIGEST.replace('a1', 'b2')}", DIGEST) == f"python@{DIGEST}"
+    assert pinned("oci:/srv/images:v1", DIGEST) == f"oci:/srv/images:v1@{DIGEST}"
+    for reference, digest in (("r.example/A", DIGEST), ("r.example/a", "sha256:12")):
+        with pytest.raises(InvalidArgument):
+            pinned(reference, digest)
 
 
 # --- manifests and indexes ------------------------------------------------------------------------------------

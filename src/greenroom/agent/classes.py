@@ -17,7 +17,6 @@ from greenroom.images.config import resolve_user
 from greenroom.images.port import Image, ImageConfig, OnProgress
 from greenroom.sandbox.port import SandboxClass
 
-
 #: What a wake's phase begins with while its image is prepared: the wake waits for that.
 WAITS_FOR_IMAGE = "prepare/"
 

@@ -1,7 +1,7 @@
 """The worker's side of the image store: what of it this worker uses, and what people ask of it.
 
-An image is held from before the first sandbox is made from it until the last one has ended, warm ones included; an agent
-that starts takes over what the sandboxes hold that it finds alive.
+An image is held from before the first sandbox is made from it until the last one has ended, warm ones included; an
+agent that starts takes over what the sandboxes hold that it finds alive.
 """
 
 from __future__ import annotations

@@ -89,7 +89,10 @@ class WarmPool:
             self._changed.clear()
             try:
                 await self._step()
-            except (FailedPrecondition, NotFound) as error:  # it will be so the next time as well: not before it is wanted again
+            except (
+                FailedPrecondition,
+                NotFound,
+            ) as error:  # it will be so the next time as well: not before it is wanted again
                 log.info("no sandbox can be made ready", error=error.message)
                 self._classes.pop(self._making, None)
                 self._changed.set()

@@ -91,9 +91,9 @@ class PruneImages(Call, frozen=True, kw_only=True):
 
 
 class ImportImage(Call, frozen=True, kw_only=True):
-    """Takes an image over from an archive. Stream: data frames of the archive (OCI layout or docker archive, as tar) one
-    way, an empty one at its end. ``name``: what it is called here; no registry is asked about it. ``tag``: which one of
-    the archive ("": its only one). It is pinned: it can't be pulled again. -> `Prepared`"""
+    """Takes an image over from an archive. Stream: data frames of the archive (OCI layout or docker archive, as tar),
+    an empty one at its end. ``name``: what it is called here; no registry is asked about it. ``tag``: which one of the
+    archive ("": its only one). It is pinned: it can't be pulled again. -> `Prepared`"""
 
     name: str
     tag: str = ""

@@ -41,6 +41,8 @@ _LAYER_SUFFIXES = ("", "+gzip", "+zstd", ".gzip", ".zstd")
 
 #: Source: OCI distribution spec ("SHOULD reject manifests over 4 MiB"). Configs are held to the same.
 MAX_JSON_BYTES = 4 << 20
+#: No layer is larger; a manifest that says so is wrong, or wants to hurt.
+MAX_BLOB_BYTES = 1 << 40
 #: Docker stops at 127 layers, overlayfs at 500.
 MAX_LAYERS = 500
 #: No user data base of an image is larger.
@@ -161,7 +163,7 @@ def check_descriptor(name: str, descriptor: Descriptor) -> None:
     digest = descriptor.digest
     if not (digest.startswith("sha256:") and len(digest) == 71 and set(digest[7:]) <= set("0123456789abcdef")):
         raise invalid(f"image {name} names a blob by {digest!r}: only sha256 digests are supported")
-    if descriptor.size < 0:
+    if not 0 <= descriptor.size <= MAX_BLOB_BYTES:
         raise invalid(f"image {name}: blob {digest} has the impossible size {descriptor.size}")
 
 

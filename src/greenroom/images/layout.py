@@ -15,8 +15,9 @@ from pathlib import Path
 import msgspec
 
 from greenroom.core.errors import DataLoss, NotFound
-from greenroom.images.blobs import CHUNK_BYTES, hex_of
+from greenroom.images.blobs import hex_of
 from greenroom.images.config import MAX_JSON_BYTES, Descriptor, Index, check_descriptor, choose, invalid
+from greenroom.images.pieces import PIECE_BYTES
 from greenroom.images.reference import DEFAULT_TAG, LayoutReference
 
 _REF_NAME = "org.opencontainers.image.ref.name"
@@ -61,11 +62,13 @@ class LayoutSource:
             os.close(fd)
 
     @asynccontextmanager
-    async def open_blob(self, descriptor: Descriptor, offset: int) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
+    async def open_blob(
+        self, descriptor: Descriptor, start: int, end: int
+    ) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
         fd = self._open(descriptor)
 
         async def chunks() -> AsyncIterator[bytes]:
-            while chunk := await asyncio.to_thread(os.read, fd, CHUNK_BYTES):
+            while chunk := await asyncio.to_thread(os.read, fd, PIECE_BYTES):
                 yield chunk
 
         try:
@@ -73,10 +76,10 @@ class LayoutSource:
             if size != descriptor.size:  # no retry makes a file longer
                 raise DataLoss(
                     f"{self._directory}: blob {descriptor.digest} has {size} of {descriptor.size} bytes",
-                    reason="DIGEST_MISMATCH",
+                    reason="SIZE_MISMATCH",
                 )
-            os.lseek(fd, offset, os.SEEK_SET)
-            yield offset, chunks()
+            os.lseek(fd, start, os.SEEK_SET)
+            yield start, chunks()
         finally:
             os.close(fd)
 

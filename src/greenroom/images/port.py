@@ -63,11 +63,17 @@ class ImageStore(Protocol):
         Raises:
             InvalidArgument: the reference is malformed.
             NotFound: no such directory, repository, tag or blob (reason ``IMAGE_NOT_FOUND``).
-            Unavailable: the registry does not answer; what was fetched is kept for the next attempt.
+            Unavailable: the registry does not answer (reason ``REGISTRY_UNAVAILABLE``), or redirects to nowhere (reason
+                ``REGISTRY_REDIRECT``); what was fetched is kept for the next attempt.
             FailedPrecondition: no manifest for this architecture, an unknown media type, a hostile archive (reason
-                ``IMAGE_INVALID``, the entry named); the registry wants a login (reason ``REGISTRY_AUTH``).
-            DataLoss: a blob's digest is wrong (reason ``DIGEST_MISMATCH``).
-            ResourceExhausted: the disk is full (reason ``DISK_FULL``); what was half written is removed.
+                ``IMAGE_INVALID``, the entry named); the registry wants a login, or another one (reason
+                ``REGISTRY_AUTH``); its certificate is not trusted (reason ``REGISTRY_TLS``); this machine's
+                configuration of registries blocks it (reason ``REGISTRY_BLOCKED``) or can't be read (reason
+                ``REGISTRY_CONFIG``).
+            DataLoss: a blob's digest is wrong (reason ``DIGEST_MISMATCH``), or its size is not what the manifest says
+                (reason ``SIZE_MISMATCH``).
+            ResourceExhausted: the disk is full (reason ``DISK_FULL``, ``metadata["missing_bytes"]``); what was half
+                written is removed. Or the registry's limit of requests is reached (reason ``REGISTRY_RATE_LIMIT``).
         """
 
     async def get(self, digest: str) -> Image:

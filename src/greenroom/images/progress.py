@@ -60,14 +60,14 @@ class Progress:
         return done / total if total else 0.0
 
     @asynccontextmanager
-    async def watched(self, layer: Descriptor, arrived: Callable[[str], int]) -> AsyncIterator[None]:
+    async def watched(self, layer: Descriptor, arrived: Callable[[Descriptor], int]) -> AsyncIterator[None]:
         """Around the fetching of a layer, which may be a wait for somebody else who fetches it for another image: what
         has ``arrived`` of it is looked at."""
 
         async def work() -> None:
             while True:
                 await asyncio.sleep(PERIOD_S)
-                here = min(layer.size, await asyncio.to_thread(arrived, layer.digest))
+                here = await asyncio.to_thread(arrived, layer)
                 if here > self._layers[layer.digest].done_bytes:
                     self.update("download", layer.digest, here)
 

@@ -37,12 +37,6 @@ class RegistryReference(Record, frozen=True, kw_only=True):
     tag: str = DEFAULT_TAG
     digest: str = ""
 
-    @property
-    def base_url(self) -> str:
-        """Where the registry's API is. Loopback is spoken to without TLS; Docker Hub's API has another name."""
-        host = "registry-1.docker.io" if self.host == "docker.io" else self.host
-        return f"{'http' if is_loopback(self.host) else 'https'}://{host}"
-
 
 def parse(reference: str) -> LayoutReference | RegistryReference:
     """Parses ``oci:<directory>[:<tag>][@sha256:...]`` or ``[host[:port]/]repository[:tag][@sha256:...]``. Without a
@@ -78,8 +72,14 @@ def parse(reference: str) -> LayoutReference | RegistryReference:
 
 
 def pinned(reference: str, digest: str) -> str:
-    """What the same place calls the image of this digest."""
-    return f"{reference.partition('@')[0]}@{digest}"
+    """``reference`` with the digest that it was resolved to, so that it means the same for ever, whatever becomes of
+    the tag.
+
+    Raises:
+        InvalidArgument: one of them is malformed.
+    """
+    parse(reference)
+    return f"{reference.partition('@')[0]}@{check_digest(digest)}"
 
 
 def check_digest(digest: str) -> str:

@@ -11,19 +11,20 @@ import contextlib
 import hashlib
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 import structlog
 
-from greenroom.core.errors import DataLoss, FailedPrecondition, NotFound, ResourceExhausted, Unavailable
+from greenroom.core.errors import DataLoss, FailedPrecondition, NotFound, ResourceExhausted
 from greenroom.core.records import Evicted, ImageCache
-from greenroom.images.blobs import BlobSource, BlobStore, Interrupted, write_atomically
+from greenroom.images.blobs import BlobStore, write_atomically
 from greenroom.images.cache import LOW_PART, RECENT_S, Cache, Marks
 from greenroom.images.catalog import Catalog, ImageRecord, disk_bytes
+from greenroom.images.client import Client
 from greenroom.images.config import (
     Descriptor,
     Manifest,
@@ -32,12 +33,16 @@ from greenroom.images.config import (
     parse_config,
     parse_manifest,
 )
+from greenroom.images.download import Interrupted
 from greenroom.images.flight import Flights
 from greenroom.images.layout import LayoutSource
+from greenroom.images.origins import Origins, Source
+from greenroom.images.peers import PeerSource
 from greenroom.images.port import Image, ImageConfig, OnProgress
 from greenroom.images.progress import Progress
 from greenroom.images.reference import LayoutReference, RegistryReference, check_digest, parse
-from greenroom.images.registry import Credentials, RegistrySource, anonymous
+from greenroom.images.registries import Registries
+from greenroom.images.registry import RegistrySource
 from greenroom.images.repair import repair
 from greenroom.images.shared import SharedProgress
 from greenroom.images.unpack import MAX_ENTRIES, MAX_UNPACKED_BYTES, Job, JobLayer
@@ -52,12 +57,6 @@ PARALLEL_LAYERS = 3
 _MAX_INDEX_DEPTH = 3
 
 
-class _Source(BlobSource, Protocol):
-    async def resolve(self) -> tuple[str, bytes, str]: ...
-
-    async def manifest(self, descriptor: Descriptor) -> bytes: ...
-
-
 class _Wanted(NamedTuple):
     reference: str
     digest: str
@@ -70,7 +69,10 @@ class DiskImageStore:
 
     Args:
         root: made if it is not there.
-        credentials: accounts for registries; anonymous by default.
+        registries: accounts, mirrors and certificates; by default there are none.
+        peers: base URLs of agents that are asked before a registry (`greenroom.images.peers`); called for each image,
+            so that they may come and go.
+        peer_token: what the peers want to be told.
         max_entries, max_unpacked_bytes: what one image may unpack to.
         high_bytes, low_bytes: when there is more than ``high_bytes`` of images, those that have been unused longest are
             evicted until there are ``low_bytes`` (0: `LOW_PART` of ``high_bytes``). 0: never.
@@ -81,7 +83,9 @@ class DiskImageStore:
         self,
         root: Path,
         *,
-        credentials: Credentials = anonymous,
+        registries: Registries | None = None,
+        peers: Callable[[], Sequence[str]] = tuple,
+        peer_token: str = "",
         max_entries: int = MAX_ENTRIES,
         max_unpacked_bytes: int = MAX_UNPACKED_BYTES,
         high_bytes: int = 0,
@@ -89,7 +93,9 @@ class DiskImageStore:
         recent_s: float = RECENT_S,
     ) -> None:
         self._root = root.absolute()
-        self._credentials = credentials
+        self._registries = registries or Registries()
+        self._peers = peers
+        self._peer_token = peer_token
         self._max_entries = max_entries
         self._max_unpacked_bytes = max_unpacked_bytes
         self._recent_s = recent_s
@@ -110,13 +116,13 @@ class DiskImageStore:
             on_progress("resolve", ())
         if (there := await asyncio.to_thread(self._known, reference, parsed.digest)) is not None:
             return there
-        async with self._open(parsed) as source:
-            digest, data, manifest = await self._resolve(reference, source)
+        async with self._open(parsed) as origins:
+            digest, data, manifest = await self._resolve(reference, origins)
 
         async def work(listeners: Sequence[OnProgress | None]) -> Image:
             # With connections of its own: whoever began may give up before the others.
-            async with self._open(parsed) as source:
-                return await self._prepare(_Wanted(reference, digest, data, manifest), source, listeners)
+            async with self._open(parsed) as origins:
+                return await self._prepare(_Wanted(reference, digest, data, manifest), origins, listeners)
 
         image = await self._flights.join(digest, on_progress, work)
         await asyncio.to_thread(self._catalog.note, reference, digest)
@@ -210,32 +216,36 @@ class DiskImageStore:
 
     # --- preparing -------------------------------------------------------------------------------------------
 
-    def _open(self, parsed: LayoutReference | RegistryReference) -> AbstractAsyncContextManager[_Source]:
+    @asynccontextmanager
+    async def _open(self, parsed: LayoutReference | RegistryReference) -> AsyncIterator[Origins]:
         if isinstance(parsed, LayoutReference):
-            return contextlib.nullcontext(LayoutSource(parsed))
-        return RegistrySource(parsed, credentials=self._credentials)
+            yield Origins([LayoutSource(parsed)])
+            return
+        async with contextlib.AsyncExitStack() as stack:
+            sources: list[Source] = []
+            if peers := self._peers():
+                peer_source = PeerSource(peers, digest=parsed.digest, token=self._peer_token)
+                sources.append(await stack.enter_async_context(peer_source))
+            client = await stack.enter_async_context(Client(self._registries))
+            for endpoint in self._registries.endpoints(parsed):
+                sources.append(RegistrySource(endpoint, parsed, self._registries, client))
+            yield Origins(sources)
 
-    async def _resolve(self, reference: str, source: _Source) -> tuple[str, bytes, Manifest]:
+    async def _resolve(self, reference: str, origins: Origins) -> tuple[str, bytes, Manifest]:
         """The manifest for this machine, through indexes: its digest, bytes and content."""
         try:
-            wanted, data, media_type = await source.resolve()
+            data, media_type = await origins.resolve()
             for _ in range(_MAX_INDEX_DEPTH):
-                digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
-                if wanted and digest != wanted:
-                    raise DataLoss(
-                        f"image {reference}: what was sent for {wanted} has the digest {digest}",
-                        reason="DIGEST_MISMATCH",
-                    )
                 found = parse_manifest(reference, data, media_type)
                 if isinstance(found, Manifest):
-                    return digest, data, found
+                    return f"sha256:{hashlib.sha256(data).hexdigest()}", data, found
                 chosen = choose(reference, found)
-                wanted, data, media_type = chosen.digest, await source.manifest(chosen), chosen.media_type
+                data, media_type = await origins.manifest(chosen), chosen.media_type
         except Interrupted as error:
-            raise Unavailable(f"image {reference} can't be resolved: {error}") from error
+            raise error.final(f"image {reference} can't be resolved") from error
         raise invalid(f"image {reference} has indexes inside indexes more than {_MAX_INDEX_DEPTH} deep")
 
-    async def _prepare(self, wanted: _Wanted, source: _Source, listeners: Sequence[OnProgress | None]) -> Image:
+    async def _prepare(self, wanted: _Wanted, origins: Origins, listeners: Sequence[OnProgress | None]) -> Image:
         progress = Progress(wanted.manifest.layers, listeners)
         image = await asyncio.to_thread(self._usable, wanted.digest)
         if image is None:
@@ -243,7 +253,7 @@ class DiskImageStore:
                 image = await asyncio.to_thread(self._catalog.load, wanted.digest)  # another process may have made it
                 if image is None:
                     async with self._shared.told(wanted.digest, progress.stage):
-                        image = await self._make_in_room(wanted, source, progress, lock_fd)
+                        image = await self._make_in_room(wanted, origins, progress, lock_fd)
                 self._uses.open(wanted.digest)  # should its removal have been begun, and cut short
         progress.finish()
         return image
@@ -264,13 +274,13 @@ class DiskImageStore:
                 lock_fd = await stack.enter_async_context(self._blobs.locked(digest))
             yield lock_fd
 
-    async def _make_in_room(self, wanted: _Wanted, source: _Source, progress: Progress, lock_fd: int) -> Image:
+    async def _make_in_room(self, wanted: _Wanted, origins: Origins, progress: Progress, lock_fd: int) -> Image:
         """Makes room first for what is to come, and for the rest when the disk is full all the same."""
         coming = await asyncio.to_thread(self._coming_bytes, wanted.manifest)
         await asyncio.to_thread(self._make_room, wanted, coming)
         free = await asyncio.to_thread(self._cache.free_bytes)
         try:
-            return await self._make(wanted, source, progress, lock_fd)
+            return await self._make(wanted, origins, progress, lock_fd)
         except ResourceExhausted as full:
             if full.reason != "DISK_FULL":
                 raise
@@ -280,7 +290,7 @@ class DiskImageStore:
             log.warning("the disk is full; images were evicted", freed_bytes=evicted.freed_bytes)
         free = await asyncio.to_thread(self._cache.free_bytes)
         try:
-            return await self._make(wanted, source, progress, lock_fd)
+            return await self._make(wanted, origins, progress, lock_fd)
         except ResourceExhausted as full:
             if full.reason != "DISK_FULL":
                 raise
@@ -289,8 +299,7 @@ class DiskImageStore:
     def _coming_bytes(self, manifest: Manifest) -> int:
         """Of the layers that are not here yet."""
         layers = {layer.digest: layer for layer in manifest.layers}.values()
-        here = sum(min(layer.size, self._blobs.arrived_bytes(layer.digest)) for layer in layers)
-        return sum(layer.size for layer in layers) - here
+        return sum(layer.size - self._blobs.done_bytes(layer) for layer in layers)
 
     def _make_room(self, wanted: _Wanted, coming: int) -> None:
         """What is known to be needed; what it unpacks to is not.
@@ -314,7 +323,7 @@ class DiskImageStore:
         missing = int(free / part) - free
         return _no_room(wanted.reference, self._root, f"to unpack it takes about {_mib(missing)} more", missing, 0)
 
-    async def _make(self, wanted: _Wanted, source: _Source, progress: Progress, lock_fd: int) -> Image:
+    async def _make(self, wanted: _Wanted, origins: Origins, progress: Progress, lock_fd: int) -> Image:
         reference, digest, manifest = wanted.reference, wanted.digest, wanted.manifest
         record = ImageRecord(
             reference=reference,
@@ -327,23 +336,25 @@ class DiskImageStore:
         await asyncio.to_thread(self._catalog.write, record)
         await asyncio.to_thread(self._blobs.write, wanted.data)
         try:
-            await self._blobs.fetch(manifest.config, source, lambda done: None)
+            await self._blobs.fetch(manifest.config, origins.sources, lambda done: None)
             data = await asyncio.to_thread(self._blobs.read, manifest.config.digest)
             config, diff_ids = parse_config(reference, data, len(manifest.layers))
-            await self._fetch_layers(manifest, source, progress)
+            await self._fetch_layers(manifest, origins, progress)
         except Interrupted as error:
-            raise Unavailable(f"image {reference} can't be fetched: {error.__cause__ or error}") from error
+            raise error.final(f"image {reference} can't be fetched") from error
         await self._unpack(msgspec.structs.replace(record, config=config), manifest, diff_ids, progress, lock_fd)
         image = await asyncio.to_thread(self._catalog.load, digest)
         assert image is not None
         return image
 
-    async def _fetch_layers(self, manifest: Manifest, source: _Source, progress: Progress) -> None:
+    async def _fetch_layers(self, manifest: Manifest, origins: Origins, progress: Progress) -> None:
         turns = asyncio.Semaphore(PARALLEL_LAYERS)
 
         async def fetch(layer: Descriptor) -> None:
-            async with turns, progress.watched(layer, self._blobs.arrived_bytes):
-                await self._blobs.fetch(layer, source, lambda done: progress.update("download", layer.digest, done))
+            async with turns, progress.watched(layer, self._blobs.done_bytes):
+                await self._blobs.fetch(
+                    layer, origins.sources, lambda done: progress.update("download", layer.digest, done)
+                )
 
         try:
             async with asyncio.TaskGroup() as group:
