@@ -176,9 +176,12 @@ class Tree:
 
     def fifo(self, parts: Parts, attributes: Attributes) -> None:
         parent = self._place(parts)
-        os.mkfifo(parts[-1], attributes.mode & 0o777, dir_fd=parent)
+        os.mkfifo(parts[-1], 0o600, dir_fd=parent)
         if self._owner:
             os.chown(parts[-1], attributes.uid, attributes.gid, dir_fd=parent, follow_symlinks=False)
+        os.chmod(parts[-1], attributes.mode, dir_fd=parent)  # not a link: it was made here just now
+        times = (attributes.mtime_ns, attributes.mtime_ns)
+        os.utime(parts[-1], ns=times, dir_fd=parent, follow_symlinks=False)
 
     def whiteout(self, parts: Parts) -> None:
         """Removes what lower layers have at this path; nothing there is fine."""

@@ -165,6 +165,7 @@ def _apply_layer(tree: Tree, number: int, layer: JobLayer, budget: _Budget, repo
             _apply(tree, entry, data)
         source.drain()
     except (Refused, tar.Malformed) as error:
+        name = getattr(error, "name", "") or name
         at = f" at entry {_shown(name)}" if name else ""
         raise FailedPrecondition(f"layer {layer.digest} is refused{at}: {error}", reason="IMAGE_INVALID") from error
     except (EOFError, gzip.BadGzipFile, igzip_lib.IsalError, zstandard.ZstdError) as error:  # type: ignore[misc]
