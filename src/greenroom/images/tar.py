@@ -9,8 +9,9 @@ Source: POSIX.1-2008 pax (ustar and extended headers); GNU tar manual, "Basic Ta
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Iterator
+
+from greenroom.images.stream import Data, Malformed, Source
 
 BLOCK = 512
 #: One extended header: names, link targets and PAX records. Far above any real one (PATH_MAX is 4096).
@@ -21,7 +22,6 @@ MAX_EXTENDED_HEADERS = 16
 MAX_GLOBAL_BYTES = 16 << 10
 #: Fragments of one sparse file.
 MAX_FRAGMENTS = 65_536
-_CHUNK = 1 << 20
 
 REGULAR, LINK, SYMLINK, CHARACTER, BLOCKDEV, DIRECTORY, FIFO, OTHER = (
     "file",
@@ -52,70 +52,6 @@ _MAX_DIGITS = 20
 _ZERO = bytes(BLOCK)
 #: Times that a file system can hold: 0 to the year 2242.
 _MAX_MTIME = 1 << 33
-
-
-class Malformed(Exception):
-    """The stream is no tar archive, or it ends too early. ``name``: of the entry where that was seen, if it has one."""
-
-    def __init__(self, why: str, name: str = "") -> None:
-        super().__init__(why)
-        self.name = name
-
-
-class Readable(Protocol):
-    def readinto(self, buffer: memoryview, /) -> int | None: ...
-
-
-class Source:
-    """A byte stream that is read in large pieces and handed out without copying.
-
-    Args:
-        stream: has ``readinto``.
-        seen: called with every piece that was read (to hash and count it).
-    """
-
-    def __init__(self, stream: Readable, seen: Callable[[memoryview], None]) -> None:
-        self._stream = stream
-        self._seen = seen
-        self._buffer = memoryview(bytearray(_CHUNK))
-        self._start = self._end = 0
-
-    def _fill(self) -> bool:
-        self._start, self._end = 0, self._stream.readinto(self._buffer) or 0
-        self._seen(self._buffer[: self._end])
-        return self._end > 0
-
-    def pieces(self, size: int) -> Iterator[memoryview]:
-        """The next ``size`` bytes in pieces, each valid until the next is asked for.
-
-        Raises:
-            Malformed: the stream ends before.
-        """
-        while size > 0:
-            if self._start == self._end and not self._fill():
-                raise Malformed("the archive ends too early")
-            piece = self._buffer[self._start : min(self._end, self._start + size)]
-            self._start += len(piece)
-            size -= len(piece)
-            yield piece
-
-    def take(self, size: int) -> bytes:
-        if self._end - self._start >= size:
-            self._start += size
-            return bytes(self._buffer[self._start - size : self._start])
-        return b"".join(bytes(piece) for piece in self.pieces(size))
-
-    def skip(self, size: int) -> None:
-        for _ in self.pieces(size):
-            pass
-
-    def at_end(self) -> bool:
-        return self._start == self._end and not self._fill()
-
-    def drain(self) -> None:
-        """Reads what is left (padding), so that all of it has been seen."""
-        while self._fill():
-            pass
 
 
 class Entry:
@@ -151,7 +87,7 @@ class Entry:
     map_inside: bool  # the fragments are listed at the start of the data
 
 
-def entries(source: Source) -> Iterator[tuple[Entry, Iterator[memoryview]]]:
+def entries(source: Source) -> Iterator[tuple[Entry, Data]]:
     """Yields each entry with the pieces of its data; data that is not read is skipped.
 
     Raises:
@@ -194,11 +130,9 @@ def entries(source: Source) -> Iterator[tuple[Entry, Iterator[memoryview]]]:
         except Malformed as error:
             raise Malformed(str(error), entry.name) from None
         extended, headers = {}, 0
-        data = source.pieces(entry.stored - map_bytes)
+        data = Data(source, entry.stored - map_bytes)
         yield entry, data
-        for _ in data:
-            pass
-        source.skip(padding)
+        source.skip(data.left + padding)
 
 
 def _check(header: bytes) -> None:
