@@ -136,12 +136,15 @@ def entries(source: Source) -> Iterator[tuple[Entry, Data]]:
 
 
 def _check(header: bytes) -> None:
-    stored = _number(header[148:156])
+    try:
+        stored = _number(header[148:156])
+    except Malformed:
+        stored = -1
     unsigned = sum(header) - sum(header[148:156]) + 8 * 32
     if stored != unsigned:
         signed = unsigned - 256 * sum(b > 127 for i, b in enumerate(header) if not 148 <= i < 156)
         if stored != signed:
-            raise Malformed("it is no tar archive (a checksum is wrong)")
+            raise Malformed("it is no tar archive (a header's checksum is wrong)")
 
 
 def _number(field: bytes) -> int:
