@@ -18,8 +18,13 @@ _TOOLS = Path(__file__).resolve().parents[2] / ".tools" / "bin"
 _START_TIMEOUT_S = 30.0
 
 
+def find_tool(name: str) -> str | None:
+    """A program that scripts/setup.sh brought, or one on PATH."""
+    return shutil.which(name, path=f"{_TOOLS}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
 def find_registry() -> str | None:
-    return shutil.which("docker-registry", path=f"{_TOOLS}{os.pathsep}{os.environ.get('PATH', '')}")
+    return find_tool("docker-registry")
 
 
 @contextlib.contextmanager

@@ -21,7 +21,6 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,6 +31,7 @@ from isal import igzip, igzip_lib
 from greenroom.core.errors import DataLoss, FailedPrecondition, GreenroomError, ResourceExhausted
 from greenroom.core.records import Failure, Record
 from greenroom.images import tar
+from greenroom.images.stream import Data, Malformed, Readable, ReadAhead, Source
 from greenroom.images.tree import Attributes, Parts, Refused, Tree
 
 #: Entries of all layers together: ten times as many as the largest images in use have.
@@ -158,13 +158,15 @@ def _apply_layer(tree: Tree, number: int, layer: JobLayer, budget: _Budget, repo
             next_report = time.monotonic() + _REPORT_PERIOD_S
 
     try:
-        source = tar.Source(_decompressed(blob), seen)
-        for entry, data in tar.entries(source):
-            name = entry.name
-            budget.entry()
-            _apply(tree, entry, data)
-        source.drain()
-    except (Refused, tar.Malformed) as error:
+        with ReadAhead(_decompressed(blob), seen) as ahead:
+            source = Source(ahead.more)
+            for entry, data in tar.entries(source):
+                name = entry.name
+                budget.entry()
+                _apply(tree, entry, data)
+            source.drain()
+    except (Refused, Malformed) as error:
+        name = getattr(error, "name", "") or name
         at = f" at entry {_shown(name)}" if name else ""
         raise FailedPrecondition(f"layer {layer.digest} is refused{at}: {error}", reason="IMAGE_INVALID") from error
     except (EOFError, gzip.BadGzipFile, igzip_lib.IsalError, zstandard.ZstdError) as error:  # type: ignore[misc]
@@ -188,21 +190,21 @@ def _apply_layer(tree: Tree, number: int, layer: JobLayer, budget: _Budget, repo
     _send(report, Report(layer=number, read_bytes=blob.read_bytes))
 
 
-def _decompressed(blob: _Blob) -> tar.Readable:
+def _decompressed(blob: _Blob) -> Readable:
     """By the first bytes and not by the media type, which registries and tools mix up."""
     magic = blob.magic()
     if magic[:2] == b"\x1f\x8b":
-        gunzip: tar.Readable = igzip.IGzipFile(fileobj=blob, mode="rb")  # type: ignore[no-untyped-call]
+        gunzip: Readable = igzip.IGzipFile(fileobj=blob, mode="rb")  # type: ignore[no-untyped-call]
         return gunzip
     # A zstd stream may start with a skippable frame (0x184D2A50 to 5F).
     if magic == b"\x28\xb5\x2f\xfd" or (magic[1:] == b"\x2a\x4d\x18" and magic[0] & 0xF0 == 0x50):
         decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW)
-        unzstd: tar.Readable = decompressor.stream_reader(blob, read_size=1 << 20, read_across_frames=True)  # type: ignore[arg-type]
+        unzstd: Readable = decompressor.stream_reader(blob, read_size=1 << 20, read_across_frames=True)  # type: ignore[arg-type]
         return unzstd
     return blob
 
 
-def _apply(tree: Tree, entry: tar.Entry, data: Iterator[memoryview]) -> None:
+def _apply(tree: Tree, entry: tar.Entry, data: Data) -> None:
     parts = _parts(entry.name)
     if parts and parts[-1].startswith(_WHITEOUT):
         return _apply_whiteout(tree, parts)
@@ -264,7 +266,7 @@ def _shown(name: str) -> str:
     return repr(name if len(name) <= _MAX_SHOWN else name[:_MAX_SHOWN] + "...")
 
 
-def _write(fd: int, entry: tar.Entry, data: Iterator[memoryview]) -> None:
+def _write(fd: int, entry: tar.Entry, data: Data) -> None:
     if entry.fragments is None:
         for piece in data:
             _write_all(fd, piece)
