@@ -10,15 +10,12 @@ import msgspec
 from greenroom.agent.images import WorkerImages
 from greenroom.agent.progress import Reports
 from greenroom.agent.warm import MAX_CLASSES
-from greenroom.core.agentapi import Identity, Prepare, Prepared, Progress
+from greenroom.core.agentapi import WAITS_FOR_IMAGE, Identity, Prepare, Prepared, Progress
 from greenroom.core.errors import FailedPrecondition
 from greenroom.core.records import LayerProgress, TemplateSpec
 from greenroom.images.config import resolve_user
 from greenroom.images.port import Image, ImageConfig, OnProgress
 from greenroom.sandbox.port import SandboxClass
-
-#: What a wake's phase begins with while its image is prepared: the wake waits for that.
-WAITS_FOR_IMAGE = "prepare/"
 
 
 class Classes:

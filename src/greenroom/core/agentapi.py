@@ -21,6 +21,9 @@ from greenroom.core.records import (
     TemplateSpec,
 )
 
+#: What the phase of a wake begins with while its image is prepared: it waits for that.
+WAITS_FOR_IMAGE = "prepare/"
+
 
 class Identity(Record, frozen=True, kw_only=True):
     """Who a sandbox is. The sandbox sees it as files below ``/run/greenroom/`` and as its host name."""

@@ -86,6 +86,8 @@ class Census:
         #: Workers whose residents have been compared since they connected.
         self._welcomed: set[str] = set()
         self._differed: dict[str, frozenset[tuple[str, int]]] = {}
+        #: By worker: the images that it had when it was asked last, and what they take (`api.Heartbeat`).
+        self._stock: dict[str, tuple[tuple[str, ...], int, int]] = {}
         self._leaving: set[str] = set()
         self._emptying: set[str] = set()
         self._abandoning: dict[str, asyncio.Task[None]] = {}
@@ -122,7 +124,13 @@ class Census:
     def _notice(self, worker: str, heartbeat: api.Heartbeat) -> None:
         """What it says lives there is compared with what this process routes to; the worker itself is asked before
         anything is done about a difference."""
-        if self._ops.closed or worker in self._comparing or worker not in self._welcomed:
+        if self._ops.closed or worker not in self._welcomed:
+            return
+        stock = (heartbeat.images, heartbeat.image_bytes, heartbeat.image_over_bytes)
+        if stock != self._stock.get(worker):
+            self._stock[worker] = stock
+            self._engine.spawn(self._take_stock(worker, stock), f"stock-{worker}")
+        if worker in self._comparing:
             return
         there = {(r.actor_uid, r.generation) for r in heartbeat.residents if r.state is api.ResidentState.RUNNING}
         bound = {(b.uid, b.generation) for b in self._engine.bindings.all() if b.worker == worker}
@@ -132,6 +140,17 @@ class Census:
             self._engine.spawn(self._compare_quietly(worker), f"compare-{worker}")
         self._differed[worker] = differs
 
+    async def _take_stock(self, worker: str, stock: tuple[tuple[str, ...], int, int]) -> None:
+        """Writes down which images a worker has: placement prefers it for them."""
+        images, used, over = stock
+        try:
+            await self.change_worker(
+                worker, lambda there: replace(there, images=images, image_bytes=used, image_over_bytes=over)
+            )
+        except GreenroomError as error:
+            self._stock.pop(worker, None)  # with the next heartbeat
+            log.info("a worker's images are not written down yet", worker=worker, error=error.message)
+
     def worker_leaving(self, worker: str, boot_id: str) -> None:
         """Its agent was asked to end: its actors are suspended first, then it may go."""
         if not self._ops.closed and worker not in self._leaving:
@@ -140,6 +159,7 @@ class Census:
 
     def worker_gone(self, worker: str, boot_id: str) -> None:
         self._welcomed.discard(worker)
+        self._stock.pop(worker, None)
         if not self._ops.closed:
             self._missing(worker)
 
@@ -179,6 +199,8 @@ class Census:
             "memory_snapshots": hello.memory_snapshots,
             "labels": hello.labels,
             "images": hello.images,
+            "image_bytes": hello.image_bytes,
+            "image_over_bytes": hello.image_over_bytes,
             "last_seen": now,
         }
         try:

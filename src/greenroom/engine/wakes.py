@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from greenroom.core.agentapi import WAITS_FOR_IMAGE, Progress
 from greenroom.core.commands import BeginResume, BeginSuspend, Change, Outcome
 from greenroom.core.errors import GreenroomError, LeaseHeld, ResourceExhausted, Unavailable
 from greenroom.core.records import Actor, ActorState, Key, Operation, OperationKind, OperationState, Template
@@ -26,15 +27,18 @@ log = structlog.get_logger(__name__)
 WAKE_ATTEMPTS = 10
 #: How long an actor that could not be suspended to make room is left alone.
 SPARED_S = 10.0
+#: When a request that was not held for an image should be sent again.
+IMAGE_RETRY_S = 5.0
 
 
 @dataclass(slots=True)
 class _Waking:
     """A wake-up under way and how many wait for it. While somebody does, the actor is not suspended to make room: it
-    would be gone before its first request."""
+    would be gone before its first request. ``let_go``: what those who wait now are told before it has ended."""
 
     task: asyncio.Task[Operation | None]
     waiters: int = 0
+    let_go: asyncio.Future[Unavailable] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 @dataclass(slots=True)
@@ -113,10 +117,33 @@ class Wakes:
             waking.task.add_done_callback(lambda _: self._forget(key, waking))
         waking.waiters += 1
         try:
+            let_go = waking.let_go
+            ends: set[asyncio.Future[Any]] = {waking.task, let_go}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if not waking.task.done():
+                raise let_go.result()
             return await self._ops.attend(waking.task)
         finally:
             waking.waiters -= 1
             self._forget(key, waking)
+
+    def waits_for_image(self, key: Key, progress: Progress) -> None:
+        """Its resume has waited for its image for `IMAGE_HOLD_S` or longer, and goes on to: nobody is held for that."""
+        waking = self._waking.get(key)
+        if waking is None or not waking.waiters:
+            return
+        done = sum(layer.done_bytes for layer in progress.layers)
+        total = sum(layer.total_bytes for layer in progress.layers)
+        far = f", {done * 100 // total} % of {total / (1 << 20):.1f} MiB" if total else ""
+        waking.let_go.set_result(
+            Unavailable(
+                f"actor {key} waits for its image ({progress.phase.removeprefix(WAITS_FOR_IMAGE)}{far}); it goes on to "
+                f"wake, ask again. `greenroom get operations --state=running` tells how far it is",
+                reason="IMAGE_PREPARING",
+                retry_after_s=IMAGE_RETRY_S,
+            )
+        )
+        waking.let_go = asyncio.get_running_loop().create_future()
 
     def _forget(self, key: Key, waking: _Waking) -> None:
         """A wake-up that has ended and that nobody has yet to take up."""

@@ -28,7 +28,8 @@ class LayoutSource:
 
     def __init__(self, reference: LayoutReference) -> None:
         self._reference = reference
-        self._directory = reference.directory
+        self._directory: Path = reference.directory
+        self._blobs = self._directory / "blobs" / "sha256"
 
     async def resolve(self) -> tuple[str, bytes, str]:
         """The manifest or index that is meant: (digest, bytes, media type).
@@ -106,6 +107,8 @@ class LayoutSource:
         name = str(self._directory)
         if reference.digest:
             found = [d for d in index.manifests if d.digest == reference.digest]
+            if not found and (inside := self._by_digest(reference.digest)) is not None:
+                return inside
         elif not reference.tag and len(index.manifests) == 1:
             found = list(index.manifests)
         else:
@@ -120,10 +123,16 @@ class LayoutSource:
         check_descriptor(name, descriptor)
         return descriptor
 
-    def _open(self, descriptor: Descriptor) -> int:
-        path: Path = self._directory / "blobs" / "sha256" / hex_of(descriptor.digest)
+    def _by_digest(self, digest: str) -> Descriptor | None:
+        """A manifest that an index of the layout names, or one that has lost its tag to a newer one."""
         try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return Descriptor(digest=digest, size=(self._blobs / hex_of(digest)).stat().st_size)
+        except FileNotFoundError:
+            return None
+
+    def _open(self, descriptor: Descriptor) -> int:
+        try:
+            return os.open(self._blobs / hex_of(descriptor.digest), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise NotFound(f"{self._directory} lacks blob {descriptor.digest}", reason="IMAGE_NOT_FOUND") from error
 
