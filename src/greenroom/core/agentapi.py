@@ -392,6 +392,9 @@ AgentCall = (
 )
 """Everything that can be asked of an agent."""
 
+#: Calls with data frames beside the answer.
+StreamingCall = Exec | Logs | ImportImage
+
 #: What each call answers with.
 ANSWERS: dict[str, type[Record]] = {
     "Prepare": Prepared,

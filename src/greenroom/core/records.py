@@ -333,6 +333,18 @@ class ImageDetail(Record, frozen=True, kw_only=True):
     stop_signal: str = ""
 
 
+class PullProgress(Record, frozen=True, kw_only=True):
+    """How far a worker is with an image. The last one is ``done``, with digest and size, or has an ``error``."""
+
+    worker: str
+    phase: str = ""
+    layers: tuple[LayerProgress, ...] = ()
+    done: bool = False
+    digest: str = ""
+    size_bytes: int = 0
+    error: Failure | None = None
+
+
 class Evicted(Record, frozen=True, kw_only=True):
     """What an eviction removed, or would remove; and what it could not, with the reason: ``digest: why``."""
 

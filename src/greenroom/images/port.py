@@ -12,7 +12,7 @@ Nothing is ever held in memory whole: blobs are streamed, hashed while written, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -115,6 +115,21 @@ class ImageStore(Protocol):
 
         Raises:
             FailedPrecondition: it is in use or pinned (reason ``IMAGE_IN_USE``); names by whom.
+        """
+
+    async def take_in(self, name: str, tag: str, archive: AsyncIterator[bytes]) -> Image:
+        """An image of an archive, an OCI layout or what ``docker save`` writes, as tar. From then on ``name`` means it
+        here, and no registry is asked. It is pinned: it can't be pulled again.
+
+        Args:
+            name: as of an image in a registry, without a digest.
+            tag: which image of the archive; "" for its only one.
+
+        Raises:
+            InvalidArgument: no such name can be.
+            NotFound: the archive has no such image.
+            FailedPrecondition: it is no such archive, or the image can't be used (reason ``IMAGE_INVALID``).
+            ResourceExhausted: the disk is full (reason ``DISK_FULL``).
         """
 
     async def trim(self) -> Evicted:

@@ -17,6 +17,7 @@ import structlog
 from greenroom.images.blobs import BlobStore, try_lock
 from greenroom.images.cache import Cache
 from greenroom.images.catalog import Catalog
+from greenroom.images.incoming import clear_incoming
 from greenroom.images.uses import Uses
 
 log = structlog.get_logger(__name__)
@@ -42,6 +43,7 @@ def repair(
             os.close(fd)
 
     uses.drop_stale()
+    done += clear_incoming(root)
     for directory in (catalog.images, catalog.refs, root / "blobs" / "sha256", root / "progress"):
         done += _remove_unfinished(directory, unfinished_s)
     for path in catalog.unpacking.iterdir():

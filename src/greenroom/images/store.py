@@ -19,7 +19,7 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
-from greenroom.core.errors import DataLoss, FailedPrecondition, NotFound, ResourceExhausted
+from greenroom.core.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from greenroom.core.records import Evicted, ImageCache
 from greenroom.images.blobs import BlobStore, write_atomically
 from greenroom.images.cache import LOW_PART, RECENT_S, Cache, Marks
@@ -35,6 +35,7 @@ from greenroom.images.config import (
 )
 from greenroom.images.download import Interrupted
 from greenroom.images.flight import Flights
+from greenroom.images.incoming import layout_of
 from greenroom.images.layout import LayoutSource
 from greenroom.images.origins import Origins, Source
 from greenroom.images.peers import PeerSource
@@ -116,6 +117,13 @@ class DiskImageStore:
             on_progress("resolve", ())
         if (there := await asyncio.to_thread(self._known, reference, parsed.digest)) is not None:
             return there
+        image = await self._bring(reference, parsed, on_progress)
+        await asyncio.to_thread(self._catalog.note, reference, image.digest)
+        return image
+
+    async def _bring(
+        self, reference: str, parsed: LayoutReference | RegistryReference, on_progress: OnProgress | None
+    ) -> Image:
         async with self._open(parsed) as origins:
             digest, data, manifest = await self._resolve(reference, origins)
 
@@ -125,8 +133,21 @@ class DiskImageStore:
                 return await self._prepare(_Wanted(reference, digest, data, manifest), origins, listeners)
 
         image = await self._flights.join(digest, on_progress, work)
-        await asyncio.to_thread(self._catalog.note, reference, digest)
         return msgspec.structs.replace(image, reference=reference)
+
+    async def take_in(self, name: str, tag: str, archive: AsyncIterator[bytes]) -> Image:
+        called = parse(name)
+        if not isinstance(called, RegistryReference) or called.digest:
+            raise InvalidArgument(
+                f"an imported image can't be called {name!r}: give it a name as of a registry, for example "
+                "imported/counter:1",
+                reason="INVALID_IMAGE_REFERENCE",
+            )
+        async with layout_of(self._root, archive) as layout:
+            image = await self._bring(name, LayoutReference(directory=layout, tag=tag), None)
+        await self.pin(image.digest)
+        await asyncio.to_thread(self._catalog.note, name, image.digest, imported=True)
+        return image
 
     def _known(self, reference: str, digest: str) -> Image | None:
         """The image, where nobody needs to be asked what the reference means: a digest never means anything else, and
