@@ -58,7 +58,8 @@ class Link(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AgentConfig:
-    """``labels``: what this worker is to those who choose one."""
+    """``labels``: what this worker is to those who choose one. ``blobs``: base URL where other workers get its image
+    layers; "": nowhere."""
 
     worker: str
     pool: str
@@ -66,6 +67,7 @@ class AgentConfig:
     state_dir: Path
     warm: int = DEFAULT_WARM
     labels: dict[str, str] = field(default_factory=dict)
+    blobs: str = ""
 
 
 @dataclass(slots=True)
@@ -182,6 +184,7 @@ class Agent:
             freeze=True,
             residents=self._residents.listed(),
             labels=self._config.labels,
+            blobs=self._config.blobs,
             images=self._classes.digests(),
             image_bytes=self._images.used_bytes,
             image_over_bytes=self._images.over_bytes,
@@ -250,7 +253,7 @@ class Agent:
             case api.Warm():
                 if self._warm:
                     with Reports(reporter) as reports:
-                        self._warm.want(await self._classes.to_warm(call.image_digest, call.spec, reports))
+                        self._warm.want(await self._classes.to_warm(call, reports))
                 return api.Done()
             case api.ListImages() | api.InspectImage() | api.RemoveImage() | api.PinImage() | api.PruneImages():
                 return await self._about_images(call)

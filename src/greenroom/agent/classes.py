@@ -10,7 +10,7 @@ import msgspec
 from greenroom.agent.images import WorkerImages
 from greenroom.agent.progress import Reports
 from greenroom.agent.warm import MAX_CLASSES
-from greenroom.core.agentapi import WAITS_FOR_IMAGE, Identity, Prepare, Prepared, Progress
+from greenroom.core.agentapi import WAITS_FOR_IMAGE, Prepare, Prepared, Progress, Restore, Start, Warm
 from greenroom.core.errors import FailedPrecondition
 from greenroom.core.records import LayerProgress, TemplateSpec
 from greenroom.images.config import resolve_user
@@ -26,7 +26,7 @@ class Classes:
         self._needs_image = needs_image
         self._known: dict[bytes, SandboxClass] = {}
 
-    async def held(self, image_digest: str, spec: TemplateSpec, owner: Identity, reports: Reports) -> SandboxClass:
+    async def held(self, call: Start | Restore, reports: Reports) -> SandboxClass:
         """For a sandbox of this actor: its image is here, and stays until it is released
         (`greenroom.agent.images.WorkerImages`).
 
@@ -34,17 +34,15 @@ class Classes:
         """
         image = None
         if self._needs_image:
-            who = f"{owner.namespace}/{owner.name}"
-            told = _telling(reports, WAITS_FOR_IMAGE)
-            image = await self._images.hold(spec.image, image_digest, owner.uid, who, told)
-        return self._of(image_digest, spec, image)
+            image = await self._images.hold(call, _telling(reports, WAITS_FOR_IMAGE))
+        return self._of(call.image_digest, call.spec, image)
 
-    async def to_warm(self, image_digest: str, spec: TemplateSpec, reports: Reports) -> SandboxClass:
+    async def to_warm(self, call: Warm, reports: Reports) -> SandboxClass:
         """For sandboxes that are to be kept ready; the image is prepared, and not held."""
         image = None
         if self._needs_image:
-            image = await self._images.prepare(spec.image, _telling(reports), image_digest)
-        return self._of(image_digest, spec, image)
+            image = await self._images.prepare(call.spec.image, _telling(reports), call.image_digest, call.peers)
+        return self._of(call.image_digest, call.spec, image)
 
     def _of(self, image_digest: str, spec: TemplateSpec, image: Image | None) -> SandboxClass:
         key = image_digest.encode() + msgspec.json.encode(spec)

@@ -7,7 +7,7 @@ agent that starts takes over what the sandboxes hold that it finds alive.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from pathlib import Path
 from typing import assert_never
 
@@ -65,14 +65,15 @@ class WorkerImages:
 
     # --- use ---------------------------------------------------------------------------------------------
 
-    async def hold(self, reference: str, digest: str, actor_uid: str, who: str, on_progress: OnProgress) -> Image:
-        """The image that ``reference`` meant when it was ``digest``, prepared first where it is not here, and held for
-        the actor.
+    async def hold(self, call: api.Start | api.Restore, on_progress: OnProgress) -> Image:
+        """The image that the actor's template was made from, prepared first where it is not here, and held for it.
 
         Raises:
             FailedPrecondition: it can't be had any more (reason ``IMAGE_MOVED``).
             GreenroomError: as `greenroom.images.port.ImageStore.prepare`.
         """
+        digest, actor_uid = call.image_digest, call.actor_uid
+        who = f"{call.identity.namespace}/{call.identity.name}"
         for attempt in range(_ATTEMPTS):
             try:
                 await self._store.hold(digest, self._holder, actor_uid, who)
@@ -81,7 +82,7 @@ class WorkerImages:
             except NotFound:
                 if attempt + 1 == _ATTEMPTS:
                     raise
-            await self.prepare(reference, on_progress, digest)
+            await self.prepare(call.spec.image, on_progress, digest, call.peers)
         raise AssertionError("the last attempt raises")
 
     async def release(self, actor_uid: str) -> None:
@@ -108,12 +109,14 @@ class WorkerImages:
 
     # --- what people and the control plane ask for -------------------------------------------------------
 
-    async def prepare(self, reference: str, on_progress: OnProgress, digest: str = "") -> Image:
+    async def prepare(
+        self, reference: str, on_progress: OnProgress, digest: str = "", peers: Sequence[str] = ()
+    ) -> Image:
         """``digest``: what the reference meant when it was resolved; "" to resolve it now."""
         if not digest:
-            return await self._store.prepare(reference, on_progress)
+            return await self._store.prepare(reference, on_progress, peers)
         try:
-            return await self._store.prepare(pinned(reference, digest), on_progress)
+            return await self._store.prepare(pinned(reference, digest), on_progress, peers)
         except NotFound as error:
             raise FailedPrecondition(
                 f"image {reference} was {digest} when the template was made from it, which is gone where it came from, "
@@ -122,7 +125,7 @@ class WorkerImages:
             ) from error
 
     async def pull(self, call: api.Prepare, on_progress: OnProgress) -> api.Prepared:
-        image = await self.prepare(call.image, on_progress, call.digest)
+        image = await self.prepare(call.image, on_progress, call.digest, call.peers)
         if call.pin:
             await self._store.pin(image.digest)
         return api.Prepared(image_digest=image.digest, size_bytes=image.size_bytes)

@@ -77,7 +77,7 @@ class Waker:
                 await self._images.release(call.actor_uid)
 
     async def _wake(self, call: api.Start | api.Restore, marks: Marks, reports: Reports) -> api.Started:
-        cls = await self._classes.held(call.image_digest, call.spec, call.identity, reports)
+        cls = await self._classes.held(call, reports)
         if self._warm:
             self._warm.want(cls)
         marks.end("prepare")

@@ -53,11 +53,13 @@ class ActorCall(Call, frozen=True, kw_only=True):
 
 class Prepare(Call, frozen=True, kw_only=True):
     """Pulls and unpacks an image (idempotent); progress events carry a `LayerProgress` list. ``digest``: what the
-    reference is known to mean; "" to resolve it now. ``pin``: it is kept until somebody unpins it. -> `Prepared`"""
+    reference is known to mean; "" to resolve it now. ``pin``: it is kept until somebody unpins it.
+    ``peers`` (here and below): base URLs of workers that are asked for layers before the registry. -> `Prepared`"""
 
     image: str
     digest: str = ""
     pin: bool = False
+    peers: tuple[str, ...] = ()
 
 
 class ListImages(Call, frozen=True, kw_only=True):
@@ -108,6 +110,7 @@ class Start(ActorCall, frozen=True, kw_only=True):
     identity: Identity
     spec: TemplateSpec
     image_digest: str
+    peers: tuple[str, ...] = ()
 
 
 class Restore(ActorCall, frozen=True, kw_only=True):
@@ -120,6 +123,7 @@ class Restore(ActorCall, frozen=True, kw_only=True):
     spec: TemplateSpec
     image_digest: str
     snapshot: Snapshot
+    peers: tuple[str, ...] = ()
 
 
 class Checkpoint(ActorCall, frozen=True, kw_only=True):
@@ -187,6 +191,7 @@ class Warm(Call, frozen=True, kw_only=True):
 
     spec: TemplateSpec
     image_digest: str
+    peers: tuple[str, ...] = ()
 
 
 class Exec(Call, frozen=True, kw_only=True):
@@ -292,7 +297,8 @@ class ActorStats(Record, frozen=True, kw_only=True):
 
 
 class Hello(Record, frozen=True, kw_only=True):
-    """First frame of an agent: who it is and what lives on it. ``boot_id`` is new with each agent process."""
+    """First frame of an agent: who it is and what lives on it. ``boot_id`` is new with each agent process.
+    ``blobs``: base URL where other workers get image layers; "": nowhere."""
 
     worker: str
     pool: str
@@ -302,6 +308,7 @@ class Hello(Record, frozen=True, kw_only=True):
     boot_id: str
     memory_snapshots: bool
     freeze: bool
+    blobs: str = ""
     residents: tuple[Resident, ...] = ()
     labels: dict[str, str] = {}
     images: tuple[str, ...] = ()

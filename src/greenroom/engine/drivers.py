@@ -186,6 +186,7 @@ class Drivers:
             "identity": identity,
             "spec": template.spec,
             "image_digest": template.image_digest,
+            "peers": self._engine.images.peers(op.worker, template.image_digest),
         }
         if source is not None:
             return await self._call(op, api.Restore(**about, snapshot=source), api.Started, deadline=deadline)

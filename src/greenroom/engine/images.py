@@ -19,6 +19,7 @@ from greenroom.core.errors import (
 )
 from greenroom.core.records import CachedImage, Evicted, Failure, ImageCache, ImageDetail, PullProgress, Record
 from greenroom.engine import clock
+from greenroom.images.peers import MAX_PEERS
 from greenroom.images.reference import parse
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ class Images:
                 if reports.qsize() < MAX_REPORTS:
                     reports.put_nowait(PullProgress(worker=worker, phase=progress.phase, layers=progress.layers))
 
-            call = asyncio.ensure_future(self._engine.hub.call(worker, api.Prepare(image=reference, pin=pin), heard))
+            prepare = api.Prepare(image=reference, pin=pin, peers=self.peers(worker))
+            call = asyncio.ensure_future(self._engine.hub.call(worker, prepare, heard))
             try:
                 while not call.done():
                     left_s = moved + self._engine.config.stall_s - clock.monotonic()
@@ -171,6 +173,17 @@ class Images:
             answer.cancel()
         assert isinstance(prepared, api.Prepared)
         return prepared
+
+    def peers(self, worker: str, digest: str = "") -> tuple[str, ...]:
+        """Where ``worker`` may get an image that it does not have: base URLs of workers that give layers to others,
+        those first that have it. "" for ``digest``: not known yet. () when it has it."""
+        census = self._engine.census
+        if digest and census.has_image(worker, digest):
+            return ()
+        others = {name: hello.blobs for name, hello in self._engine.hub.connected().items() if hello.blobs}
+        others.pop(worker, None)
+        found = sorted(others, key=lambda name: (not census.has_image(name, digest), name))
+        return tuple(others[name] for name in found[:MAX_PEERS])
 
     # --- parts -------------------------------------------------------------------------------------------
 

@@ -358,7 +358,8 @@ class Preparer:
             nonlocal layers, phase
             layers, phase = progress.layers, progress.phase
 
-        call = asyncio.ensure_future(self._engine.hub.call(worker, api.Prepare(image=image), report))
+        prepare = api.Prepare(image=image, peers=self._engine.images.peers(worker))
+        call = asyncio.ensure_future(self._engine.hub.call(worker, prepare, report))
         moved = clock.monotonic()
         try:
             while not call.done():
@@ -403,7 +404,9 @@ class Preparer:
         pause_s = WARM_PAUSE_S
         for attempt in range(1, WARM_ATTEMPTS + 1):
             try:
-                await self._engine.hub.call(worker, api.Warm(spec=template.spec, image_digest=template.image_digest))
+                peers = self._engine.images.peers(worker, template.image_digest)
+                call = api.Warm(spec=template.spec, image_digest=template.image_digest, peers=peers)
+                await self._engine.hub.call(worker, call)
                 return
             except Unavailable as error:  # the registry; one that is away itself is prepared anew when it is back
                 if error.reason == "WORKER_DISCONNECTED" or attempt == WARM_ATTEMPTS:

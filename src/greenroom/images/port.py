@@ -12,7 +12,7 @@ Nothing is ever held in memory whole: blobs are streamed, hashed while written, 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -56,9 +56,14 @@ class ImageStore(Protocol):
         """Removes or makes whole what killed processes left. Once, before anything else; others may be at work in the
         same store."""
 
-    async def prepare(self, reference: str, on_progress: OnProgress | None = None) -> Image:
+    async def prepare(self, reference: str, on_progress: OnProgress | None = None, peers: Sequence[str] = ()) -> Image:
         """Resolves, downloads and unpacks; what is already there is not done again. Cancellation-safe: a partial
         download is kept and gone on with.
+
+        Args:
+            on_progress: hears how far it is, also while another process does it.
+            peers: base URLs of workers that are asked for what they have before the registry is
+                (`greenroom.images.peers`).
 
         Raises:
             InvalidArgument: the reference is malformed.

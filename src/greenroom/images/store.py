@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -71,8 +71,6 @@ class DiskImageStore:
     Args:
         root: made if it is not there.
         registries: accounts, mirrors and certificates; by default there are none.
-        peers: base URLs of agents that are asked before a registry (`greenroom.images.peers`); called for each image,
-            so that they may come and go.
         peer_token: what the peers want to be told.
         max_entries, max_unpacked_bytes: what one image may unpack to.
         high_bytes, low_bytes: when there is more than ``high_bytes`` of images, those that have been unused longest are
@@ -85,7 +83,6 @@ class DiskImageStore:
         root: Path,
         *,
         registries: Registries | None = None,
-        peers: Callable[[], Sequence[str]] = tuple,
         peer_token: str = "",
         max_entries: int = MAX_ENTRIES,
         max_unpacked_bytes: int = MAX_UNPACKED_BYTES,
@@ -95,7 +92,6 @@ class DiskImageStore:
     ) -> None:
         self._root = root.absolute()
         self._registries = registries or Registries()
-        self._peers = peers
         self._peer_token = peer_token
         self._max_entries = max_entries
         self._max_unpacked_bytes = max_unpacked_bytes
@@ -111,25 +107,29 @@ class DiskImageStore:
     async def open(self) -> None:
         await asyncio.to_thread(repair, self._root, self._catalog, self._blobs, self._uses, self._cache)
 
-    async def prepare(self, reference: str, on_progress: OnProgress | None = None) -> Image:
+    async def prepare(self, reference: str, on_progress: OnProgress | None = None, peers: Sequence[str] = ()) -> Image:
         parsed = parse(reference)
         if on_progress is not None:
             on_progress("resolve", ())
         if (there := await asyncio.to_thread(self._known, reference, parsed.digest)) is not None:
             return there
-        image = await self._bring(reference, parsed, on_progress)
+        image = await self._bring(reference, parsed, on_progress, peers)
         await asyncio.to_thread(self._catalog.note, reference, image.digest)
         return image
 
     async def _bring(
-        self, reference: str, parsed: LayoutReference | RegistryReference, on_progress: OnProgress | None
+        self,
+        reference: str,
+        parsed: LayoutReference | RegistryReference,
+        on_progress: OnProgress | None,
+        peers: Sequence[str] = (),
     ) -> Image:
-        async with self._open(parsed) as origins:
+        async with self._open(parsed, peers) as origins:
             digest, data, manifest = await self._resolve(reference, origins)
 
         async def work(listeners: Sequence[OnProgress | None]) -> Image:
             # With connections of its own: whoever began may give up before the others.
-            async with self._open(parsed) as origins:
+            async with self._open(parsed, peers) as origins:
                 return await self._prepare(_Wanted(reference, digest, data, manifest), origins, listeners)
 
         image = await self._flights.join(digest, on_progress, work)
@@ -238,13 +238,13 @@ class DiskImageStore:
     # --- preparing -------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _open(self, parsed: LayoutReference | RegistryReference) -> AsyncIterator[Origins]:
+    async def _open(self, parsed: LayoutReference | RegistryReference, peers: Sequence[str]) -> AsyncIterator[Origins]:
         if isinstance(parsed, LayoutReference):
             yield Origins([LayoutSource(parsed)])
             return
         async with contextlib.AsyncExitStack() as stack:
             sources: list[Source] = []
-            if peers := self._peers():
+            if peers:
                 peer_source = PeerSource(peers, digest=parsed.digest, token=self._peer_token)
                 sources.append(await stack.enter_async_context(peer_source))
             client = await stack.enter_async_context(Client(self._registries))
