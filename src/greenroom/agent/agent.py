@@ -257,6 +257,13 @@ class Agent:
                 return api.Done()
             case api.ListImages() | api.InspectImage() | api.RemoveImage() | api.PinImage() | api.PruneImages():
                 return await self._about_images(call)
+            case api.StopPrepare():
+                self._images.stop(call.id)
+                return api.Done()
+            case api.CoolImage():
+                if self._warm:
+                    await self._warm.cool(call.digest)
+                return api.Done()
             case api.ImportImage():
                 return await self._images.take_in(call, reporter.input())
             case api.ListResident():

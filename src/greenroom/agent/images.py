@@ -14,7 +14,7 @@ from typing import assert_never
 import structlog
 
 from greenroom.core import agentapi as api
-from greenroom.core.errors import FailedPrecondition, GreenroomError, NotFound
+from greenroom.core.errors import Cancelled, FailedPrecondition, GreenroomError, NotFound
 from greenroom.core.records import ImageCache, ImageDetail, Record
 from greenroom.images.port import Image, ImageStore, OnProgress
 from greenroom.images.reference import pinned
@@ -36,6 +36,7 @@ class WorkerImages:
         self._store = store
         self._holder = holder_of(worker, state_dir)
         self._held: dict[str, set[str]] = {}  # by actor uid, or `WARM`
+        self._pulls: dict[str, asyncio.Future[Image]] = {}
         self._trimmer: asyncio.Task[None] | None = None
         self._said_over = 0
         self.unwant: Callable[[str], None] = lambda digest: None
@@ -125,10 +126,28 @@ class WorkerImages:
             ) from error
 
     async def pull(self, call: api.Prepare, on_progress: OnProgress) -> api.Prepared:
-        image = await self.prepare(call.image, on_progress, call.digest, call.peers)
+        task = asyncio.ensure_future(self.prepare(call.image, on_progress, call.digest, call.peers))
+        if call.id:
+            self._pulls[call.id] = task
+        try:
+            image = await task
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if caller is not None and caller.cancelling():
+                raise
+            raise Cancelled(f"the preparation of image {call.image} was stopped; what was fetched is kept") from None
+        finally:
+            task.cancel()
+            if self._pulls.get(call.id) is task:
+                del self._pulls[call.id]
         if call.pin:
             await self._store.pin(image.digest)
         return api.Prepared(image_digest=image.digest, size_bytes=image.size_bytes)
+
+    def stop(self, pull_id: str) -> None:
+        """Ends a `pull`; unknown is fine."""
+        if (task := self._pulls.get(pull_id)) is not None:
+            task.cancel()
 
     async def handle(
         self, call: api.ListImages | api.InspectImage | api.RemoveImage | api.PinImage | api.PruneImages

@@ -53,6 +53,7 @@ class WarmPool:
         self._classes: OrderedDict[str, SandboxClass] = OrderedDict()  # latest last
         self._busy = 0
         self._making = ""
+        self._turn = asyncio.Lock()  # of whoever makes and drops sandboxes
         self._quiet_until = 0.0
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -73,6 +74,16 @@ class WarmPool:
         for digest in [d for d, c in self._classes.items() if c.image_digest == image_digest]:
             del self._classes[digest]
         self._changed.set()
+
+    async def cool(self, image_digest: str) -> None:
+        """As `unwant`, and they are gone when this returns."""
+        self.unwant(image_digest)
+        async with self._turn:
+            for digest in [d for d, image in self._image_of.items() if image == image_digest]:
+                while self._warmer.warm_counts().get(digest):
+                    await self._warmer.chill(digest)
+            self._making = ""
+            await self._hold()
 
     def __enter__(self) -> None:
         """Around a wake: nothing is begun meanwhile, nor for a moment afterwards."""
@@ -109,17 +120,19 @@ class WarmPool:
             self._changed.set()  # to look again: the next wake may be under way
             return
         make, drop = plan(list(reversed(self._classes)), self._warmer.warm_counts(), self._size)
-        for digest in drop:
-            await self._warmer.chill(digest)
-        self._making = make[0] if make else ""
-        await self._hold()
-        if make:
-            await self._warmer.warm(self._classes[self._making])
-            self._changed.set()
+        async with self._turn:
+            for digest in drop:
+                await self._warmer.chill(digest)
+            self._making = make[0] if make and make[0] in self._classes else ""
+            await self._hold()
+            if self._making:
+                await self._warmer.warm(self._classes[self._making])
+                self._changed.set()
 
     async def _hold(self) -> None:
         if self._making:
             self._image_of[self._making] = self._classes[self._making].image_digest
+        """The images of what is ready, and of what is about to be made."""
         ready = {digest for digest, count in self._warmer.warm_counts().items() if count} | {self._making}
         self._image_of = {digest: image for digest, image in self._image_of.items() if digest in ready}
         if self._keep_images is not None:

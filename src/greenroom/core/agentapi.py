@@ -54,12 +54,21 @@ class ActorCall(Call, frozen=True, kw_only=True):
 class Prepare(Call, frozen=True, kw_only=True):
     """Pulls and unpacks an image (idempotent); progress events carry a `LayerProgress` list. ``digest``: what the
     reference is known to mean; "" to resolve it now. ``pin``: it is kept until somebody unpins it.
-    ``peers`` (here and below): base URLs of workers that are asked for layers before the registry. -> `Prepared`"""
+    ``peers`` (here and below): base URLs of workers that are asked for layers before the registry. ``id``: for
+    `StopPrepare`. -> `Prepared`"""
 
     image: str
     digest: str = ""
     pin: bool = False
     peers: tuple[str, ...] = ()
+    id: str = ""
+
+
+class StopPrepare(Call, frozen=True, kw_only=True):
+    """Nobody wants the `Prepare` of this id any more: it ends (`Cancelled`), unless it has ended; what it fetched stays
+    for the next one. What others prepare goes on. -> `Done`"""
+
+    id: str
 
 
 class ListImages(Call, frozen=True, kw_only=True):
@@ -80,6 +89,12 @@ class RemoveImage(Call, frozen=True, kw_only=True):
 
     digest: str
     unpin: bool = False
+
+
+class CoolImage(Call, frozen=True, kw_only=True):
+    """Ends the warm sandboxes of this image, if there are any, so that it may be removed. -> `Done`"""
+
+    digest: str
 
 
 class PinImage(Call, frozen=True, kw_only=True):
@@ -375,9 +390,11 @@ class Welcome(Record, frozen=True, kw_only=True):
 
 AgentCall = (
     Prepare
+    | StopPrepare
     | ListImages
     | InspectImage
     | RemoveImage
+    | CoolImage
     | PinImage
     | PruneImages
     | ImportImage
@@ -405,9 +422,11 @@ StreamingCall = Exec | Logs | ImportImage
 #: What each call answers with.
 ANSWERS: dict[str, type[Record]] = {
     "Prepare": Prepared,
+    "StopPrepare": Done,
     "ListImages": ImageCache,
     "InspectImage": ImageDetail,
     "RemoveImage": Done,
+    "CoolImage": Done,
     "PinImage": Done,
     "PruneImages": Evicted,
     "ImportImage": Prepared,

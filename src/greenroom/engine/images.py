@@ -21,6 +21,7 @@ from greenroom.core.records import CachedImage, Evicted, Failure, ImageCache, Im
 from greenroom.engine import clock
 from greenroom.images.peers import MAX_PEERS
 from greenroom.images.reference import parse
+from greenroom.images.uses import is_warm
 
 if TYPE_CHECKING:
     from greenroom.engine.engine import Engine
@@ -77,6 +78,7 @@ class Images:
             FailedPrecondition: it is in use somewhere (reason ``IMAGE_IN_USE``); elsewhere it is removed.
         """
         there = await self._find(name, workers)
+        await self._cool(there)
         call = {image.digest: api.RemoveImage(digest=image.digest, unpin=unpin) for _, image in there}
         await self._each(
             there, lambda cache, image: self._ask(cache.workers[0], call[image.digest], api.Done, timeout_s=None)
@@ -93,6 +95,9 @@ class Images:
 
     async def prune(self, workers: Sequence[str] = (), *, dry_run: bool = False) -> list[tuple[ImageCache, Evicted]]:
         async def ask(cache: ImageCache) -> tuple[ImageCache, Evicted]:
+            warm_only = [(cache, i) for i in cache.images if not i.pinned and i.users and all(map(is_warm, i.users))]
+            if not dry_run:
+                await self._cool(warm_only)
             call = api.PruneImages(dry_run=dry_run)
             return cache, await self._ask(cache.workers[0], call, Evicted, timeout_s=None)
 
@@ -225,6 +230,11 @@ class Images:
             raise InvalidArgument(f"{name} may be {' or '.join(digests)}: say which", reason="AMBIGUOUS_IMAGE")
         return found
 
+    async def _cool(self, there: Sequence[tuple[ImageCache, CachedImage]]) -> None:
+        """Warm sandboxes of images that are to go, on every worker that shares the store, would only be in the way."""
+        calls = [(worker, api.CoolImage(digest=image.digest)) for cache, image in there for worker in cache.workers]
+        await asyncio.gather(*(self._ask(worker, call, api.Done) for worker, call in calls))
+
     async def _each(
         self,
         there: Sequence[tuple[ImageCache, CachedImage]],
@@ -246,18 +256,20 @@ def is_called(image: CachedImage, name: str) -> bool:
         return True
     if name in image.references:
         return True
-    try:
-        meant = parse(name)
-    except InvalidArgument:
+    meant, _, digest = name.partition("@")
+    if digest and digest != image.digest:
         return False
-    return any(_parsed(reference) == meant for reference in image.references)
+    # An image that was fetched by its digest is what its name meant when the template was made from it.
+    names = {_normal(reference.partition("@")[0]) for reference in image.references}
+    return _normal(meant) in names
 
 
-def _parsed(reference: str) -> object:
+def _normal(reference: str) -> object:
+    """Equal for two references that mean the same, as ``nginx`` and ``docker.io/library/nginx:latest``."""
     try:
         return parse(reference)
-    except InvalidArgument:  # written by a version that knew other kinds
-        return None
+    except InvalidArgument:
+        return reference
 
 
 def _failure(error: GreenroomError) -> Failure:

@@ -358,7 +358,8 @@ class Preparer:
             nonlocal layers, phase
             layers, phase = progress.layers, progress.phase
 
-        prepare = api.Prepare(image=image, peers=self._engine.images.peers(worker))
+        peers = self._engine.images.peers(worker)
+        prepare = api.Prepare(image=image, peers=peers, id=f"{op.id}-{op.generation}")
         call = asyncio.ensure_future(self._engine.hub.call(worker, prepare, report))
         moved = clock.monotonic()
         try:
@@ -378,6 +379,8 @@ class Preparer:
                         reason="STALLED",
                     )
         finally:
+            if not call.done() and not self._ops.closed:  # nobody waits for it any more; the worker must not go on
+                self._engine.spawn(self._quietly(self._engine.hub.call(worker, api.StopPrepare(id=prepare.id))), "stop")
             call.cancel()
         prepared = await call
         assert isinstance(prepared, api.Prepared)

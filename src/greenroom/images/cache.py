@@ -22,7 +22,7 @@ import structlog
 from greenroom.core.records import CachedImage, Evicted, Record
 from greenroom.images.blobs import BlobStore, try_lock
 from greenroom.images.catalog import Catalog, ImageRecord, disk_bytes
-from greenroom.images.uses import PIN, Uses
+from greenroom.images.uses import PIN, Uses, is_warm
 
 log = structlog.get_logger(__name__)
 
@@ -128,7 +128,7 @@ class Cache:
         Args:
             recent_s: what was used in the last so many seconds stays.
             spare: digests that stay whatever they are.
-            dry_run: only says what would go.
+            dry_run: only says what would go. Warm sandboxes do not count: who evicts all ends them first.
         """
         removed: list[CachedImage] = []
         kept: list[str] = []
@@ -143,7 +143,7 @@ class Cache:
                 if wanted_bytes is not None and freed >= wanted_bytes:
                     break
                 image = self._cached(record, needed, references.get(record.digest, ()))
-                if (why := _why_kept(image, recent_s, spare)) or (why := self._take(image, dry_run)):
+                if (why := _why_kept(image, recent_s, spare, warm_too=dry_run)) or (why := self._take(image, dry_run)):
                     kept.append(f"{image.digest}: {why}")
                     continue
                 removed.append(image)
@@ -207,13 +207,14 @@ class Cache:
                 os.close(fd)
 
 
-def _why_kept(image: CachedImage, recent_s: float, spare: Collection[str]) -> str:
+def _why_kept(image: CachedImage, recent_s: float, spare: Collection[str], *, warm_too: bool) -> str:
     """ "" when nothing speaks against removing it."""
     if image.pinned:
         return "it is pinned"
-    if image.users:
-        more = len(image.users) - MAX_NAMED
-        return f"it is used by {', '.join(image.users[:MAX_NAMED])}" + (f" and {more} more" if more > 0 else "")
+    users = [user for user in image.users if not (warm_too and is_warm(user))]
+    if users:
+        more = len(users) - MAX_NAMED
+        return f"it is used by {', '.join(users[:MAX_NAMED])}" + (f" and {more} more" if more > 0 else "")
     if image.digest in spare or time.time() - image.last_used_at < recent_s:
         return "it was used just now"
     return ""

@@ -19,7 +19,14 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
-from greenroom.core.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
+from greenroom.core.errors import (
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from greenroom.core.records import Evicted, ImageCache
 from greenroom.images.blobs import BlobStore, write_atomically
 from greenroom.images.cache import LOW_PART, RECENT_S, Cache, Marks
@@ -114,7 +121,8 @@ class DiskImageStore:
         if (there := await asyncio.to_thread(self._known, reference, parsed.digest)) is not None:
             return there
         image = await self._bring(reference, parsed, on_progress, peers)
-        await asyncio.to_thread(self._catalog.note, reference, image.digest)
+        if not parsed.digest:  # else there is nothing to remember: it was not resolved
+            await asyncio.to_thread(self._catalog.note, reference, image.digest)
         return image
 
     async def _bring(
@@ -127,13 +135,23 @@ class DiskImageStore:
         async with self._open(parsed, peers) as origins:
             digest, data, manifest = await self._resolve(reference, origins)
 
+        mine = False
+
         async def work(listeners: Sequence[OnProgress | None]) -> Image:
+            nonlocal mine
+            mine = True
             # With connections of its own: whoever began may give up before the others.
             async with self._open(parsed, peers) as origins:
                 return await self._prepare(_Wanted(reference, digest, data, manifest), origins, listeners)
 
-        image = await self._flights.join(digest, on_progress, work)
-        return msgspec.structs.replace(image, reference=reference)
+        while True:
+            try:
+                image = await self._flights.join(digest, on_progress, work)
+                return msgspec.structs.replace(image, reference=reference)
+            except Unavailable:
+                if mine:
+                    raise
+                # Somebody else's, who wanted it from elsewhere, where nobody answers.
 
     async def take_in(self, name: str, tag: str, archive: AsyncIterator[bytes]) -> Image:
         called = parse(name)

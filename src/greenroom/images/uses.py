@@ -35,6 +35,7 @@ PIN = "pin"
 _SEPARATOR = "~"
 #: The place of an actor's uid for sandboxes that are kept ready for actors to come.
 WARM = "warm"
+_WARM_SANDBOXES = "warm sandboxes"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -48,6 +49,11 @@ class _Use(Record, frozen=True, kw_only=True):
 def holder_of(worker: str, state_dir: Path) -> str:
     """What a worker is called among the users of a store."""
     return f"{quote(worker, safe='')}.{hashlib.sha256(os.fsencode(state_dir.absolute())).hexdigest()[:8]}"
+
+
+def is_warm(described: str) -> bool:
+    """Whether a user as people call it (`Uses.described`) is no actor."""
+    return described.startswith(f"{_WARM_SANDBOXES} on ")
 
 
 def user_of(holder: str, actor_uid: str) -> str:
@@ -132,7 +138,7 @@ class Uses:
     def _describe(self, digest: str, user: str) -> str:
         holder, _, uid = user.rpartition(_SEPARATOR)
         use = self._read(digest, user)
-        what = "warm sandboxes" if uid == WARM else (use.who if use and use.who else f"actor {uid}")
+        what = _WARM_SANDBOXES if uid == WARM else (use.who if use and use.who else f"actor {uid}")
         return f"{what} on {unquote(holder.rpartition('.')[0])}"
 
     # --- what is left of those that are gone -------------------------------------------------------------
