@@ -243,11 +243,14 @@ WORKERS = Kind(
         ("USED", lambda w, now: f"{w.used}/{w.capacity}"),
         ("BACKEND", _text("backend")),
         ("FAILURES", _failures),
-        ("IMAGES", lambda w, now: _images(w)),
         ("SEEN", _since("last_seen")),
         ("LABELS", lambda w, now: pairs_text(w.labels)),
     ),
-    (("FINGERPRINT", _text("fingerprint")), ("MESSAGE", _text("message"))),
+    (
+        ("IMAGES", lambda w, now: _images(w)),
+        ("FINGERPRINT", _text("fingerprint")),
+        ("MESSAGE", _text("message")),
+    ),
 )
 SNAPSHOTS = Kind(
     Snapshot,
