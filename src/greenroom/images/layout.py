@@ -12,11 +12,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import msgspec
-
 from greenroom.core.errors import DataLoss, NotFound
 from greenroom.images.blobs import CHUNK_BYTES, hex_of
-from greenroom.images.config import MAX_JSON_BYTES, Descriptor, Index, check_descriptor, choose, invalid
+from greenroom.images.config import MAX_JSON_BYTES, Descriptor, Index, check_descriptor, choose, decode, invalid
 from greenroom.images.reference import DEFAULT_TAG, LayoutReference
 
 _REF_NAME = "org.opencontainers.image.ref.name"
@@ -37,11 +35,7 @@ class LayoutSource:
             FailedPrecondition: the directory is no layout.
         """
         data = await asyncio.to_thread(self._read_index)
-        try:
-            index = msgspec.json.decode(data, type=Index)
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
-            raise invalid(f"{self._directory}/index.json can't be read: {error}") from error
-        descriptor = self._select(index)
+        descriptor = self._select(decode(f"{self._directory}/index.json", data, Index))
         return descriptor.digest, await self.manifest(descriptor), descriptor.media_type
 
     async def manifest(self, descriptor: Descriptor) -> bytes:
