@@ -218,6 +218,11 @@ def parse_config(name: str, data: bytes, layers: int) -> tuple[ImageConfig, tupl
     )
 
 
+def diff_ids(what: str, data: bytes) -> tuple[str, ...]:
+    """Of an image config of which nothing else matters. Raises as `decode` does."""
+    return decode(what, data, _Config).rootfs.diff_ids
+
+
 class User(NamedTuple):
     """Whom a program runs as, and the home directory of that account."""
 

@@ -27,6 +27,7 @@ import msgspec
 
 from greenroom.core.errors import DataLoss, FailedPrecondition, NotFound, Unavailable
 from greenroom.core.records import LayerProgress, Record
+from greenroom.images.archive import local_source
 from greenroom.images.blobs import BlobSource, BlobStore, Interrupted, hex_of, sync_directory, write_atomically
 from greenroom.images.config import (
     Descriptor,
@@ -37,7 +38,6 @@ from greenroom.images.config import (
     parse_manifest,
 )
 from greenroom.images.flight import Flights
-from greenroom.images.layout import LayoutSource
 from greenroom.images.port import MAX_DIGESTS, Image, ImageConfig, OnProgress
 from greenroom.images.reference import LayoutReference, RegistryReference, check_digest, parse
 from greenroom.images.registry import Credentials, RegistrySource, anonymous
@@ -174,7 +174,7 @@ class DiskImageStore:
 
     def _open(self, parsed: LayoutReference | RegistryReference) -> AbstractAsyncContextManager[_Source]:
         if isinstance(parsed, LayoutReference):
-            return contextlib.nullcontext(LayoutSource(parsed))
+            return local_source(parsed)
         return RegistrySource(parsed, credentials=self._credentials)
 
     async def _resolve(self, reference: str, source: _Source) -> tuple[str, bytes, Manifest]:
