@@ -12,10 +12,14 @@ from greenroom.agent.progress import Reports
 from greenroom.agent.warm import MAX_CLASSES
 from greenroom.core.agentapi import WAITS_FOR_IMAGE, Prepare, Prepared, Progress, Restore, Start, Warm
 from greenroom.core.errors import FailedPrecondition
-from greenroom.core.records import LayerProgress, TemplateSpec
-from greenroom.images.config import resolve_user
+from greenroom.core.records import IMAGE_PORTS, LayerProgress, TemplateSpec
+from greenroom.images.config import resolve_user, signal_number
 from greenroom.images.port import Image, ImageConfig, OnProgress
 from greenroom.sandbox.port import SandboxClass
+
+#: Of an image that exposes none.
+DEFAULT_PORTS = (8080,)
+DEFAULT_STOP_SIGNAL = "SIGTERM"
 
 
 class Classes:
@@ -74,10 +78,12 @@ def _telling(reports: Reports, prefix: str = "") -> OnProgress:
 
 
 def sandbox_class(image: Image, spec: TemplateSpec) -> SandboxClass:
-    """Image and template merged, as Kubernetes does: a command replaces entrypoint and arguments of the image.
+    """Image and template merged, as Kubernetes does: a command replaces entrypoint and arguments of the image. Whatever
+    else the template says replaces what the image says of it; environments are merged by name.
 
     Raises:
-        FailedPrecondition: there is nothing to run (reason ``COMMAND_NOT_FOUND``).
+        FailedPrecondition: there is nothing to run (reason ``COMMAND_NOT_FOUND``); the image has no such user or group
+            (``USER_NOT_FOUND``); its stop signal is none (``IMAGE_INVALID``).
     """
     config = image.config
     argv = (*spec.command, *spec.args) if spec.command else (*config.entrypoint, *(spec.args or config.cmd))
@@ -86,17 +92,27 @@ def sandbox_class(image: Image, spec: TemplateSpec) -> SandboxClass:
             f"image {spec.image} has no entrypoint and the template no command; set spec.command",
             reason="COMMAND_NOT_FOUND",
         )
-    uid, gid = resolve_user(image.rootfs, spec.user or config.user)
+    user = resolve_user(image.rootfs, spec.user or config.user)
+    ports = (config.exposed_ports or DEFAULT_PORTS) if spec.ports == IMAGE_PORTS else spec.ports
+    wanted_signal = spec.stop_signal or config.stop_signal or DEFAULT_STOP_SIGNAL
+    stop_signal = signal_number(wanted_signal)
+    if stop_signal is None:
+        raise FailedPrecondition(
+            f"image {spec.image} wants to be stopped by {wanted_signal[:32]!r}, which is no signal; set "
+            "spec.stopSignal in the template",
+            reason="IMAGE_INVALID",
+        )
     return SandboxClass(
         rootfs=image.rootfs,
         image_digest=image.digest,
         argv=argv,
-        env=tuple({**dict(config.env), **spec.env}.items()),
-        cwd=spec.workdir or config.workdir or "/",
-        uid=uid,
-        gid=gid,
-        port=spec.ports[0] if spec.ports else 0,
+        env=tuple({"HOME": user.home, **dict(config.env), **spec.env}.items()),
+        cwd=spec.workdir or config.workdir,
+        uid=user.uid,
+        gid=user.gid,
+        port=ports[0] if ports else 0,
         resources=spec.resources,
+        stop_signal=stop_signal,
     )
 
 

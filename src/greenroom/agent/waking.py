@@ -23,7 +23,7 @@ from greenroom.agent.warm import WarmPool
 from greenroom.core import agentapi as api
 from greenroom.core.agentapi import ResidentState
 from greenroom.core.errors import DataLoss, FailedPrecondition, GreenroomError, NotFound
-from greenroom.core.records import Endpoint, Snapshot, SnapshotScope
+from greenroom.core.records import Snapshot, SnapshotScope
 from greenroom.sandbox.port import Backend, Running, SandboxClass
 from greenroom.snapshots.port import SnapshotStore
 
@@ -88,7 +88,7 @@ class Waker:
         if not isinstance(call, api.Restore) or call.snapshot.scope is SnapshotScope.DATA:
             reports.phase("ready")
             try:
-                await self._wait_ready(call, running.sid, running.endpoint)
+                await self._wait_ready(call, cls.port, running)
             except BaseException:
                 await asyncio.shield(self._residents.end(call.actor_uid))
                 raise
@@ -183,13 +183,13 @@ class Waker:
                 reason="NO_COMPATIBLE_WORKER",
             )
 
-    async def _wait_ready(self, call: api.Start | api.Restore, sid: str, endpoint: Endpoint) -> None:
+    async def _wait_ready(self, call: api.Start | api.Restore, port: int, running: Running) -> None:
         """Until the probe answers, or the process ends."""
-        probe = call.spec.readyz
-        if probe.port and endpoint.port and not endpoint.path and probe.port != call.spec.ports[0]:
+        probe, endpoint = call.spec.readyz, running.endpoint
+        if probe.port and endpoint.port and not endpoint.path and probe.port != port:
             endpoint = msgspec.structs.replace(endpoint, port=probe.port)
         ready = asyncio.create_task(readiness.wait_ready(endpoint, probe, call.identity))
-        exited = asyncio.create_task(self._backend.wait(sid))
+        exited = asyncio.create_task(self._backend.wait(running.sid))
         try:
             await asyncio.wait({ready, exited}, return_when=asyncio.FIRST_COMPLETED)
             if ready.done():

@@ -150,13 +150,19 @@ class Resources(Record, frozen=True, kw_only=True):
     pids: int = 512
 
 
+#: As the ports of a template: those that the image exposes, the lowest first, or 8080 if it exposes none.
+IMAGE_PORTS = (0,)
+
+
 class TemplateSpec(Record, frozen=True, kw_only=True):
     """What actors of one kind are made from. Immutable once applied.
 
     ``command`` replaces the image's entrypoint and ``args`` its arguments (as in Kubernetes); empty means the
-    image's own. ``env`` is added to the image's. ``idle_timeout_s``: an actor without an open request for this
-    long is suspended; 0 means never. ``evictable``: may be suspended, while it is idle, to make room for another
-    actor. ``worker_selector``: labels that a worker must have.
+    image's own. ``env`` is added to the image's. ``workdir``, ``user`` and ``stop_signal`` replace the
+    image's; empty means its own. ``ports``: the first is where requests go; none means that it takes no requests.
+    ``idle_timeout_s``: an actor without an open request for this long is suspended; 0 means never. ``evictable``:
+    may be suspended, while it is idle, to make room for another actor. ``worker_selector``: labels that a worker
+    must have.
     """
 
     image: str
@@ -165,7 +171,7 @@ class TemplateSpec(Record, frozen=True, kw_only=True):
     env: dict[str, str] = {}
     workdir: str = ""
     user: str = ""
-    ports: tuple[int, ...] = (8080,)
+    ports: tuple[int, ...] = IMAGE_PORTS
     readyz: Probe = Probe()
     resources: Resources = Resources()
     pool: str = "default"
@@ -174,6 +180,7 @@ class TemplateSpec(Record, frozen=True, kw_only=True):
     durability: Durability = Durability.ACKED_AFTER_UPLOAD
     evictable: bool = True
     worker_selector: dict[str, str] = {}
+    stop_signal: str = ""
 
 
 class LayerProgress(Record, frozen=True, kw_only=True):

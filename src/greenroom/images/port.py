@@ -1,6 +1,7 @@
 """The port of the worker's image store.
 
-An *image reference* is ``oci:<directory>[:<tag>]`` (an OCI image layout on this machine) or a registry reference
+An *image reference* is ``oci:<path>[:<tag>]`` (an OCI image layout on this machine, as a directory or as a tar archive,
+or what ``docker save`` wrote) or a registry reference
 ``host[:port]/repository[:tag][@sha256:...]``; loopback registries are spoken to without TLS. An image becomes, once
 and for
 all its users, a root file system tree on disk that is never changed afterwards. Several agents of one machine may

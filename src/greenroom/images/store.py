@@ -28,6 +28,7 @@ from greenroom.core.errors import (
     Unavailable,
 )
 from greenroom.core.records import Evicted, ImageCache
+from greenroom.images.archive import local_source
 from greenroom.images.blobs import BlobStore, write_atomically
 from greenroom.images.cache import LOW_PART, RECENT_S, Cache, Marks
 from greenroom.images.catalog import Catalog, ImageRecord, disk_bytes
@@ -42,8 +43,7 @@ from greenroom.images.config import (
 )
 from greenroom.images.download import Interrupted
 from greenroom.images.flight import Flights
-from greenroom.images.incoming import layout_of
-from greenroom.images.layout import LayoutSource
+from greenroom.images.incoming import received
 from greenroom.images.origins import Origins, Source
 from greenroom.images.peers import PeerSource
 from greenroom.images.port import Image, ImageConfig, OnProgress
@@ -161,8 +161,8 @@ class DiskImageStore:
                 "imported/counter:1",
                 reason="INVALID_IMAGE_REFERENCE",
             )
-        async with layout_of(self._root, archive) as layout:
-            image = await self._bring(name, LayoutReference(directory=layout, tag=tag), None)
+        async with received(self._root, archive) as path:
+            image = await self._bring(name, LayoutReference(directory=path, tag=tag), None)
         await self.pin(image.digest)
         await asyncio.to_thread(self._catalog.note, name, image.digest, imported=True)
         return image
@@ -258,7 +258,8 @@ class DiskImageStore:
     @asynccontextmanager
     async def _open(self, parsed: LayoutReference | RegistryReference, peers: Sequence[str]) -> AsyncIterator[Origins]:
         if isinstance(parsed, LayoutReference):
-            yield Origins([LayoutSource(parsed)])
+            async with local_source(parsed) as source:
+                yield Origins([source])
             return
         async with contextlib.AsyncExitStack() as stack:
             sources: list[Source] = []

@@ -618,6 +618,7 @@ class TemplateSpec(_message.Message):
     DURABILITY_FIELD_NUMBER: _builtins.int
     EVICTABLE_FIELD_NUMBER: _builtins.int
     WORKER_SELECTOR_FIELD_NUMBER: _builtins.int
+    STOP_SIGNAL_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """OCI reference; required"""
     workdir: _builtins.str
@@ -630,6 +631,8 @@ class TemplateSpec(_message.Message):
     durability: Global___Durability.ValueType
     evictable: _builtins.bool
     """may be suspended, while idle, to make room for another actor; default true"""
+    stop_signal: _builtins.str
+    """"SIGINT", "INT" or "2"; "": the image's, or SIGTERM"""
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """replaces the image's entrypoint; empty: the image's own"""
@@ -644,7 +647,7 @@ class TemplateSpec(_message.Message):
 
     @_builtins.property
     def ports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """1 to 65535; the first is where requests go. Empty: takes no requests"""
+        """the first is where requests go; 0 alone: the image's. Empty: takes no requests"""
 
     @_builtins.property
     def readyz(self) -> Global___Probe: ...
@@ -676,10 +679,11 @@ class TemplateSpec(_message.Message):
         durability: Global___Durability.ValueType = ...,
         evictable: _builtins.bool | None = ...,
         worker_selector: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        stop_signal: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_evictable", b"_evictable", "_pool", b"_pool", "evictable", b"evictable", "idle_timeout", b"idle_timeout", "pool", b"pool", "readyz", b"readyz", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evictable", b"_evictable", "_pool", b"_pool", "args", b"args", "command", b"command", "durability", b"durability", "env", b"env", "evictable", b"evictable", "idle_timeout", b"idle_timeout", "image", b"image", "on_crash", b"on_crash", "pool", b"pool", "ports", b"ports", "readyz", b"readyz", "resources", b"resources", "user", b"user", "workdir", b"workdir", "worker_selector", b"worker_selector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evictable", b"_evictable", "_pool", b"_pool", "args", b"args", "command", b"command", "durability", b"durability", "env", b"env", "evictable", b"evictable", "idle_timeout", b"idle_timeout", "image", b"image", "on_crash", b"on_crash", "pool", b"pool", "ports", b"ports", "readyz", b"readyz", "resources", b"resources", "stop_signal", b"stop_signal", "user", b"user", "workdir", b"workdir", "worker_selector", b"worker_selector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__evictable: _TypeAlias = _typing.Literal["evictable"]  # noqa: Y015
     _WhichOneofArgType__evictable: _TypeAlias = _typing.Literal["_evictable", b"_evictable"]  # noqa: Y015
