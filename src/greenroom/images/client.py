@@ -20,7 +20,6 @@ from yarl import URL
 from greenroom.core.errors import FailedPrecondition, Unavailable
 from greenroom.core.records import Record
 from greenroom.images.download import Interrupted, Throttled
-from greenroom.images.reference import is_loopback
 from greenroom.images.registries import Registries
 
 #: A registry that has not accepted a connection after this long, or sends nothing for the second, is taken for gone;
@@ -92,10 +91,10 @@ class Client:
                 await self._wait(url)
                 async with await self._send(method, url, sent, data) as response:
                     if response.status in _REDIRECTS and method == "GET" and "Location" in response.headers:
-                        target = url.join(URL(response.headers["Location"]))
+                        target = _target(first, url, response.headers["Location"])
                         if _origin(target) != _origin(url):
                             sent.pop("Authorization", None)
-                        url = _allowed(first, url, target)
+                        url = target
                         continue
                     await self._obey(url, response)
                     yield response
@@ -108,8 +107,6 @@ class Client:
             ) from error
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
             raise Interrupted(f"{place(url)} does not answer: {_words(error)}") from error
-        except ValueError as error:  # a URL that is none
-            raise _bad_redirect(first, "to something that is no URL") from error
         raise _bad_redirect(first, f"more than {_MAX_REDIRECTS} times")
 
     async def _send(
@@ -168,11 +165,17 @@ async def message(response: aiohttp.ClientResponse) -> str:
     return f": {shown}" if shown else ""
 
 
-def _allowed(first: URL, url: URL, target: URL) -> URL:
-    target = target.with_user(None).with_fragment(None)
+def _target(first: URL, url: URL, location: str) -> URL:
+    """Where a redirect from ``url`` leads, if that is allowed."""
+    try:
+        target = url.join(URL(location))
+        if target.scheme in ("http", "https"):
+            target = target.with_user(None).with_fragment(None)
+    except ValueError as error:
+        raise _bad_redirect(first, "to something that is no URL") from error
     if target.scheme not in ("http", "https"):
         raise _bad_redirect(first, f"to a {target.scheme or 'nameless'} address")
-    if url.scheme == "https" and target.scheme != "https" and not is_loopback(target.host or ""):
+    if url.scheme == "https" and target.scheme != "https":
         raise _bad_redirect(first, f"to {place(target)} without TLS")
     return target
 
