@@ -100,6 +100,7 @@ async def _serve(
     from greenroom.agent.agent import DEFAULT_WARM, Agent, AgentConfig
     from greenroom.agent.links import Links
     from greenroom.core.errors import GreenroomError
+    from greenroom.images.registries import Registries
     from greenroom.images.store import DiskImageStore
     from greenroom.sandbox import registry
     from greenroom.sandbox.reaper import become_subreaper
@@ -115,11 +116,12 @@ async def _serve(
         warm=DEFAULT_WARM if warm is None else warm,
         labels=dict(labels),
     )
-    worker_agent = Agent(config, registry.load(backend), DiskImageStore(images), ObjectSnapshotStore(snapshots))
     # Before anything is made: a signal that comes while it opens is obeyed when it is open, and has cleaned up after
     # an earlier agent.
     signals = _Signals()
     try:
+        image_store = DiskImageStore(images, registries=Registries.from_environment())
+        worker_agent = Agent(config, registry.load(backend), image_store, ObjectSnapshotStore(snapshots))
         await worker_agent.open()
     except GreenroomError as error:
         log.error("the worker can't start", error=error.message, reason=error.reason)
