@@ -32,7 +32,7 @@ from greenroom.images.reference import RegistryReference, is_loopback
 from greenroom.images.registries import Endpoint, Registries
 
 _ACCEPT = ", ".join((*MANIFEST_TYPES, *INDEX_TYPES))
-_PARAMETER = re.compile(r'([a-zA-Z_]+)="([^"]*)"')
+_PARAMETER = re.compile(r'([a-zA-Z_]+)=(?:"([^"]*)"|([^\s",]+))')
 _RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 _TRANSIENT = (408, 500, 502, 503, 504)
 
@@ -161,7 +161,8 @@ class RegistrySource:
             if scheme.lower() == "basic" and login.username:
                 return _basic(login)
             if scheme.lower() == "bearer":
-                return await self._fetch_token(dict(_PARAMETER.findall(rest)), login)
+                parameters = {name.lower(): quoted or bare for name, quoted, bare in _PARAMETER.findall(rest)}
+                return await self._fetch_token(parameters, login)
         raise _auth_error(
             f"registry {endpoint.host} wants a login for {endpoint.repository}: log in to it where the agent runs "
             f"(`docker login {endpoint.host}`)"

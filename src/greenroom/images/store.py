@@ -36,7 +36,7 @@ from greenroom.images.config import (
     parse_config,
     parse_manifest,
 )
-from greenroom.images.download import Interrupted
+from greenroom.images.download import Interrupted, new_budget
 from greenroom.images.flight import Flights
 from greenroom.images.layout import LayoutSource
 from greenroom.images.origins import Origins, Source
@@ -48,7 +48,7 @@ from greenroom.images.registry import RegistrySource
 from greenroom.images.unpack import MAX_ENTRIES, MAX_UNPACKED_BYTES, Job, JobLayer
 from greenroom.images.unpacker import run_unpacker
 
-#: Layers fetched side by side. Three fill a link whose single connections are slowed down, and hold few buffers.
+#: Layers fetched side by side, so that small ones do not wait for a large one; their pieces share one budget.
 PARALLEL_LAYERS = 3
 #: Progress calls are at least this far apart, so that a caller may send each on.
 PROGRESS_PERIOD_S = 0.1
@@ -231,10 +231,11 @@ class DiskImageStore:
         await asyncio.to_thread(self._write_record, record)
         await asyncio.to_thread(self._blobs.write, wanted.data)
         try:
-            await self._blobs.fetch(manifest.config, origins.sources, lambda done: None)
+            budget = new_budget()
+            await self._blobs.fetch(manifest.config, origins.sources, budget, lambda done: None)
             data = await asyncio.to_thread(self._blobs.read, manifest.config.digest)
             config, diff_ids = parse_config(reference, data, len(manifest.layers))
-            await self._fetch_layers(manifest, origins, progress)
+            await self._fetch_layers(manifest, origins, budget, progress)
         except Interrupted as error:
             raise error.final(f"image {reference} can't be fetched") from error
         await asyncio.to_thread(self._write_record, msgspec.structs.replace(record, config=config))
@@ -243,13 +244,15 @@ class DiskImageStore:
         assert image is not None
         return image
 
-    async def _fetch_layers(self, manifest: Manifest, origins: Origins, progress: _Progress) -> None:
+    async def _fetch_layers(
+        self, manifest: Manifest, origins: Origins, budget: asyncio.Semaphore, progress: _Progress
+    ) -> None:
         turns = asyncio.Semaphore(PARALLEL_LAYERS)
 
         async def fetch(layer: Descriptor) -> None:
             async with turns:
                 await self._blobs.fetch(
-                    layer, origins.sources, lambda done: progress.update("download", layer.digest, done)
+                    layer, origins.sources, budget, lambda done: progress.update("download", layer.digest, done)
                 )
 
         try:
