@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import hashlib
 import os
 import shutil
 import socket
@@ -58,6 +59,16 @@ def docker_registry(directory: Path, *, accounts: str = "") -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+
+
+def put_manifest(host: str, name: str, data: bytes, media_type: str) -> str:
+    """Puts ``repository:tag`` into a registry as it is; returns its digest."""
+    repository, _, tag = name.partition(":")
+    request = urllib.request.Request(
+        f"http://{host}/v2/{repository}/manifests/{tag}", data, {"Content-Type": media_type}, method="PUT"
+    )
+    with urllib.request.urlopen(request, timeout=30):
+        return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 def _answers(url: str) -> bool:

@@ -4,8 +4,6 @@ works."""
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import http.client
 import json
 import os
 import socket
@@ -17,7 +15,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from registry_kit import docker_registry, find_registry
+from registry_kit import docker_registry, find_registry, put_manifest
 
 from greenroom.core.errors import (
     DataLoss,
@@ -104,15 +102,7 @@ def refused(store: DiskImageStore, upstream: str, manifest: dict[str, Any], tmp_
 
 def push(upstream: str, name: str, document: object, media_type: str = MANIFEST_TYPES[0]) -> str:
     """Puts a manifest there as it is; returns its digest."""
-    data = document if isinstance(document, bytes) else json.dumps(document).encode()
-    repository, _, tag = name.partition(":")
-    connection = http.client.HTTPConnection(upstream, timeout=30)
-    connection.request("PUT", f"/v2/{repository}/manifests/{tag}", body=data, headers={"Content-Type": media_type})
-    response = connection.getresponse()
-    said = response.read()
-    connection.close()
-    assert response.status == 201, said
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+    return put_manifest(upstream, name, json.dumps(document).encode(), media_type)
 
 
 async def test_down(refused: Check) -> None:

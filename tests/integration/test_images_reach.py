@@ -279,9 +279,12 @@ async def test_proxies_of_the_environment(
         async with WebProxy(hosts, account).running() as proxy:
             conf = '[[registry]]\nlocation = "plain.invalid:5000"\ninsecure = true\n'
             (tmp_path / "registries.conf").write_text(conf)
-            for name in ("http_proxy", "https_proxy"):
-                monkeypatch.setenv(name, proxy.url)
-            environment = {"HOME": str(tmp_path), "CONTAINERS_REGISTRIES_CONF": str(tmp_path / "registries.conf")}
+            environment = {
+                "HOME": str(tmp_path),
+                "CONTAINERS_REGISTRIES_CONF": str(tmp_path / "registries.conf"),
+                "HTTPS_PROXY": proxy.url,
+                "http_proxy": proxy.url,
+            }
             for number, host in enumerate(("registry.invalid", "plain.invalid:5000")):
                 registries = Registries.from_environment(environment)
                 store = DiskImageStore(tmp_path / f"store{number}", registries=registries)
@@ -292,7 +295,7 @@ async def test_proxies_of_the_environment(
             store = DiskImageStore(tmp_path / "other", registries=Registries.from_environment(environment))
             with pytest.raises(Unavailable, match="502"):
                 await store.prepare(f"other.invalid/{pushed}")
-            monkeypatch.setenv("no_proxy", "registry.invalid")
+            environment["NO_PROXY"] = "registry.invalid"
             asked = len(proxy.asked)
             store = DiskImageStore(tmp_path / "direct", registries=Registries.from_environment(environment))
             with pytest.raises(Unavailable, match=r"registry\.invalid"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -10,14 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from registry_kit import docker_registry, find_registry
+from registry_kit import docker_registry, find_registry, put_manifest
 
 import greenroom.testing
 from greenroom.core.errors import NotFound, Unavailable
 from greenroom.images import registry
+from greenroom.images.config import INDEX_TYPES, MANIFEST_TYPES, this_platform
 from greenroom.images.store import DiskImageStore
 from greenroom.testing.contracts.images import COMPRESSIONS, contents, make_image
-from greenroom.testing.oci_layout import Compression, push_layout
+from greenroom.testing.oci_layout import Compression, Layout, push_layout
 from greenroom.testing.python_image import build_python_image
 
 pytestmark = pytest.mark.skipif(find_registry() is None, reason="no docker-registry: run scripts/setup.sh --test")
@@ -114,3 +117,34 @@ async def test_nobody_answers(store: DiskImageStore, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(registry, "RETRY_BASE_S", 0.001)
     with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1"):
         await store.prepare("127.0.0.1:1/test/image:1")
+
+
+@pytest.mark.parametrize("kind", ["oci", "docker"])
+@pytest.mark.parametrize("depth", [1, 2])
+async def test_index(upstream: str, pushed: str, store: DiskImageStore, tmp_path: Path, kind: str, depth: int) -> None:
+    """An image for several machines, also as an index inside an index, in OCI's words and in Docker's."""
+    layout = Layout(tmp_path / "layout")
+    make_image(layout.directory, {"kind": kind.encode()}, compression="gzip")
+    push_layout(layout.directory, f"{upstream}/test/index:part")
+    (descriptor,) = layout.index().manifests
+    manifest = json.loads(layout.blob(descriptor).read_bytes())
+    manifest_type, index_type = (types[0 if kind == "oci" else 1] for types in (MANIFEST_TYPES, INDEX_TYPES))
+    if kind == "docker":
+        manifest["mediaType"] = manifest_type
+        manifest["config"]["mediaType"] = "application/vnd.docker.container.image.v1+json"
+        manifest["layers"][0]["mediaType"] = "application/vnd.docker.image.rootfs.diff.tar.gzip"
+    here = this_platform()
+    others = [("linux", "riscv64"), (here.os, here.architecture), ("unknown", "unknown")]
+    inner, media_type = json.dumps(manifest).encode(), manifest_type
+    for _ in range(depth):
+        digest = put_manifest(upstream, "test/index:inner", inner, media_type)
+        described = {"mediaType": media_type, "digest": digest, "size": len(inner)}
+        platforms = [{**described, "platform": {"os": os_, "architecture": arch}} for os_, arch in others]
+        document = {"schemaVersion": 2, "mediaType": index_type, "manifests": platforms}
+        inner, media_type = json.dumps(document).encode(), index_type
+    index_digest = put_manifest(upstream, "test/index:all", inner, media_type)
+    image = await store.prepare(f"{upstream}/test/index:all")
+    assert contents(image.rootfs) == {"kind": kind.encode()}
+    assert image.digest == f"sha256:{hashlib.sha256(json.dumps(manifest).encode()).hexdigest()}"
+    # The index's digest means the same image.
+    assert (await store.prepare(f"{upstream}/test/index@{index_digest}")).digest == image.digest

@@ -23,7 +23,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
-from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
+from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
 
 import msgspec
 from yarl import URL
@@ -114,7 +114,7 @@ class Registries:
             credentials=CredentialFiles.from_environment(environment),
             registries=next((read_conf(path) for path in files if path.exists()), ()),
             certificates=[root / "certs.d" for root in (user, system, Path("/etc/docker"))],
-            proxies=getproxies_environment(),
+            proxies=_proxies(environment),
         )
 
     def endpoints(self, reference: RegistryReference) -> list[Endpoint]:
@@ -195,6 +195,15 @@ def read_conf(path: Path) -> tuple[Registry, ...]:
         if not (entry.prefix or entry.location):
             raise _config_error(f"{path} has a registry with neither prefix nor location")
     return found
+
+
+def _proxies(environment: Mapping[str, str]) -> dict[str, str]:
+    """Small letters count more, as everywhere."""
+    found = {
+        scheme: environment.get(f"{scheme}_proxy") or environment.get(f"{scheme.upper()}_PROXY") or ""
+        for scheme in ("http", "https", "no")
+    }
+    return {scheme: value for scheme, value in found.items() if value}
 
 
 def _matched(entry: Registry, name: str) -> int | None:
