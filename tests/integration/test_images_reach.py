@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import shutil
+import ssl
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -261,8 +262,26 @@ async def test_authority_of_its_own(upstream: str, pushed: str, tmp_path: Path) 
         with pytest.raises(FailedPrecondition, match=r"certs\.d") as raised:
             await DiskImageStore(tmp_path / "store", registries=registries).prepare(f"{front.host}/{pushed}")
         assert raised.value.reason == "REGISTRY_TLS"
+        # What was wrong can be put right while the agent runs.
+        shutil.copy(tmp_path / "ca.crt", certificates)
+        store = DiskImageStore(tmp_path / "store", registries=registries)
+        check((await store.prepare(f"{front.host}/{pushed}")).rootfs)
+
+
+@needs_openssl
+async def test_client_certificate(upstream: str, pushed: str, tmp_path: Path) -> None:
+    tls = make_authority(tmp_path)
+    tls.verify_mode = ssl.CERT_REQUIRED
+    tls.load_verify_locations(tmp_path / "ca.crt")
+    async with FaultProxy(upstream).running(tls=tls) as front:
+        certificates = tmp_path / "certs.d" / front.host
+        certificates.mkdir(parents=True)
         shutil.copy(tmp_path / "ca.crt", certificates)
         store = DiskImageStore(tmp_path / "store", registries=Registries(certificates=[tmp_path / "certs.d"]))
+        with pytest.raises(Unavailable):
+            await store.prepare(f"{front.host}/{pushed}")
+        shutil.copy(tmp_path / "server.crt", certificates / "client.cert")
+        shutil.copy(tmp_path / "server.key", certificates / "client.key")
         check((await store.prepare(f"{front.host}/{pushed}")).rootfs)
 
 

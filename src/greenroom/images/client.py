@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import ssl
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -52,6 +53,7 @@ class Client:
     def __init__(self, registries: Registries) -> None:
         self._registries = registries
         self._session: aiohttp.ClientSession | None = None
+        self._contexts: dict[str, ssl.SSLContext] = {}
 
     async def __aenter__(self) -> Client:
         timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_read=SILENCE_TIMEOUT_S)
@@ -113,13 +115,15 @@ class Client:
         self, method: str, url: URL, headers: Mapping[str, str], data: Mapping[str, str] | None
     ) -> aiohttp.ClientResponse:
         assert self._session is not None
-        tls = await asyncio.to_thread(self._registries.tls, authority(url)) if url.scheme == "https" else True
+        host = authority(url)
+        if url.scheme == "https" and host not in self._contexts:
+            self._contexts[host] = await asyncio.to_thread(self._registries.tls, host)
         return await self._session.request(
             method,
             url,
             headers=headers,
             data=data,
-            ssl=tls,
+            ssl=self._contexts.get(host, True),
             proxy=self._registries.proxy(url),
             allow_redirects=False,
         )
