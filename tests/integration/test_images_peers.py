@@ -116,7 +116,7 @@ async def test_pieces_come_from_all_who_have_them(
     empty = await serve(tmp_path / "empty")
     second = DiskImageStore(tmp_path / "second", peers=lambda: [empty, *addresses])
     check(await second.prepare(f"{proxy.host}/test/image@{image.digest}"))
-    assert min(served[address] for address in addresses) >= 2
+    assert all(served.get(address) for address in addresses)
 
 
 @pytest.mark.parametrize("fault", ["gone", "silent", "empty", "lies", "shorter", "refuses", "whole", "breaks off"])
