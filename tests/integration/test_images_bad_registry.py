@@ -79,12 +79,12 @@ async def proxy(upstream: str) -> AsyncIterator[FaultProxy]:
 
 
 @pytest.fixture
-def refused(store: DiskImageStore, upstream: str, manifest: dict[str, Any], tmp_path: Path) -> Check:
-    """Preparing fails like this, leaves nothing half done, and the good image can be prepared afterwards."""
+async def refused(
+    store: DiskImageStore, upstream: str, manifest: dict[str, Any], tmp_path: Path
+) -> AsyncIterator[Check]:
+    """Preparing fails like this and leaves nothing half done; after the test the good image can be prepared."""
 
     async def check(reference: str, kind: type[GreenroomError], reason: str, *words: str) -> GreenroomError:
-        for image in await store.list():
-            await store.remove(image.digest)
         with pytest.raises(kind) as raised:
             await store.prepare(reference)
         error = raised.value
@@ -92,12 +92,13 @@ def refused(store: DiskImageStore, upstream: str, manifest: dict[str, Any], tmp_
         for word in words:
             assert word in error.message, error.message
         assert list((tmp_path / "store/unpacking").iterdir()) == []
-        image = await store.prepare(f"{upstream}/test/image:1")
-        assert contents(image.rootfs) == {"data": DATA}
-        assert [found.digest for found in await store.list()] == [image.digest]
+        assert await store.list() == []
         return error
 
-    return check
+    yield check
+    image = await store.prepare(f"{upstream}/test/image:1")
+    assert contents(image.rootfs) == {"data": DATA}
+    assert [found.digest for found in await store.list()] == [image.digest]
 
 
 def push(upstream: str, name: str, document: object, media_type: str = MANIFEST_TYPES[0]) -> str:

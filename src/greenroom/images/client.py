@@ -103,12 +103,12 @@ class Client:
                     return
         except (aiohttp.ClientConnectorCertificateError, aiohttp.ServerFingerprintMismatch) as error:
             raise FailedPrecondition(
-                f"the certificate of {place(url)} is not trusted ({_words(error)}): put its authority's into "
+                f"the certificate of {authority(url)} is not trusted ({_words(error)}): put its authority's into "
                 f"/etc/containers/certs.d/{authority(url)}/ca.crt, or let SSL_CERT_FILE name it",
                 reason="REGISTRY_TLS",
             ) from error
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-            raise Interrupted(f"{place(url)} does not answer: {_words(error)}") from error
+            raise Interrupted(f"{authority(url)} does not answer: {_words(error)}") from error
         raise _bad_redirect(first, f"more than {_MAX_REDIRECTS} times")
 
     async def _send(
@@ -138,7 +138,7 @@ class Client:
         if not (response.status == 429 or (response.status == 503 and pause_s)):
             return
         wants = f"for {pause_s:.0f} s" if pause_s else "for a while"
-        limit = Throttled(f"{place(url)} wants to be left alone {wants}{await message(response)}", pause_s)
+        limit = Throttled(f"{authority(url)} wants to be left alone {wants}{await message(response)}", pause_s)
         if pause_s > MAX_PAUSE_S:
             raise limit.final("its limit of requests is reached")
         loop = asyncio.get_running_loop()
@@ -146,13 +146,9 @@ class Client:
         raise limit
 
 
-def place(url: URL) -> str:
-    """What of a URL may be shown: queries of redirects are signed, so that whoever has them may use them."""
-    return authority(url)
-
-
 def authority(url: URL) -> str:
-    """``host[:port]``, the port if it is not the scheme's own."""
+    """``host[:port]``, the port if it is not the scheme's own. What of a URL may be shown: a redirect's query is
+    signed, so that whoever has it may use it."""
     host = f"[{url.host}]" if ":" in (url.host or "") else url.host or ""
     return host if url.is_default_port() or url.port is None else f"{host}:{url.port}"
 
@@ -180,13 +176,14 @@ def _target(first: URL, url: URL, location: str) -> URL:
     if target.scheme not in ("http", "https"):
         raise _bad_redirect(first, f"to a {target.scheme or 'nameless'} address")
     if url.scheme == "https" and target.scheme != "https":
-        raise _bad_redirect(first, f"to {place(target)} without TLS")
+        raise _bad_redirect(first, f"to {authority(target)} without TLS")
     return target
 
 
 def _bad_redirect(first: URL, how: str) -> Unavailable:
     return Unavailable(
-        f"registry {place(first)} redirects {how}: its address or configuration is wrong", reason="REGISTRY_REDIRECT"
+        f"registry {authority(first)} redirects {how}: its address or configuration is wrong",
+        reason="REGISTRY_REDIRECT",
     )
 
 

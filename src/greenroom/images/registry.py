@@ -18,7 +18,7 @@ from yarl import URL
 
 from greenroom.core.errors import DataLoss, FailedPrecondition, NotFound, Unavailable
 from greenroom.core.records import Record
-from greenroom.images.client import Client, message, place
+from greenroom.images.client import Client, authority, message
 from greenroom.images.config import INDEX_TYPES, MANIFEST_TYPES, MAX_JSON_BYTES, Descriptor, invalid
 from greenroom.images.credentials import Login
 from greenroom.images.download import (
@@ -202,7 +202,7 @@ class RegistrySource:
         token = found.token or found.access_token
         if not (token and token.isascii() and token.isprintable()):
             raise Unavailable(
-                f"{place(realm)}, where {host} gives out tokens, sent none", reason="REGISTRY_UNAVAILABLE"
+                f"{authority(realm)}, where {host} gives out tokens, sent none", reason="REGISTRY_UNAVAILABLE"
             )
         return f"Bearer {token}"
 
@@ -215,7 +215,9 @@ class RegistrySource:
             realm = URL()
         in_clear = self._endpoint.plain and (is_loopback(realm.host or "") or not is_loopback(host))
         if realm.scheme != "https" and not (realm.scheme == "http" and in_clear):
-            raise _auth_error(f"registry {host} gives out tokens at {place(realm) or 'no address'}, which is not https")
+            raise _auth_error(
+                f"registry {host} gives out tokens at {authority(realm) or 'no address'}, which is not https"
+            )
         return realm
 
 
