@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from greenroom.images import registry
 from greenroom.images.config import INDEX_TYPES, MANIFEST_TYPES, this_platform
 from greenroom.images.store import DiskImageStore
 from greenroom.testing.contracts.images import COMPRESSIONS, contents, make_image
+from greenroom.testing.fault_proxy import FaultProxy
 from greenroom.testing.oci_layout import Compression, Layout, push_layout
 from greenroom.testing.python_image import build_python_image
 
@@ -111,6 +113,14 @@ async def test_what_is_not_there(upstream: str, pushed: str, store: DiskImageSto
         with pytest.raises(NotFound) as raised:
             await store.prepare(f"{upstream}/{name}")
         assert raised.value.reason == "IMAGE_NOT_FOUND"
+
+
+async def test_what_is_here_needs_no_registry(upstream: str, pushed: str, store: DiskImageStore) -> None:
+    """A tree that was lost, or never became whole, is made from what was fetched."""
+    async with FaultProxy(upstream).running() as front:
+        image = await store.prepare(f"{front.host}/{pushed}")
+    shutil.rmtree(image.rootfs)
+    check((await store.prepare(f"{front.host}/{pushed}@{image.digest}")).rootfs)
 
 
 async def test_nobody_answers(store: DiskImageStore, monkeypatch: pytest.MonkeyPatch) -> None:

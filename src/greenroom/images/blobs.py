@@ -24,7 +24,7 @@ from pathlib import Path
 
 from greenroom.core.errors import DataLoss, GreenroomError, ResourceExhausted
 from greenroom.images import pieces
-from greenroom.images.config import Descriptor
+from greenroom.images.config import MAX_JSON_BYTES, Descriptor
 from greenroom.images.download import (
     MAX_FRUITLESS_ATTEMPTS,
     MAX_FRUITLESS_ATTEMPTS_OF_MANY,
@@ -62,6 +62,15 @@ class BlobStore:
     def read(self, digest: str) -> bytes:
         """A small blob (config or manifest) whole."""
         return self.path(digest).read_bytes()
+
+    def find_manifest(self, digest: str) -> bytes | None:
+        """A manifest that is here and is what it was when it was stored."""
+        try:
+            with self.path(digest).open("rb") as file:
+                data = file.read(MAX_JSON_BYTES + 1)
+        except FileNotFoundError:
+            return None
+        return data if hashlib.sha256(data).hexdigest() == hex_of(digest) else None
 
     def write(self, data: bytes) -> str:
         """Stores a small blob; returns its digest."""

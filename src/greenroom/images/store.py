@@ -130,7 +130,7 @@ class DiskImageStore:
             with contextlib.suppress(NotFound):  # a digest never means anything else: nobody needs to be asked
                 return msgspec.structs.replace(await self.get(parsed.digest), reference=reference)
         async with self._open(parsed) as origins:
-            digest, data, manifest = await self._resolve(reference, origins)
+            digest, data, manifest = await self._resolve(reference, parsed.digest, origins)
 
         async def work(listeners: Sequence[OnProgress | None]) -> Image:
             # With connections of its own: whoever began may give up before the others.
@@ -192,10 +192,12 @@ class DiskImageStore:
                 sources.append(RegistrySource(endpoint, parsed, self._registries, client))
             yield Origins(sources)
 
-    async def _resolve(self, reference: str, origins: Origins) -> tuple[str, bytes, Manifest]:
+    async def _resolve(self, reference: str, pinned: str, origins: Origins) -> tuple[str, bytes, Manifest]:
         """The manifest for this machine, through indexes: its digest, bytes and content."""
         try:
-            data, media_type = await origins.resolve()
+            # An attempt before this one may have kept it: then, with the layers here too, nobody has to be asked.
+            known = await asyncio.to_thread(self._blobs.find_manifest, pinned) if pinned else None
+            data, media_type = (known, "") if known is not None else await origins.resolve()
             for _ in range(_MAX_INDEX_DEPTH):
                 found = parse_manifest(reference, data, media_type)
                 if isinstance(found, Manifest):
