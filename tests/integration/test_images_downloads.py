@@ -226,15 +226,59 @@ async def test_another_process_sees_the_progress(upstream: str, pushed: str, tmp
     assert len({done for done in seen if 0 < done < SIZE}) > 3
 
 
+async def test_a_shared_layer_is_fetched_once(upstream: str, store: DiskImageStore, tmp_path: Path) -> None:
+    """Two images with the same base, prepared at the same time."""
+    for number in range(2):
+        make_image(tmp_path / str(number), {"large": DATA}, {"own": b"%d" % number}, compression="zstd")
+        push_layout(tmp_path / str(number), f"{upstream}/test/shares:{number}")
+    async with FaultProxy(upstream).running() as proxy:
+        images = await asyncio.gather(*(store.prepare(f"{proxy.host}/test/shares:{number}") for number in range(2)))
+        assert images[0].layers[0] == images[1].layers[0]
+        assert [contents(image.rootfs)["own"] for image in images] == [b"0", b"1"]
+        assert proxy.blob_bytes < SIZE + 10_000
+
+
+async def test_ten_at_once_pull_once(upstream: str, pushed: str, store: DiskImageStore) -> None:
+    async with FaultProxy(upstream).running() as proxy:
+        images = await asyncio.gather(*(store.prepare(f"{proxy.host}/{pushed}") for _ in range(10)))
+        assert len({image.digest for image in images}) == 1
+        assert proxy.blob_bytes < SIZE + 10_000
+
+
+async def test_a_silent_registry_takes_nothing_from_others(upstream: str, pushed: str, store: DiskImageStore) -> None:
+    async with FaultProxy(upstream).running() as silent:
+        stuck = asyncio.Event()
+
+        async def say_nothing() -> None:
+            stuck.set()
+            await asyncio.Event().wait()
+
+        make_image(tmp := store._root / "other", {"other": os.urandom(5 << 20)}, compression="none")
+        push_layout(tmp, f"{upstream}/test/other:1")
+        silent.before_chunk = say_nothing
+        waiting = asyncio.create_task(store.prepare(f"{silent.host}/test/other:1"))
+        await stuck.wait()
+        async with asyncio.timeout(20):
+            check((await store.prepare(f"{upstream}/{pushed}")).rootfs)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+
+
 async def test_partial_that_went_bad_is_fetched_anew(
     upstream: str, pushed: str, store: DiskImageStore, tmp_path: Path
 ) -> None:
-    """After a power cut a partial file may say that it has what it does not have."""
+    """After a power cut a partial file may say that it has what it does not have, or be something else."""
     image = await store.prepare(f"{upstream}/{pushed}")
-    await store.remove(image.digest)
-    partial = tmp_path / "store/partial" / image.layers[0].removeprefix("sha256:")
-    layer_size = image.size_bytes - 100  # the other layer is small; only the length counts
-    for damaged in (b"", bytes(2 << 20), bytes(layer_size)):
-        partial.write_bytes(damaged)
-        check((await store.prepare(f"{upstream}/{pushed}")).rootfs)
+    name = image.layers[0].removeprefix("sha256:")
+    size = (tmp_path / "store/blobs/sha256" / name).stat().st_size
+    count = -(-size // PIECE_BYTES)
+    for damaged in (
+        b"",
+        bytes(2 << 20),
+        bytes(size),  # about to be renamed
+        bytes(size) + b"\1" * count,  # all there
+        os.urandom(size) + b"\1" * (count - 1) + b"\0",
+    ):
         await store.remove(image.digest)
+        (tmp_path / "store/partial" / name).write_bytes(damaged)
+        check((await store.prepare(f"{upstream}/{pushed}")).rootfs)

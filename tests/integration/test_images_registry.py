@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from aiohttp import web
-from registry_kit import docker_registry, find_registry
+from registry_kit import docker_registry, find_registry, put_manifest
 
 import greenroom.testing
-from greenroom.core.errors import FailedPrecondition, NotFound, Unavailable
+from greenroom.core.errors import NotFound, Unavailable
 from greenroom.images import registry
-from greenroom.images.credentials import Login
-from greenroom.images.registries import Registries
+from greenroom.images.config import INDEX_TYPES, MANIFEST_TYPES, this_platform
 from greenroom.images.store import DiskImageStore
 from greenroom.testing.contracts.images import COMPRESSIONS, contents, make_image
 from greenroom.testing.fault_proxy import FaultProxy
-from greenroom.testing.oci_layout import Compression, push_layout
+from greenroom.testing.oci_layout import Compression, Layout, push_layout
 from greenroom.testing.python_image import build_python_image
 
 pytestmark = pytest.mark.skipif(find_registry() is None, reason="no docker-registry: run scripts/setup.sh --test")
@@ -114,75 +115,46 @@ async def test_what_is_not_there(upstream: str, pushed: str, store: DiskImageSto
         assert raised.value.reason == "IMAGE_NOT_FOUND"
 
 
+async def test_what_is_here_needs_no_registry(upstream: str, pushed: str, store: DiskImageStore) -> None:
+    """A tree that was lost, or never became whole, is made from what was fetched."""
+    async with FaultProxy(upstream).running() as front:
+        image = await store.prepare(f"{front.host}/{pushed}")
+    shutil.rmtree(image.rootfs)
+    check((await store.prepare(f"{front.host}/{pushed}@{image.digest}")).rootfs)
+
+
 async def test_nobody_answers(store: DiskImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "RETRY_BASE_S", 0.001)
     with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1"):
         await store.prepare("127.0.0.1:1/test/image:1")
 
 
-# --- logging in -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("lifetime", [8, 1000])
-async def test_anonymous_token(upstream: str, pushed: str, store: DiskImageStore, lifetime: int) -> None:
-    """Also when tokens run out while layers are under way."""
-    async with FaultProxy(upstream).running() as front:
-        scopes = front.want_tokens(lifetime_requests=lifetime)
-        front.cut_after_bytes = SIZE // 2
-        check((await store.prepare(f"{front.host}/{pushed}")).rootfs)
-        assert set(scopes) == {"repository:test/image:pull"}
-
-
-async def test_token_for_an_account(upstream: str, pushed: str, tmp_path: Path) -> None:
-    async def credentials(host: str, repository: str) -> Login | None:
-        return Login(username="ada", password="secret") if host == front.host else None
-
-    async with FaultProxy(upstream).running() as front:
-        front.want_tokens(account=("ada", "secret"))
-        with pytest.raises(FailedPrecondition) as raised:
-            await DiskImageStore(tmp_path / "anonymous").prepare(f"{front.host}/{pushed}")
-        assert raised.value.reason == "REGISTRY_AUTH"
-        store = DiskImageStore(tmp_path / "store", registries=Registries(credentials=credentials))
-        check((await store.prepare(f"{front.host}/{pushed}")).rootfs)
-
-
-async def test_password_is_not_sent_in_clear_elsewhere(upstream: str, pushed: str, tmp_path: Path) -> None:
-    """A registry that sends the login to a plain http address of another machine gets no password."""
-
-    async def credentials(host: str, repository: str) -> Login | None:
-        return Login(username="ada", password="secret")
-
-    async def intercept(request: web.Request) -> web.StreamResponse | None:
-        return web.Response(status=401, headers={"WWW-Authenticate": 'Bearer realm="http://192.0.2.1/token"'})
-
-    async with FaultProxy(upstream).running() as front:
-        front.intercept = intercept
-        with pytest.raises(FailedPrecondition, match="not https"):
-            await DiskImageStore(tmp_path / "store", registries=Registries(credentials=credentials)).prepare(
-                f"{front.host}/{pushed}"
-            )
-
-
-async def test_credentials_do_not_follow_a_redirect(upstream: str, pushed: str, tmp_path: Path) -> None:
-    """Blobs are often kept by somebody else; a token is for the registry alone."""
-    leaked: list[str] = []
-
-    async def watch(request: web.Request) -> web.StreamResponse | None:
-        leaked.extend(request.headers.getall("Authorization", []))
-        return None
-
-    async with FaultProxy(upstream).running() as storage, FaultProxy(upstream).running() as front:
-        storage.intercept = watch
-        front.want_tokens(lifetime_requests=1000)
-        tokens = front.intercept
-        assert tokens is not None
-
-        async def redirect(request: web.Request) -> web.StreamResponse | None:
-            if "/blobs/" in request.path and request.headers.get("Authorization"):
-                raise web.HTTPTemporaryRedirect(f"http://{storage.host}{request.path_qs}")
-            return await tokens(request)
-
-        front.intercept = redirect
-        check((await DiskImageStore(tmp_path / "store").prepare(f"{front.host}/{pushed}")).rootfs)
-        assert storage.blob_bytes >= SIZE
-        assert leaked == []
+@pytest.mark.parametrize("kind", ["oci", "docker"])
+@pytest.mark.parametrize("depth", [1, 2])
+async def test_index(upstream: str, pushed: str, store: DiskImageStore, tmp_path: Path, kind: str, depth: int) -> None:
+    """An image for several machines, also as an index inside an index, in OCI's words and in Docker's."""
+    layout = Layout(tmp_path / "layout")
+    make_image(layout.directory, {"kind": kind.encode()}, compression="gzip")
+    push_layout(layout.directory, f"{upstream}/test/index:part")
+    (descriptor,) = layout.index().manifests
+    manifest = json.loads(layout.blob(descriptor).read_bytes())
+    manifest_type, index_type = (types[0 if kind == "oci" else 1] for types in (MANIFEST_TYPES, INDEX_TYPES))
+    if kind == "docker":
+        manifest["mediaType"] = manifest_type
+        manifest["config"]["mediaType"] = "application/vnd.docker.container.image.v1+json"
+        manifest["layers"][0]["mediaType"] = "application/vnd.docker.image.rootfs.diff.tar.gzip"
+    here = this_platform()
+    others = [("linux", "riscv64"), (here.os, here.architecture), ("unknown", "unknown")]
+    inner, media_type = json.dumps(manifest).encode(), manifest_type
+    for _ in range(depth):
+        digest = put_manifest(upstream, "test/index:inner", inner, media_type)
+        described = {"mediaType": media_type, "digest": digest, "size": len(inner)}
+        platforms = [{**described, "platform": {"os": os_, "architecture": arch}} for os_, arch in others]
+        document = {"schemaVersion": 2, "mediaType": index_type, "manifests": platforms}
+        inner, media_type = json.dumps(document).encode(), index_type
+    index_digest = put_manifest(upstream, "test/index:all", inner, media_type)
+    image = await store.prepare(f"{upstream}/test/index:all")
+    assert contents(image.rootfs) == {"kind": kind.encode()}
+    assert image.digest == f"sha256:{hashlib.sha256(json.dumps(manifest).encode()).hexdigest()}"
+    # The index's digest means the same image.
+    assert (await store.prepare(f"{upstream}/test/index@{index_digest}")).digest == image.digest

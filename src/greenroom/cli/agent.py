@@ -131,6 +131,7 @@ async def _serve(
     from greenroom.agent.links import Links
     from greenroom.core.errors import FailedPrecondition, GreenroomError
     from greenroom.images.peers import PeerServer
+    from greenroom.images.registries import Registries
     from greenroom.images.store import DiskImageStore
     from greenroom.sandbox import registry
     from greenroom.sandbox.reaper import become_subreaper
@@ -148,7 +149,6 @@ async def _serve(
     )
     check_marks(images_high, images_low)
     token = os.environ.get(PEER_TOKEN_VARIABLE, "")
-    store = DiskImageStore(images, peer_token=token, high_bytes=images_high, low_bytes=images_low)
     server = PeerServer(images, token=token) if peers else None
     if server is not None and peers is not None:
         try:
@@ -156,11 +156,18 @@ async def _serve(
         except OSError as error:
             log.error("can't serve image layers to other workers", address=peers, error=str(error))
             return FailedPrecondition.exit_code
-    worker_agent = Agent(config, registry.load(backend), store, ObjectSnapshotStore(snapshots))
     # Before anything is made: a signal that comes while it opens is obeyed when it is open, and has cleaned up after
     # an earlier agent.
     signals = _Signals()
     try:
+        image_store = DiskImageStore(
+            images,
+            registries=Registries.from_environment(),
+            peer_token=token,
+            high_bytes=images_high,
+            low_bytes=images_low,
+        )
+        worker_agent = Agent(config, registry.load(backend), image_store, ObjectSnapshotStore(snapshots))
         await worker_agent.open()
     except GreenroomError as error:
         log.error("the worker can't start", error=error.message, reason=error.reason)

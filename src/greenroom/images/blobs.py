@@ -24,15 +24,16 @@ from pathlib import Path
 
 from greenroom.core.errors import DataLoss, GreenroomError, ResourceExhausted
 from greenroom.images import pieces
-from greenroom.images.config import Descriptor
+from greenroom.images.config import MAX_JSON_BYTES, Descriptor
 from greenroom.images.download import (
     MAX_FRUITLESS_ATTEMPTS,
     MAX_FRUITLESS_ATTEMPTS_OF_MANY,
     BlobSource,
     Download,
     Interrupted,
+    to_the_end,
 )
-from greenroom.images.pieces import MAX_IN_FLIGHT_BYTES, PIECE_BYTES, Partial
+from greenroom.images.pieces import Partial
 
 #: How often somebody who waits for a lock may look how far its holder is.
 WAITING_PERIOD_S = 0.25
@@ -48,7 +49,6 @@ class BlobStore:
         self._locks = root / "locks"
         for directory in (self._blobs, self._partial, self._locks):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._budget = asyncio.Semaphore(MAX_IN_FLIGHT_BYTES // PIECE_BYTES)
 
     def path(self, digest: str) -> Path:
         return self._blobs / hex_of(digest)
@@ -62,6 +62,15 @@ class BlobStore:
     def read(self, digest: str) -> bytes:
         """A small blob (config or manifest) whole."""
         return self.path(digest).read_bytes()
+
+    def find_manifest(self, digest: str) -> bytes | None:
+        """A manifest that is here and is what it was when it was stored."""
+        try:
+            with self.path(digest).open("rb") as file:
+                data = file.read(MAX_JSON_BYTES + 1)
+        except FileNotFoundError:
+            return None
+        return data if hashlib.sha256(data).hexdigest() == hex_of(digest) else None
 
     def write(self, data: bytes) -> str:
         """Stores a small blob; returns its digest."""
@@ -122,13 +131,18 @@ class BlobStore:
         return pieces.done_bytes(self._partial / hex_of(descriptor.digest), descriptor)
 
     async def fetch(
-        self, descriptor: Descriptor, sources: Sequence[BlobSource], progress: Callable[[int], None]
+        self,
+        descriptor: Descriptor,
+        sources: Sequence[BlobSource],
+        budget: asyncio.Semaphore,
+        progress: Callable[[int], None],
     ) -> None:
         """Makes sure that the blob is here. Goes on with a partial download, of whichever process and source; a
         cancelled one stays for the next.
 
         Args:
             sources: asked in this order; what the first brings the next goes on with. The last one's error counts.
+            budget: pieces that may be under way, of all blobs that are fetched with it.
             progress: called with the bytes that are here, often.
 
         Raises:
@@ -143,11 +157,11 @@ class BlobStore:
                 return
             partial = Partial(self._partial / hex_of(descriptor.digest), descriptor)
             try:
-                await asyncio.to_thread(partial.open)
+                await to_the_end(partial.open)
                 if self._lacking(partial) > 0:  # better said now than after half of it
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                await self._download(partial, sources, progress)
-                await asyncio.to_thread(partial.commit, self.path(descriptor.digest))
+                await self._download(partial, sources, budget, progress)
+                await to_the_end(partial.commit, self.path(descriptor.digest))
                 await asyncio.to_thread(sync_directory, self._blobs)
             except OSError as error:
                 if error.errno not in _DISK_FULL:
@@ -165,24 +179,29 @@ class BlobStore:
             finally:
                 partial.close()
 
-    async def _download(self, partial: Partial, sources: Sequence[BlobSource], progress: Callable[[int], None]) -> None:
+    async def _download(
+        self,
+        partial: Partial,
+        sources: Sequence[BlobSource],
+        budget: asyncio.Semaphore,
+        progress: Callable[[int], None],
+    ) -> None:
         for source in sources[:-1]:
             try:
-                return await self._download_from(source, partial, progress, MAX_FRUITLESS_ATTEMPTS_OF_MANY)
+                download = Download(partial, source, budget, progress, MAX_FRUITLESS_ATTEMPTS_OF_MANY)
+                return await self._finish(download, partial)
             except (Interrupted, GreenroomError):
                 continue  # whatever it is, the next one may do better
-        await self._download_from(sources[-1], partial, progress, MAX_FRUITLESS_ATTEMPTS)
+        await self._finish(Download(partial, sources[-1], budget, progress, MAX_FRUITLESS_ATTEMPTS), partial)
 
-    async def _download_from(
-        self, source: BlobSource, partial: Partial, progress: Callable[[int], None], patience: int
-    ) -> None:
+    async def _finish(self, download: Download, partial: Partial) -> None:
         others_pieces = partial.done_bytes > 0
         while True:
-            await Download(partial, source, self._budget, progress, patience).run()
+            await download.run()
             found = partial.wrong_digest()
             if found is None:
                 return
-            await asyncio.to_thread(partial.restart)
+            await to_the_end(partial.restart)
             if not others_pieces:
                 raise DataLoss(
                     f"blob {partial.descriptor.digest}: what arrived has the digest {found}; something on the "

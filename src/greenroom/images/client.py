@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import ssl
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -20,7 +21,6 @@ from yarl import URL
 from greenroom.core.errors import FailedPrecondition, Unavailable
 from greenroom.core.records import Record
 from greenroom.images.download import Interrupted, Throttled
-from greenroom.images.reference import is_loopback
 from greenroom.images.registries import Registries
 
 #: A registry that has not accepted a connection after this long, or sends nothing for the second, is taken for gone;
@@ -53,6 +53,7 @@ class Client:
     def __init__(self, registries: Registries) -> None:
         self._registries = registries
         self._session: aiohttp.ClientSession | None = None
+        self._contexts: dict[str, ssl.SSLContext] = {}
 
     async def __aenter__(self) -> Client:
         timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_read=SILENCE_TIMEOUT_S)
@@ -92,37 +93,37 @@ class Client:
                 await self._wait(url)
                 async with await self._send(method, url, sent, data) as response:
                     if response.status in _REDIRECTS and method == "GET" and "Location" in response.headers:
-                        target = url.join(URL(response.headers["Location"]))
+                        target = _target(first, url, response.headers["Location"])
                         if _origin(target) != _origin(url):
                             sent.pop("Authorization", None)
-                        url = _allowed(first, url, target)
+                        url = target
                         continue
                     await self._obey(url, response)
                     yield response
                     return
         except (aiohttp.ClientConnectorCertificateError, aiohttp.ServerFingerprintMismatch) as error:
             raise FailedPrecondition(
-                f"the certificate of {place(url)} is not trusted ({_words(error)}): put its authority's into "
+                f"the certificate of {authority(url)} is not trusted ({_words(error)}): put its authority's into "
                 f"/etc/containers/certs.d/{authority(url)}/ca.crt, or let SSL_CERT_FILE name it",
                 reason="REGISTRY_TLS",
             ) from error
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-            raise Interrupted(f"{place(url)} does not answer: {_words(error)}") from error
-        except ValueError as error:  # a URL that is none
-            raise _bad_redirect(first, "to something that is no URL") from error
+            raise Interrupted(f"{authority(url)} does not answer: {_words(error)}") from error
         raise _bad_redirect(first, f"more than {_MAX_REDIRECTS} times")
 
     async def _send(
         self, method: str, url: URL, headers: Mapping[str, str], data: Mapping[str, str] | None
     ) -> aiohttp.ClientResponse:
         assert self._session is not None
-        tls = await asyncio.to_thread(self._registries.tls, authority(url)) if url.scheme == "https" else True
+        host = authority(url)
+        if url.scheme == "https" and host not in self._contexts:
+            self._contexts[host] = await asyncio.to_thread(self._registries.tls, host)
         return await self._session.request(
             method,
             url,
             headers=headers,
             data=data,
-            ssl=tls,
+            ssl=self._contexts.get(host, True),
             proxy=self._registries.proxy(url),
             allow_redirects=False,
         )
@@ -137,7 +138,7 @@ class Client:
         if not (response.status == 429 or (response.status == 503 and pause_s)):
             return
         wants = f"for {pause_s:.0f} s" if pause_s else "for a while"
-        limit = Throttled(f"{place(url)} wants to be left alone {wants}{await message(response)}", pause_s)
+        limit = Throttled(f"{authority(url)} wants to be left alone {wants}{await message(response)}", pause_s)
         if pause_s > MAX_PAUSE_S:
             raise limit.final("its limit of requests is reached")
         loop = asyncio.get_running_loop()
@@ -145,13 +146,9 @@ class Client:
         raise limit
 
 
-def place(url: URL) -> str:
-    """What of a URL may be shown: queries of redirects are signed, so that whoever has them may use them."""
-    return authority(url)
-
-
 def authority(url: URL) -> str:
-    """``host[:port]``, the port if it is not the scheme's own."""
+    """``host[:port]``, the port if it is not the scheme's own. What of a URL may be shown: a redirect's query is
+    signed, so that whoever has it may use it."""
     host = f"[{url.host}]" if ":" in (url.host or "") else url.host or ""
     return host if url.is_default_port() or url.port is None else f"{host}:{url.port}"
 
@@ -168,18 +165,25 @@ async def message(response: aiohttp.ClientResponse) -> str:
     return f": {shown}" if shown else ""
 
 
-def _allowed(first: URL, url: URL, target: URL) -> URL:
-    target = target.with_user(None).with_fragment(None)
+def _target(first: URL, url: URL, location: str) -> URL:
+    """Where a redirect from ``url`` leads, if that is allowed."""
+    try:
+        target = url.join(URL(location))
+        if target.scheme in ("http", "https"):
+            target = target.with_user(None).with_fragment(None)
+    except ValueError as error:
+        raise _bad_redirect(first, "to something that is no URL") from error
     if target.scheme not in ("http", "https"):
         raise _bad_redirect(first, f"to a {target.scheme or 'nameless'} address")
-    if url.scheme == "https" and target.scheme != "https" and not is_loopback(target.host or ""):
-        raise _bad_redirect(first, f"to {place(target)} without TLS")
+    if url.scheme == "https" and target.scheme != "https":
+        raise _bad_redirect(first, f"to {authority(target)} without TLS")
     return target
 
 
 def _bad_redirect(first: URL, how: str) -> Unavailable:
     return Unavailable(
-        f"registry {place(first)} redirects {how}: its address or configuration is wrong", reason="REGISTRY_REDIRECT"
+        f"registry {authority(first)} redirects {how}: its address or configuration is wrong",
+        reason="REGISTRY_REDIRECT",
     )
 
 

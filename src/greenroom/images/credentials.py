@@ -16,10 +16,13 @@ import binascii
 import contextlib
 import os
 import re
+import select
 import signal
-from asyncio.subprocess import DEVNULL, PIPE, Process
+import subprocess
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
 import msgspec
 
@@ -147,24 +150,26 @@ class CredentialFiles:
         if not _HELPER_NAME.fullmatch(helper):
             raise _failed(f"{path} names the credential helper {helper!r}, which is no name of a program")
         try:
-            process = await asyncio.create_subprocess_exec(
-                program, "get", stdin=PIPE, stdout=PIPE, stderr=DEVNULL, start_new_session=True
+            # Here and not in a thread: a caller who is cancelled must know what to end.
+            process = subprocess.Popen(  # noqa: ASYNC220
+                [program, "get"], stdin=PIPE, stdout=PIPE, stderr=DEVNULL, start_new_session=True
             )
         except OSError as error:
-            raise _failed(
-                f"credential helper {program}, which {path} names, can't be started ({error.strerror})"
-            ) from None
+            why = error.strerror
+            raise _failed(f"credential helper {program}, which {path} names, can't be started ({why})") from None
+        server = _DOCKER_HUB_KEY if key == "docker.io" else key
         try:
-            async with asyncio.timeout(self._helper_timeout_s):
-                said = await _converse(process, _DOCKER_HUB_KEY if key == "docker.io" else key)
-                status = await process.wait()
+            said = await asyncio.to_thread(_converse, process, server.encode(), self._helper_timeout_s)
         except TimeoutError:
             raise _failed(
-                f"credential helper {program} said nothing for {self._helper_timeout_s:g} s: it may wait for "
+                f"credential helper {program} does not end within {self._helper_timeout_s:g} s: it may wait for "
                 f"somebody to unlock a key ring; try `echo {key} | {program} get`"
             ) from None
         finally:
-            await _end(process)
+            # Also what it started and left behind; the thread above then ends, too.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            status = await asyncio.shield(asyncio.to_thread(process.wait))
         if status != 0 and _NOT_FOUND.encode() in said:
             return None
         try:
@@ -178,24 +183,37 @@ class CredentialFiles:
         return Login(username=secret.username, password=secret.secret)
 
 
-async def _converse(process: Process, server: str) -> bytes:
+def _converse(process: subprocess.Popen[bytes], server: bytes, timeout_s: float) -> bytes:
+    """Asks, and returns the answer, or b"" for one that is far too long. In a thread and not by asyncio, whose
+    processes only end when their pipes do: a helper may start a key ring's daemon, which keeps the pipe.
+
+    Raises:
+        TimeoutError: no whole answer within ``timeout_s``.
+    """
     assert process.stdin is not None and process.stdout is not None
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        process.stdin.write(server.encode())
-        await process.stdin.drain()
-        process.stdin.close()
-    said = bytearray()
-    while len(said) <= _MAX_HELPER_BYTES and (chunk := await process.stdout.read(_MAX_HELPER_BYTES)):
-        said += chunk
-    return bytes(said) if len(said) <= _MAX_HELPER_BYTES else b""
+    deadline = time.monotonic() + timeout_s
+    said = b""
+    with process.stdin, process.stdout:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(server)
+            process.stdin.close()
+        while len(said) <= _MAX_HELPER_BYTES:
+            ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError
+            chunk = os.read(process.stdout.fileno(), _MAX_HELPER_BYTES)
+            if not chunk:
+                _wait(process, deadline)
+                return said
+            said += chunk
+    return b""
 
 
-async def _end(process: Process) -> None:
-    """Ends the helper and what it started, unless all of it has ended."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    if process.returncode is None:
-        await asyncio.shield(process.wait())
+def _wait(process: subprocess.Popen[bytes], deadline: float) -> None:
+    try:
+        process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        raise TimeoutError from None
 
 
 def _read(path: Path) -> _File | None:

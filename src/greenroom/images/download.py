@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import ParamSpec, Protocol
 
 from greenroom.core.errors import GreenroomError, ResourceExhausted, Unavailable
 from greenroom.images.config import Descriptor
 from greenroom.images.pieces import MAX_IN_FLIGHT_BYTES, PIECE_BYTES, Partial
+
+Arguments = ParamSpec("Arguments")
 
 #: Attempts in a row that bring no byte before a download is given up; each byte that arrives starts the count anew.
 MAX_FRUITLESS_ATTEMPTS = 5
@@ -66,12 +68,19 @@ class _NoRanges(Exception):
     """The source begins at the start, whatever it is asked."""
 
 
+def new_budget() -> asyncio.Semaphore:
+    """For all downloads of one image: as many pieces as may be under way. Each image has its own, so that one whose
+    registry is silent, or sends a byte a minute, takes nothing from the others."""
+    return asyncio.Semaphore(MAX_IN_FLIGHT_BYTES // PIECE_BYTES)
+
+
 class Download:
     """Fills ``partial`` from ``source``.
 
     Args:
-        budget: how many pieces may be under way in all downloads together.
-        progress: called with the bytes that are here or have at least arrived; never falls in one download.
+        budget: from `new_budget`.
+        progress: called with the bytes that are here or have at least arrived. It only falls when it turns out that the
+            source knows no ranges, and so what is half there has to come again.
         patience: attempts in a row without a byte before it is given up.
     """
 
@@ -98,6 +107,7 @@ class Download:
             NotFound, DataLoss: as the source says.
             OSError: the disk.
         """
+        self._done_bytes = self._partial.done_bytes
         try:
             await self._side_by_side()
         except _NoRanges:
@@ -139,7 +149,7 @@ class Download:
             raise Interrupted(f"a blob ended after {start + len(data)} of {self._partial.descriptor.size} bytes")
 
         await self._patiently(fill)
-        await _to_the_end(self._partial.write, number, data)
+        await to_the_end(self._partial.write, number, data)
 
     async def _in_one_stream(self) -> None:
         """All from the start; pieces that are here pass by."""
@@ -156,7 +166,7 @@ class Download:
                     piece = bytes(memoryview(data)[: end - start])
                     del data[: end - start]
                     if not self._partial.has(number):
-                        await _to_the_end(self._partial.write, number, piece)
+                        await to_the_end(self._partial.write, number, piece)
                         self._arrived(len(piece))
                     number += 1
                 else:
@@ -181,9 +191,9 @@ class Download:
         self._progress(self._done_bytes)
 
 
-async def _to_the_end(work: Callable[[int, bytes | bytearray], None], number: int, data: bytes | bytearray) -> None:
-    """Runs a short piece of work in a thread; a cancelled caller waits for its end, so that nothing writes after."""
-    running = asyncio.ensure_future(asyncio.to_thread(work, number, data))
+async def to_the_end(work: Callable[Arguments, None], *arguments: Arguments.args, **more: Arguments.kwargs) -> None:
+    """Runs a short piece of work in a thread; a cancelled caller waits for its end, so that nothing works on after."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, *arguments, **more))
     try:
         await asyncio.shield(running)
     except asyncio.CancelledError:

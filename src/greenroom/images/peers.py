@@ -17,7 +17,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import aiohttp
-from aiohttp import web
+from aiohttp import abc, web
 from yarl import URL
 
 from greenroom.core.errors import DataLoss, NotFound
@@ -81,10 +81,19 @@ class PeerServer:
         path = self._blobs.path(f"sha256:{request.match_info['hex']}")
         if not await asyncio.to_thread(path.is_file):
             raise web.HTTPNotFound
+        return _Blob(path, self._turns)
+
+
+class _Blob(web.FileResponse):
+    """A file that is sent when it is its turn, and not for ever."""
+
+    def __init__(self, path: Path, turns: asyncio.Semaphore) -> None:
+        super().__init__(path, chunk_size=PIECE_BYTES)
+        self._turns = turns
+
+    async def prepare(self, request: web.BaseRequest) -> abc.AbstractStreamWriter | None:
         async with self._turns, asyncio.timeout(SERVE_TIMEOUT_S):
-            response = web.FileResponse(path, chunk_size=PIECE_BYTES)
-            await response.prepare(request)
-            return response
+            return await super().prepare(request)
 
 
 class PeerSource:

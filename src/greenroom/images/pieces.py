@@ -6,7 +6,7 @@ The file has room for the whole blob and, behind it, one byte a piece that says 
     | piece 0 | piece 1 | ... | piece n-1 |                       whole and verified, about to be renamed
 
 A piece's mark is written after the piece, so a process may be killed at any instant: what is marked is there, and what
-was under way, at most `MAX_IN_FLIGHT_BYTES` in all downloads of a process, is fetched again. (After a power cut marks
+was under way, at most `MAX_IN_FLIGHT_BYTES` for an image, is fetched again. (After a power cut marks
 may have reached the disk before their pieces. Then the digest is wrong, and the blob is fetched from its start.)
 """
 
@@ -21,9 +21,8 @@ from greenroom.images.config import Descriptor
 
 #: A piece is asked for with one request. Smaller ones cost more requests, larger ones lose more when all is killed.
 PIECE_BYTES = 1 << 20
-#: Of all blobs together that a process asks for at a time: what memory holds, and what a kill loses. On a link of 10
-#: Mbit/s and 400 ms (0.5 MB on the way) pieces side by side hide the round trips; a faster link carries 10 MB/s at that
-#: distance.
+#: Of all blobs of an image, what is asked for at a time: what memory holds, and what a kill loses. On a link of 10
+#: Mbit/s and 400 ms (0.5 MB on the way) pieces side by side hide the round trips; a faster one as long carries 10 MB/s.
 MAX_IN_FLIGHT_BYTES = 4 << 20
 
 _HERE = b"\1"

@@ -95,8 +95,9 @@ def check_digest(digest: str) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether ``host[:port]`` is this machine."""
-    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-    name = name.strip("[]")
+    name = host
+    if host.startswith("[") or host.count(":") < 2:  # else it is a bare IPv6 address
+        name = re.sub(r":[0-9]*$", "", host).strip("[]")
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:

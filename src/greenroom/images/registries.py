@@ -23,7 +23,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
-from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
+from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
 
 import msgspec
 from yarl import URL
@@ -94,7 +94,6 @@ class Registries:
         self._registries = tuple(registries)
         self._certificates = tuple(certificates)
         self._proxies = dict(proxies or {})
-        self._contexts: dict[str, ssl.SSLContext] = {}
         #: ``host[:port]`` -> when it may be asked again (the loop's clock), if it wants to be asked less often.
         self.not_before: dict[str, float] = {}
 
@@ -114,7 +113,7 @@ class Registries:
             credentials=CredentialFiles.from_environment(environment),
             registries=next((read_conf(path) for path in files if path.exists()), ()),
             certificates=[root / "certs.d" for root in (user, system, Path("/etc/docker"))],
-            proxies=getproxies_environment(),
+            proxies=_proxies(environment),
         )
 
     def endpoints(self, reference: RegistryReference) -> list[Endpoint]:
@@ -141,14 +140,24 @@ class Registries:
         return [*found, self._endpoint((entry.location or name[: len(name) - len(rest)]) + rest, entry.insecure)]
 
     def tls(self, host: str) -> ssl.SSLContext:
-        """How ``host[:port]`` is known to be itself. Blocks for some 20 ms the first time.
+        """How ``host[:port]`` is known to be itself, from the files as they are now. Blocks for some 20 ms.
 
         Raises:
             FailedPrecondition: a certificate can't be read (reason ``REGISTRY_CONFIG``).
         """
-        if host not in self._contexts:
-            self._contexts[host] = self._context(host)
-        return self._contexts[host]
+        context = ssl.create_default_context()
+        directory = self._directory(host)
+        if directory is None:
+            return context
+        path = directory
+        try:
+            for path in sorted(directory.glob("*.crt")):
+                context.load_verify_locations(path)
+            for path in sorted(directory.glob("*.cert")):
+                context.load_cert_chain(path, path.with_suffix(".key"))
+        except OSError as error:  # ssl.SSLError is one
+            raise _config_error(f"certificate {path} of registry {host} can't be read: {error}") from error
+        return context
 
     def proxy(self, url: URL) -> str | None:
         """The proxy that ``url`` is to be reached through."""
@@ -165,21 +174,6 @@ class Registries:
     def _directory(self, host: str) -> Path | None:
         return next((root / host for root in self._certificates if (root / host).is_dir()), None)
 
-    def _context(self, host: str) -> ssl.SSLContext:
-        context = ssl.create_default_context()
-        directory = self._directory(host)
-        if directory is None:
-            return context
-        path = directory
-        try:
-            for path in sorted(directory.glob("*.crt")):
-                context.load_verify_locations(path)
-            for path in sorted(directory.glob("*.cert")):
-                context.load_cert_chain(path, path.with_suffix(".key"))
-        except OSError as error:  # ssl.SSLError is one
-            raise _config_error(f"certificate {path} of registry {host} can't be read: {error}") from error
-        return context
-
 
 def read_conf(path: Path) -> tuple[Registry, ...]:
     """The entries of a ``registries.conf`` in version 2; of version 1 nothing is taken over.
@@ -195,6 +189,15 @@ def read_conf(path: Path) -> tuple[Registry, ...]:
         if not (entry.prefix or entry.location):
             raise _config_error(f"{path} has a registry with neither prefix nor location")
     return found
+
+
+def _proxies(environment: Mapping[str, str]) -> dict[str, str]:
+    """Small letters count more, as everywhere."""
+    found = {
+        scheme: environment.get(f"{scheme}_proxy") or environment.get(f"{scheme.upper()}_PROXY") or ""
+        for scheme in ("http", "https", "no")
+    }
+    return {scheme: value for scheme, value in found.items() if value}
 
 
 def _matched(entry: Registry, name: str) -> int | None:

@@ -18,7 +18,7 @@ from yarl import URL
 
 from greenroom.core.errors import DataLoss, FailedPrecondition, NotFound, Unavailable
 from greenroom.core.records import Record
-from greenroom.images.client import Client, message, place
+from greenroom.images.client import Client, authority, message
 from greenroom.images.config import INDEX_TYPES, MANIFEST_TYPES, MAX_JSON_BYTES, Descriptor, invalid
 from greenroom.images.credentials import Login
 from greenroom.images.download import (
@@ -32,7 +32,7 @@ from greenroom.images.reference import RegistryReference, is_loopback
 from greenroom.images.registries import Endpoint, Registries
 
 _ACCEPT = ", ".join((*MANIFEST_TYPES, *INDEX_TYPES))
-_PARAMETER = re.compile(r'([a-zA-Z_]+)="([^"]*)"')
+_PARAMETER = re.compile(r'([a-zA-Z_]+)=(?:"([^"]*)"|([^\s",]+))')
 _RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 _TRANSIENT = (408, 500, 502, 503, 504)
 
@@ -161,7 +161,8 @@ class RegistrySource:
             if scheme.lower() == "basic" and login.username:
                 return _basic(login)
             if scheme.lower() == "bearer":
-                return await self._fetch_token(dict(_PARAMETER.findall(rest)), login)
+                parameters = {name.lower(): quoted or bare for name, quoted, bare in _PARAMETER.findall(rest)}
+                return await self._fetch_token(parameters, login)
         raise _auth_error(
             f"registry {endpoint.host} wants a login for {endpoint.repository}: log in to it where the agent runs "
             f"(`docker login {endpoint.host}`)"
@@ -201,7 +202,7 @@ class RegistrySource:
         token = found.token or found.access_token
         if not (token and token.isascii() and token.isprintable()):
             raise Unavailable(
-                f"{place(realm)}, where {host} gives out tokens, sent none", reason="REGISTRY_UNAVAILABLE"
+                f"{authority(realm)}, where {host} gives out tokens, sent none", reason="REGISTRY_UNAVAILABLE"
             )
         return f"Bearer {token}"
 
@@ -214,7 +215,9 @@ class RegistrySource:
             realm = URL()
         in_clear = self._endpoint.plain and (is_loopback(realm.host or "") or not is_loopback(host))
         if realm.scheme != "https" and not (realm.scheme == "http" and in_clear):
-            raise _auth_error(f"registry {host} gives out tokens at {place(realm) or 'no address'}, which is not https")
+            raise _auth_error(
+                f"registry {host} gives out tokens at {authority(realm) or 'no address'}, which is not https"
+            )
         return realm
 
 

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +41,7 @@ from greenroom.images.config import (
     parse_config,
     parse_manifest,
 )
-from greenroom.images.download import Interrupted
+from greenroom.images.download import Interrupted, new_budget
 from greenroom.images.flight import Flights
 from greenroom.images.incoming import received
 from greenroom.images.origins import Origins, Source
@@ -59,7 +59,7 @@ from greenroom.images.uses import PIN, Uses, user_of
 
 log = structlog.get_logger(__name__)
 
-#: Layers fetched side by side. Three fill a link whose single connections are slowed down, and hold few buffers.
+#: Layers fetched side by side, so that small ones do not wait for a large one; their pieces share one budget.
 PARALLEL_LAYERS = 3
 #: Indexes inside indexes; one level is common, two are odd.
 _MAX_INDEX_DEPTH = 3
@@ -78,6 +78,8 @@ class DiskImageStore:
     Args:
         root: made if it is not there.
         registries: accounts, mirrors and certificates; by default there are none.
+        peers: base URLs of agents that are asked before a registry (`greenroom.images.peers`), beside those that
+            `prepare` is given; called for each image, so that they may come and go.
         peer_token: what the peers want to be told.
         max_entries, max_unpacked_bytes: what one image may unpack to.
         high_bytes, low_bytes: when there is more than ``high_bytes`` of images, those that have been unused longest are
@@ -90,6 +92,7 @@ class DiskImageStore:
         root: Path,
         *,
         registries: Registries | None = None,
+        peers: Callable[[], Sequence[str]] = tuple,
         peer_token: str = "",
         max_entries: int = MAX_ENTRIES,
         max_unpacked_bytes: int = MAX_UNPACKED_BYTES,
@@ -99,6 +102,7 @@ class DiskImageStore:
     ) -> None:
         self._root = root.absolute()
         self._registries = registries or Registries()
+        self._peers = peers
         self._peer_token = peer_token
         self._max_entries = max_entries
         self._max_unpacked_bytes = max_unpacked_bytes
@@ -133,7 +137,7 @@ class DiskImageStore:
         peers: Sequence[str] = (),
     ) -> Image:
         async with self._open(parsed, peers) as origins:
-            digest, data, manifest = await self._resolve(reference, origins)
+            digest, data, manifest = await self._resolve(reference, parsed.digest, origins)
 
         mine = False
 
@@ -263,7 +267,7 @@ class DiskImageStore:
             return
         async with contextlib.AsyncExitStack() as stack:
             sources: list[Source] = []
-            if peers:
+            if peers := [*peers, *self._peers()]:
                 peer_source = PeerSource(peers, digest=parsed.digest, token=self._peer_token)
                 sources.append(await stack.enter_async_context(peer_source))
             client = await stack.enter_async_context(Client(self._registries))
@@ -271,10 +275,12 @@ class DiskImageStore:
                 sources.append(RegistrySource(endpoint, parsed, self._registries, client))
             yield Origins(sources)
 
-    async def _resolve(self, reference: str, origins: Origins) -> tuple[str, bytes, Manifest]:
+    async def _resolve(self, reference: str, pinned: str, origins: Origins) -> tuple[str, bytes, Manifest]:
         """The manifest for this machine, through indexes: its digest, bytes and content."""
         try:
-            data, media_type = await origins.resolve()
+            # An attempt before this one may have kept it: then, with the layers here too, nobody has to be asked.
+            known = await asyncio.to_thread(self._blobs.find_manifest, pinned) if pinned else None
+            data, media_type = (known, "") if known is not None else await origins.resolve()
             for _ in range(_MAX_INDEX_DEPTH):
                 found = parse_manifest(reference, data, media_type)
                 if isinstance(found, Manifest):
@@ -376,10 +382,11 @@ class DiskImageStore:
         await asyncio.to_thread(self._catalog.write, record)
         await asyncio.to_thread(self._blobs.write, wanted.data)
         try:
-            await self._blobs.fetch(manifest.config, origins.sources, lambda done: None)
+            budget = new_budget()
+            await self._blobs.fetch(manifest.config, origins.sources, budget, lambda done: None)
             data = await asyncio.to_thread(self._blobs.read, manifest.config.digest)
             config, diff_ids = parse_config(reference, data, len(manifest.layers))
-            await self._fetch_layers(manifest, origins, progress)
+            await self._fetch_layers(manifest, origins, budget, progress)
         except Interrupted as error:
             raise error.final(f"image {reference} can't be fetched") from error
         await self._unpack(msgspec.structs.replace(record, config=config), manifest, diff_ids, progress, lock_fd)
@@ -387,13 +394,15 @@ class DiskImageStore:
         assert image is not None
         return image
 
-    async def _fetch_layers(self, manifest: Manifest, origins: Origins, progress: Progress) -> None:
+    async def _fetch_layers(
+        self, manifest: Manifest, origins: Origins, budget: asyncio.Semaphore, progress: Progress
+    ) -> None:
         turns = asyncio.Semaphore(PARALLEL_LAYERS)
 
         async def fetch(layer: Descriptor) -> None:
             async with turns, progress.watched(layer, self._blobs.done_bytes):
                 await self._blobs.fetch(
-                    layer, origins.sources, lambda done: progress.update("download", layer.digest, done)
+                    layer, origins.sources, budget, lambda done: progress.update("download", layer.digest, done)
                 )
 
         try:

@@ -228,8 +228,9 @@ class FaultProxy:
             response = web.StreamResponse(
                 status=upstream.status, headers={k: v for k, v in upstream.headers.items() if k.lower() in kept}
             )
-            await response.prepare(request)
-            await self._send(upstream, response, transport, is_blob)
+            with contextlib.suppress(ConnectionResetError):  # whoever asked is gone, or was cut off
+                await response.prepare(request)
+                await self._send(upstream, response, transport, is_blob)
             return response
 
     async def _send(
