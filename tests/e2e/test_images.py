@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -229,6 +230,57 @@ def test_bad_images(served: tuple[Kit, Shell], pushed: Pushed, tmp_path: Path) -
         assert says in shell("describe", "template", "bad").ok()
         shell("delete", "template", "bad").ok()
     shell("apply", "-f", "-", stdin=template("good", f"{pushed.registry}/app/one:1")).ok()
+
+
+def test_what_runs_keeps_its_image_whoever_dies(served: tuple[Kit, Shell], pushed: Pushed) -> None:
+    """Server and agents are killed; the sandbox lives on, and so does what it runs from."""
+    kit, shell = served
+    reference = f"{pushed.registry}/app/one:1"
+    shell("apply", "-f", "-", stdin=template("one", reference)).ok()
+    kit.create("a", template="one")
+    kit.act("Resume", "a")
+    assert kit.get("a")["ram"] == 1
+    kit.live.kill()
+    kit.live.start()
+    until(kit.workers, lambda workers: [w.state for w in workers] == ["Active"] * 2)
+    shell("images", "rm", reference).failed(4, "is used by default/a on default-")
+    assert kit.get("a")["ram"] == 2
+    kit.act("Delete", "a")
+    shell("images", "rm", reference).ok()
+
+
+def test_a_worker_elsewhere_gets_it_from_the_first(pushed: Pushed) -> None:
+    """A worker with an image store of its own joins: the image does not cross the link to the registry again."""
+    directory = Path(tempfile.mkdtemp(prefix="gr-"))
+    kit = Kit(LiveServer(directory, workers=1, slots=2, options=("--peers=127.0.0.1:0",)), "")
+    kit.live.start()
+    shell = Shell(directory)
+    options = {
+        "worker": "elsewhere",
+        "pool": "default",
+        "backend": "gvisor",
+        "slots": "2",
+        "state-dir": str(directory / "elsewhere"),
+        "images": str(directory / "elsewhere-images"),
+        "snapshots": str(directory / "snapshots"),
+        "control": f"unix:{directory}/run/agents.sock",
+        "peers": "127.0.0.1:0",
+    }
+    with link(pushed.registry, 1e9) as host:
+        shell("apply", "-f", "-", stdin=template("one", f"{host}/app/one:1")).ok()
+        first = passed(host)["blob_bytes"]
+        agent = shell.start("agent", *(f"--{name}={value}" for name, value in options.items()))
+        try:
+            digest = kit.template("one").image_digest
+            until(kit.workers, lambda workers: any(w.name == "elsewhere" and digest in w.images for w in workers))
+            assert passed(host)["blob_bytes"] == first
+            listed = json.loads(shell("images", "list", "-o", "json").ok())["items"]
+            assert sorted(item["status"]["workers"] for item in listed) == [["default-0"], ["elsewhere"]]
+        finally:
+            agent.send_signal(signal.SIGUSR1)  # ends with all that runs there
+            agent.communicate(timeout=30)
+            kit.live.stop()
+            shutil.rmtree(directory)
 
 
 def test_full_disk(pushed: Pushed) -> None:
