@@ -200,7 +200,9 @@ def test_what_can_not_be_done(served: tuple[Kit, Shell], tmp_path: Path) -> None
     shell("images", "import", str(tmp_path), "--name=a/b:1").failed(2, "no index.json")
     shell("images", "import", str(tmp_path / "nothing"), "--name=a/b:1").failed(2, "No such file")
     (tmp_path / "text").write_text("no archive at all " * 100)
-    shell("images", "import", str(tmp_path / "text"), "--name=a/b:1").failed(4, "the archive can't be read")
+    shell("images", "import", str(tmp_path / "text"), "--name=a/b:1").failed(
+        4, "the archive can't be read as an archive"
+    )
     shell("images", "import", str(tmp_path / "text"), "--name=oci:/x").failed(2, "can't be called 'oci:/x'")
     assert "no images" in shell("images", "list").err
 

@@ -22,6 +22,7 @@ import structlog
 from greenroom.core.errors import (
     DataLoss,
     FailedPrecondition,
+    GreenroomError,
     InvalidArgument,
     NotFound,
     ResourceExhausted,
@@ -166,7 +167,11 @@ class DiskImageStore:
                 reason="INVALID_IMAGE_REFERENCE",
             )
         async with received(self._root, archive) as path:
-            image = await self._bring(name, LayoutReference(directory=path, tag=tag), None)
+            try:
+                image = await self._bring(name, LayoutReference(directory=path, tag=tag), None)
+            except GreenroomError as error:
+                error.message = error.message.replace(str(path), "the archive")  # nobody knows it by our name for it
+                raise
         await self.pin(image.digest)
         await asyncio.to_thread(self._catalog.note, name, image.digest, imported=True)
         return image
