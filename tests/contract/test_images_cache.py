@@ -6,11 +6,12 @@ import asyncio
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from greenroom.core.errors import FailedPrecondition, NotFound
+from greenroom.core.errors import FailedPrecondition, NotFound, ResourceExhausted
 from greenroom.images.blobs import try_lock
 from greenroom.images.port import Image
 from greenroom.images.store import DiskImageStore
@@ -110,6 +111,34 @@ async def test_what_is_being_prepared_stays(tmp_path: Path) -> None:
     assert shelf.there() == {image.digest}
     assert len((await shelf.store.prune()).removed) == 1
     assert (await shelf.store.cache()).used_bytes < 100_000
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 14 MiB."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=14m,mode=755", "greenroom-test", str(mount)], check=True)
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+async def test_a_full_disk_lets_go_of_what_nobody_uses(small: Path, tmp_path: Path) -> None:
+    """Also without marks; and what is used stays, then it is said how much is missing."""
+    store = DiskImageStore(small, recent_s=0.0)
+    old = await store.prepare(make_image(tmp_path / "old", {"a": os.urandom(3 * MIB)}))
+    new = await store.prepare(make_image(tmp_path / "new", {"a": os.urandom(5 * MIB)}))
+    assert store.digests() == (new.digest,)
+    await store.hold(new.digest, "w.1", "uid")
+    with pytest.raises(ResourceExhausted, match=r"more\. Remove what nobody needs") as raised:
+        await store.prepare(make_image(tmp_path / "old", {"a": os.urandom(5 * MIB)}))
+    assert raised.value.reason == "DISK_FULL"
+    assert int(raised.value.metadata["missing_bytes"]) > MIB // 2
+    assert store.digests() == (new.digest,)
+    await store.release(new.digest, "w.1", "uid")
+    assert (await store.prepare(make_image(tmp_path / "old", {"a": os.urandom(5 * MIB)}))).digest != old.digest
 
 
 async def test_a_shared_layer_stays_as_long_as_one_needs_it(tmp_path: Path) -> None:

@@ -191,6 +191,19 @@ def test_commands(served: tuple[Kit, Shell], pushed: Pushed, tmp_path: Path) -> 
     assert kit.get("b")["ram"] == 1
 
 
+def test_an_image_that_is_there_costs_a_wake_nothing(served: tuple[Kit, Shell], pushed: Pushed) -> None:
+    kit, shell = served
+    shell("apply", "-f", "-", stdin=template("one", f"{pushed.registry}/app/one:1")).ok()
+    kit.create("a", template="one")
+    took = []
+    for _ in range(5):
+        operation = kit.act("Resume", "a")
+        took.append(sum(phase.seconds for phase in operation.phases if phase.name == "prepare"))
+        kit.act("Suspend", "a")
+    print("image phase of five wakes (ms):", [round(seconds * 1000, 2) for seconds in took])
+    assert 0 < min(took) <= 0.005
+
+
 def test_what_can_not_be_done(served: tuple[Kit, Shell], tmp_path: Path) -> None:
     _, shell = served
     shell("images", "rm", "nope").failed(3, "no worker has image nope", "greenroom images list")

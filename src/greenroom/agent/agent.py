@@ -129,7 +129,7 @@ class Agent:
         for found in await self._backend.reconcile():
             self._residents.take_over(found)
         self._staging.keep_only(self._residents.uids())
-        await self._images.open(self._residents.uids())
+        await self._images.open(self._residents.uids() if self._backend.capabilities.needs_image else ())
         if isinstance(self._backend, Warmer) and config.warm > 0:
             keep = self._images.keep_warm if self._backend.capabilities.needs_image else None
             self._warm = WarmPool(self._backend, config.warm, keep)

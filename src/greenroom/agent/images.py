@@ -18,7 +18,7 @@ from greenroom.core.errors import Cancelled, FailedPrecondition, GreenroomError,
 from greenroom.core.records import ImageCache, ImageDetail, Record
 from greenroom.images.port import Image, ImageStore, OnProgress
 from greenroom.images.reference import pinned
-from greenroom.images.uses import WARM, holder_of
+from greenroom.images.uses import WARM, holder_of, is_warm
 
 log = structlog.get_logger(__name__)
 
@@ -217,6 +217,6 @@ class WorkerImages:
         self._said_over = cache.over_bytes
         mine = self._held.get(WARM, set())
         for image in cache.images if cache.over_bytes else ():  # the longest unused first, one at a time
-            if image.digest in mine and len(image.users) == 1 and not image.pinned:
+            if image.digest in mine and all(map(is_warm, image.users)) and not image.pinned:
                 self.unwant(image.digest)
                 break

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-import structlog
 
 from greenroom.core.errors import (
     DataLoss,
@@ -25,7 +24,6 @@ from greenroom.core.errors import (
     GreenroomError,
     InvalidArgument,
     NotFound,
-    ResourceExhausted,
     Unavailable,
 )
 from greenroom.core.records import Evicted, ImageCache
@@ -53,12 +51,11 @@ from greenroom.images.reference import LayoutReference, RegistryReference, check
 from greenroom.images.registries import Registries
 from greenroom.images.registry import RegistrySource
 from greenroom.images.repair import repair
+from greenroom.images.room import Guest, Room
 from greenroom.images.shared import SharedProgress
 from greenroom.images.unpack import MAX_ENTRIES, MAX_UNPACKED_BYTES, Job, JobLayer
 from greenroom.images.unpacker import run_unpacker
 from greenroom.images.uses import PIN, Uses, user_of
-
-log = structlog.get_logger(__name__)
 
 #: Layers fetched side by side, so that small ones do not wait for a large one; their pieces share one budget.
 PARALLEL_LAYERS = 3
@@ -107,12 +104,12 @@ class DiskImageStore:
         self._peer_token = peer_token
         self._max_entries = max_entries
         self._max_unpacked_bytes = max_unpacked_bytes
-        self._recent_s = recent_s
         self._catalog = Catalog(self._root)
         self._blobs = BlobStore(self._root)
         self._uses = Uses(self._root)
         marks = Marks(high=high_bytes, low=low_bytes or int(high_bytes * LOW_PART))
         self._cache = Cache(self._root, self._catalog, self._blobs, self._uses, marks, recent_s=recent_s)
+        self._room = Room(self._root, self._cache, self._blobs, recent_s)
         self._shared = SharedProgress(self._root)
         self._flights: Flights[OnProgress, Image] = Flights()
 
@@ -303,8 +300,11 @@ class DiskImageStore:
             async with self._turn(wanted.digest, progress) as lock_fd:
                 image = await asyncio.to_thread(self._catalog.load, wanted.digest)  # another process may have made it
                 if image is None:
+                    guest = Guest(wanted.reference, wanted.digest, wanted.manifest.layers)
                     async with self._shared.told(wanted.digest, progress.stage):
-                        image = await self._make_in_room(wanted, origins, progress, lock_fd)
+                        image = await self._room.given(
+                            guest, progress, lambda: self._make(wanted, origins, progress, lock_fd)
+                        )
                 self._uses.open(wanted.digest)  # should its removal have been begun, and cut short
         progress.finish()
         return image
@@ -324,55 +324,6 @@ class DiskImageStore:
             async with self._shared.heard(digest, progress.show):
                 lock_fd = await stack.enter_async_context(self._blobs.locked(digest))
             yield lock_fd
-
-    async def _make_in_room(self, wanted: _Wanted, origins: Origins, progress: Progress, lock_fd: int) -> Image:
-        """Makes room first for what is to come, and for the rest when the disk is full all the same."""
-        coming = await asyncio.to_thread(self._coming_bytes, wanted.manifest)
-        await asyncio.to_thread(self._make_room, wanted, coming)
-        free = await asyncio.to_thread(self._cache.free_bytes)
-        try:
-            return await self._make(wanted, origins, progress, lock_fd)
-        except ResourceExhausted as full:
-            if full.reason != "DISK_FULL":
-                raise
-            evicted = await asyncio.to_thread(self._cache.evict, None, recent_s=self._recent_s, spare=[wanted.digest])
-            if not evicted.freed_bytes:
-                raise self._full(wanted, progress, free, full) from full
-            log.warning("the disk is full; images were evicted", freed_bytes=evicted.freed_bytes)
-        free = await asyncio.to_thread(self._cache.free_bytes)
-        try:
-            return await self._make(wanted, origins, progress, lock_fd)
-        except ResourceExhausted as full:
-            if full.reason != "DISK_FULL":
-                raise
-            raise self._full(wanted, progress, free, full) from full
-
-    def _coming_bytes(self, manifest: Manifest) -> int:
-        """Of the layers that are not here yet."""
-        layers = {layer.digest: layer for layer in manifest.layers}.values()
-        return sum(layer.size - self._blobs.done_bytes(layer) for layer in layers)
-
-    def _make_room(self, wanted: _Wanted, coming: int) -> None:
-        """What is known to be needed; what it unpacks to is not.
-
-        Raises:
-            ResourceExhausted: the disk can't hold the layers, whatever is evicted (reason ``DISK_FULL``).
-        """
-        self._cache.trim(coming)
-        missing = coming - self._cache.free_bytes()
-        if missing > 0:
-            freed = self._cache.evict(missing, recent_s=self._recent_s, spare=[wanted.digest]).freed_bytes
-            missing = coming - self._cache.free_bytes()
-            if missing > 0:
-                raise _no_room(wanted.reference, self._root, f"its layers need {_mib(missing)} more", missing, freed)
-
-    def _full(self, wanted: _Wanted, progress: Progress, free: int, full: ResourceExhausted) -> ResourceExhausted:
-        """The disk was full in the middle: what is missing can be told from how far it came with what was ``free``."""
-        part = progress.unpacked_part()
-        if not part:
-            return full
-        missing = int(free / part) - free
-        return _no_room(wanted.reference, self._root, f"to unpack it takes about {_mib(missing)} more", missing, 0)
 
     async def _make(self, wanted: _Wanted, origins: Origins, progress: Progress, lock_fd: int) -> Image:
         reference, digest, manifest = wanted.reference, wanted.digest, wanted.manifest
@@ -454,21 +405,6 @@ class DiskImageStore:
 
 def _not_here(digest: str) -> NotFound:
     return NotFound(f"image {digest} is not on this machine: prepare it first", reason="IMAGE_NOT_FOUND")
-
-
-def _no_room(reference: str, root: Path, why: str, missing: int, freed: int) -> ResourceExhausted:
-    what = f"{_mib(freed)} of unused images were removed already; " if freed else ""
-    return ResourceExhausted(
-        f"the disk of {root} is full: image {reference} does not fit, {why}. {what}Remove what nobody needs "
-        "(`greenroom images list`, `greenroom images rm`), or add space",
-        reason="DISK_FULL",
-        metadata={"missing_bytes": str(missing)},
-        retry_after_s=30.0,
-    )
-
-
-def _mib(size_bytes: int) -> str:
-    return f"{max(1, round(size_bytes / (1 << 20)))} MiB"
 
 
 def _make_empty(path: Path) -> None:
