@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -34,11 +34,12 @@ IMAGE_RETRY_S = 5.0
 @dataclass(slots=True)
 class _Waking:
     """A wake-up under way and how many wait for it. While somebody does, the actor is not suspended to make room: it
-    would be gone before its first request. ``let_go``: what those who wait now are told before it has ended."""
+    would be gone before its first request. ``scopes``: to let them time out tells those who wait what is ``told``."""
 
     task: asyncio.Task[Operation | None]
     waiters: int = 0
-    let_go: asyncio.Future[Unavailable] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    scopes: set[asyncio.Timeout] = field(default_factory=set)
+    told: Unavailable | None = None
 
 
 @dataclass(slots=True)
@@ -117,13 +118,15 @@ class Wakes:
             waking.task.add_done_callback(lambda _: self._forget(key, waking))
         waking.waiters += 1
         try:
-            let_go = waking.let_go
-            ends: set[asyncio.Future[Any]] = {waking.task, let_go}
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if not waking.task.done():
-                raise let_go.result()
-            return await self._ops.attend(waking.task)
+            async with asyncio.timeout(None) as scope:
+                waking.scopes.add(scope)
+                return await self._ops.attend(waking.task)
+        except TimeoutError:
+            if not scope.expired() or waking.told is None:
+                raise
+            raise waking.told from None
         finally:
+            waking.scopes.discard(scope)
             waking.waiters -= 1
             self._forget(key, waking)
 
@@ -135,15 +138,15 @@ class Wakes:
         done = sum(layer.done_bytes for layer in progress.layers)
         total = sum(layer.total_bytes for layer in progress.layers)
         far = f", {done * 100 // total} % of {total / (1 << 20):.1f} MiB" if total else ""
-        waking.let_go.set_result(
-            Unavailable(
-                f"actor {key} waits for its image ({progress.phase.removeprefix(WAITS_FOR_IMAGE)}{far}); it goes on to "
-                f"wake, ask again. `greenroom get operations --state=running` tells how far it is",
-                reason="IMAGE_PREPARING",
-                retry_after_s=IMAGE_RETRY_S,
-            )
+        waking.told = Unavailable(
+            f"actor {key} waits for its image ({progress.phase.removeprefix(WAITS_FOR_IMAGE)}{far}); it goes on to "
+            f"wake, ask again. `greenroom get operations --state=running` tells how far it is",
+            reason="IMAGE_PREPARING",
+            retry_after_s=IMAGE_RETRY_S,
         )
-        waking.let_go = asyncio.get_running_loop().create_future()
+        for scope in waking.scopes:
+            if not scope.expired():
+                scope.reschedule(clock.monotonic())
 
     def _forget(self, key: Key, waking: _Waking) -> None:
         """A wake-up that has ended and that nobody has yet to take up."""
