@@ -3,7 +3,7 @@ PYTHON_BIN := .venv/bin/python
 export PATH := $(PATH):$(CURDIR)/.tools/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test lint unit sim proto bench clean
+.PHONY: help setup setup-test demo test lint unit sim fuzz proto bench slow-pull clean
 
 help:  ## Shows this list
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -32,6 +32,9 @@ unit: setup-test  ## The tests that need nothing but Python
 sim: setup-test  ## Looks for a seed that breaks something: SEEDS=1000 FROM=0
 	$(PYTHON_BIN) -m greenroom.testing.simulation --seeds $(or $(SEEDS),1000) --from $(or $(FROM),0) $(ARGS)
 
+fuzz: setup-test  ## Looks for an archive or manifest that breaks the readers of images: EXAMPLES=20000
+	GREENROOM_FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(PYTHON_BIN) -m pytest -q --timeout=0 tests/unit/test_images_fuzz.py $(ARGS)
+
 proto: setup-test  ## Generates the code of the wire protocol again
 	@scripts/proto.sh
 
@@ -39,6 +42,9 @@ bench: $(patsubst bench/%.py,bench-%,$(wildcard bench/[a-z]*.py))  ## Every benc
 
 bench-%: setup
 	$(PYTHON_BIN) bench/$*.py $(ARGS)
+
+slow-pull: setup-test  ## 360 MB over 10 Mbit/s and 400 ms, cut and killed on the way: six minutes (ARGS="--scale 0.1")
+	$(PYTHON_BIN) bench/slow_pull.py $(ARGS)
 
 clean:  ## Removes everything that setup, tests and benchmarks made
 	rm -rf .venv .tools .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache bench/results dist

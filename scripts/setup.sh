@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes everything that Greenroom needs, inside this directory where it can:
 #   .venv        virtual environment with the pinned, hash-checked packages of requirements/
-#   .tools/bin   runsc (gVisor), and with --test the Docker registry that the tests pull from
+#   .tools/bin   runsc (gVisor), and with --test the Docker registry that the tests pull from, and skopeo and umoci, whose
+#                work on images the tests compare with ours (skopeo's libraries are in .tools/skopeo)
 #   .tools/postgres  with --test the PostgreSQL server that the tests start
 #
 # usage: scripts/setup.sh [--test]
@@ -23,7 +24,7 @@ want=runtime
 case "${1-}" in
   '') ;;
   --test) want=dev ;;
-  *) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  *) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -61,6 +62,9 @@ runsc_done() {
 }
 
 registry_done() { [ -x "$TOOLS/bin/docker-registry" ] || command -v docker-registry >/dev/null; }
+
+umoci_done() { [ -x "$TOOLS/bin/umoci" ] || command -v umoci >/dev/null; }
+skopeo_done() { "$TOOLS/bin/skopeo" --version >/dev/null 2>&1 || command -v skopeo >/dev/null; }
 
 # A server of PostgreSQL 15 or newer: Debian's package, installed or unpacked by this script, or another one on PATH.
 postgres_done() {
@@ -138,6 +142,30 @@ install_postgres() {
   rm -rf "$TOOLS/apt"
 }
 
+# skopeo is linked to libraries that not every machine has. They stay beside it, and a script of its name finds them.
+install_skopeo() {
+  local tree=$TOOLS/apt/root
+  rm -rf "$TOOLS/.skopeo.new" "$TOOLS/skopeo" && mkdir -p "$TOOLS/.skopeo.new" "$TOOLS/bin"
+  find "$tree" -name 'lib*.so*' -exec cp -a -t "$TOOLS/.skopeo.new" {} +
+  cp "$tree/usr/bin/skopeo" "$TOOLS/.skopeo.new/skopeo" && mv "$TOOLS/.skopeo.new" "$TOOLS/skopeo"
+  printf '#!/bin/sh\nlibraries=$(dirname "$0")/../skopeo\nLD_LIBRARY_PATH=$libraries exec "$libraries/skopeo" "$@"\n' >"$TOOLS/bin/.new"
+  chmod 755 "$TOOLS/bin/.new" && mv -f "$TOOLS/bin/.new" "$TOOLS/bin/skopeo"
+  rm -rf "$TOOLS/apt"
+}
+
+fetch_skopeo() {
+  local mirror
+  for mirror in $(debian_mirrors "$codename"); do
+    say "fetching skopeo from $codename at $mirror"
+    if fetch_deb "$mirror" "$codename" skopeo --with-libraries; then
+      install_skopeo
+      skopeo_done && return
+    fi
+    say "no usable skopeo in $codename at $mirror"
+  done
+  die "could not get skopeo: apt's sources name no reachable Debian mirror that has it"
+}
+
 # Tries every mirror until one has a PostgreSQL server: the one of this Debian.
 fetch_postgres() {
   local mirror package
@@ -174,7 +202,7 @@ fetch_tool() { # $1: package, $2: file in it, $3...: suites
 
 # Not the one of .venv itself, which is first on PATH for whoever followed the README, and about to be removed.
 python=${PYTHON:-$(PATH=${PATH//$ROOT\/.venv\/bin:/} command -v python3 || true)}
-plan=() skipped=() do_apt='' do_venv='' do_runsc='' do_registry='' do_postgres=''
+plan=() skipped=() do_apt='' do_venv='' do_runsc='' do_registry='' do_umoci='' do_skopeo='' do_postgres=''
 
 if ! venv_done; then
   do_venv=1
@@ -198,6 +226,11 @@ if [ "$want" = dev ] && ! registry_done; then
   if is_debian; then do_registry=1; plan+=("docker-registry from Debian $codename, signature-checked, into .tools/bin (tests only)")
   else skipped+=("docker-registry: this is not Debian; tests of registries need one on PATH"); fi
 fi
+for tool in umoci skopeo; do
+  if [ "$want" != dev ] || "${tool}_done"; then continue; fi
+  if is_debian; then declare "do_$tool=1"; plan+=("$tool from Debian $codename, signature-checked, into .tools/bin (tests only)")
+  else skipped+=("$tool: this is not Debian; tests that compare with it need one on PATH"); fi
+done
 if [ "$want" = dev ] && ! postgres_done; then
   if is_debian; then do_postgres=1; plan+=("PostgreSQL's server from Debian $codename, signature-checked, into .tools/postgres (tests only)")
   else skipped+=("PostgreSQL: this is not Debian; tests of that store need a server of version 15 or newer on PATH"); fi
@@ -235,5 +268,7 @@ if [ -n "$do_venv" ] && ! venv_done; then
 fi
 if [ -n "$do_runsc" ] && ! runsc_done; then fetch_tool runsc usr/bin/runsc "$codename-backports" trixie; fi
 if [ -n "$do_registry" ] && ! registry_done; then fetch_tool docker-registry usr/bin/docker-registry "$codename"; fi
+if [ -n "$do_umoci" ] && ! umoci_done; then fetch_tool umoci usr/bin/umoci "$codename"; fi
+if [ -n "$do_skopeo" ] && ! skopeo_done; then fetch_skopeo; fi
 if [ -n "$do_postgres" ] && ! postgres_done; then fetch_postgres; fi
 say "done"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -99,8 +100,8 @@ def test_two_processes_make_it_once(tmp_path: Path) -> None:
     processes = [_start(tmp_path / "store", reference) for _ in range(2)]
     outputs = [process.communicate(timeout=60)[0].split() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    # One downloads and unpacks; the other waits for it and has nothing to tell but that it is done.
-    assert sorted("download" in output for output in outputs) == [False, True]
+    # Only one had an unpacker; the other waited, and told how far that one was.
+    assert sorted(int(output[-1]) > 0 for output in outputs) == [False, True]
 
 
 @pytest.mark.parametrize("phase", ["download", "unpack"])
@@ -165,11 +166,48 @@ class TestFull:
         data = os.urandom(20 << 20) if where == "download" else bytes(20 << 20)
         store = DiskImageStore(small)
         with pytest.raises(ResourceExhausted) as raised:
-            await store.prepare(make_image(tmp_path / "layout", {"large": data}))
+            await store.prepare(make_image(tmp_path / "layout", {"large": data}, compression="gzip"))
         assert raised.value.reason == "DISK_FULL"
+        if where == "unpack":  # found before a byte was written, because gzip says what it unpacks to
+            assert int(raised.value.facts()["needed_bytes"]) > len(data)
+            assert 0 < int(raised.value.facts()["free_bytes"]) < 8 << 20
+            assert re.search(r"at least 2\d\.\d MB are still to be written, \d\.\d MB are free", raised.value.message)
         assert not list((small / "unpacking").iterdir())
         assert not list((small / "partial").iterdir())
         assert await store.list() == []
+        await self._fits(store, tmp_path)
+
+    async def test_full_in_the_middle(self, small: Path, tmp_path: Path) -> None:
+        """A stream that does not say what it unpacks to: what is missing is what is left of the file, at least."""
+        store = DiskImageStore(small)
+        reference = make_image(tmp_path / "layout", {"first": b"1", "large": bytes(20 << 20)}, compression="zstd")
+        with pytest.raises(ResourceExhausted, match=r"unpacking 'large': at least 1\d\.\d MB are still") as raised:
+            await store.prepare(reference)
+        assert raised.value.reason == "DISK_FULL"
+        assert int(raised.value.facts()["needed_bytes"]) > 11 << 20
+        assert int(raised.value.facts()["free_bytes"]) < 1 << 20
+        assert not list((small / "unpacking").iterdir())
+        assert await store.list() == []
+        await self._fits(store, tmp_path)
+
+    @pytest.fixture
+    def few_files(self, tmp_path: Path) -> Iterator[Path]:
+        mount = tmp_path / "few"
+        mount.mkdir()
+        options = "size=8m,mode=755,nr_inodes=60"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "greenroom-test", str(mount)], check=True)
+        yield mount
+        subprocess.run(["umount", str(mount)], check=True)
+
+    async def test_no_more_files(self, few_files: Path, tmp_path: Path) -> None:
+        store = DiskImageStore(few_files)
+        with pytest.raises(ResourceExhausted, match="it can hold no more files"):
+            await store.prepare(make_image(tmp_path / "layout", {f"f{n}": b"" for n in range(100)}))
+        assert not list((few_files / "unpacking").iterdir())
+        await self._fits(store, tmp_path)
+
+    @staticmethod
+    async def _fits(store: DiskImageStore, tmp_path: Path) -> None:
         image = await store.prepare(make_image(tmp_path / "fits", {"a": os.urandom(1 << 20)}))
         assert len(contents(image.rootfs)["a"]) == 1 << 20
 

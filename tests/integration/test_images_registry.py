@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from aiohttp import encode_basic_auth, web
-from registry_kit import Front, docker_registry, find_registry
+from registry_kit import docker_registry, find_registry, put_manifest
 
 import greenroom.testing
-from greenroom.core.errors import DataLoss, FailedPrecondition, NotFound, Unavailable
-from greenroom.images import blobs, registry
+from greenroom.core.errors import NotFound, Unavailable
+from greenroom.images import registry
+from greenroom.images.config import INDEX_TYPES, MANIFEST_TYPES, this_platform
 from greenroom.images.store import DiskImageStore
 from greenroom.testing.contracts.images import COMPRESSIONS, contents, make_image
-from greenroom.testing.oci_layout import Compression, push_layout
+from greenroom.testing.fault_proxy import FaultProxy
+from greenroom.testing.oci_layout import Compression, Layout, push_layout
 from greenroom.testing.python_image import build_python_image
 
 pytestmark = pytest.mark.skipif(find_registry() is None, reason="no docker-registry: run scripts/setup.sh --test")
@@ -112,222 +115,46 @@ async def test_what_is_not_there(upstream: str, pushed: str, store: DiskImageSto
         assert raised.value.reason == "IMAGE_NOT_FOUND"
 
 
+async def test_what_is_here_needs_no_registry(upstream: str, pushed: str, store: DiskImageStore) -> None:
+    """A tree that was lost, or never became whole, is made from what was fetched."""
+    async with FaultProxy(upstream).running() as front:
+        image = await store.prepare(f"{front.host}/{pushed}")
+    shutil.rmtree(image.rootfs)
+    check((await store.prepare(f"{front.host}/{pushed}@{image.digest}")).rootfs)
+
+
 async def test_nobody_answers(store: DiskImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_RETRY_BASE_S", 0.001)
+    monkeypatch.setattr(registry, "RETRY_BASE_S", 0.001)
     with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1"):
         await store.prepare("127.0.0.1:1/test/image:1")
 
 
-async def test_goes_on_where_a_connection_broke_off(upstream: str, pushed: str, store: DiskImageStore) -> None:
-    async with Front(upstream).running() as front:
-        front.cut_after = SIZE // 3
-        image = await store.prepare(f"{front.host}/{pushed}")
-        check(image.rootfs)
-        offsets = [int(r.removeprefix("bytes=").rstrip("-")) for r in front.ranges if r]
-        # No answer brings more than a third, so from the start again it would never end.
-        assert len(set(offsets)) >= 3
-        assert offsets == sorted(offsets)
-
-
-async def test_ranges_that_are_ignored(
-    upstream: str, pushed: str, store: DiskImageStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A registry that always starts from the beginning: no byte is taken twice or in the wrong place."""
-    monkeypatch.setattr(blobs, "RETRY_BASE_S", 0.001)
-    async with Front(upstream).running() as front:
-        front.cut_after, front.ignore_ranges = SIZE // 2, True
-
-        async def heal() -> None:
-            if len(front.ranges) > 4:
-                front.cut_after = None
-
-        front.before_chunk = heal
-        check((await store.prepare(f"{front.host}/{pushed}")).rootfs)
-
-
-async def test_gives_up_when_nothing_comes(
-    upstream: str, pushed: str, store: DiskImageStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(blobs, "RETRY_BASE_S", 0.001)
-    async with Front(upstream).running() as front:
-        front.cut_after = 0
-        with pytest.raises(Unavailable):
-            await store.prepare(f"{front.host}/{pushed}")
-        front.cut_after = None
-        check((await store.prepare(f"{front.host}/{pushed}")).rootfs)
-
-
-async def test_damaged_on_the_way(upstream: str, pushed: str, store: DiskImageStore, tmp_path: Path) -> None:
-    async with Front(upstream).running() as front:
-        front.flip_byte = SIZE // 2
-        with pytest.raises(DataLoss) as raised:
-            await store.prepare(f"{front.host}/{pushed}")
-        assert raised.value.reason == "DIGEST_MISMATCH"
-        front.flip_byte = None
-        check((await store.prepare(f"{front.host}/{pushed}")).rootfs)
-
-
-_PULL = """
-import asyncio, sys
-from pathlib import Path
-from greenroom.images.store import DiskImageStore
-asyncio.run(DiskImageStore(Path(sys.argv[1])).prepare(sys.argv[2]))
-"""
-
-
-async def test_killed_half_way_goes_on(upstream: str, pushed: str, tmp_path: Path) -> None:
-    """A process is killed in the middle of a layer; the next one asks for the rest only."""
-    async with Front(upstream).running() as front:
-        half_way, go_on = asyncio.Event(), asyncio.Event()
-
-        async def throttle() -> None:
-            if front.blob_bytes > SIZE // 2:
-                half_way.set()
-                await go_on.wait()
-
-        front.before_chunk = throttle
-        pulling = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", _PULL, str(tmp_path / "store"), f"{front.host}/{pushed}"
-        )
-        await half_way.wait()
-
-        def large() -> Path:
-            return max((tmp_path / "store/partial").iterdir(), key=lambda path: path.stat().st_size)
-
-        async with asyncio.timeout(20):
-            while large().stat().st_size < 1 << 20:
-                await asyncio.sleep(0.01)
-        pulling.send_signal(signal.SIGKILL)
-        await pulling.wait()
-        kept = large().stat().st_size
-        front.before_chunk = None
-        go_on.set()
-        front.ranges.clear()
-        check((await DiskImageStore(tmp_path / "store").prepare(f"{front.host}/{pushed}")).rootfs)
-        assert f"bytes={kept}-" in front.ranges
-
-
-async def test_cancelled_half_way_goes_on(upstream: str, pushed: str, store: DiskImageStore, tmp_path: Path) -> None:
-    async with Front(upstream).running() as front:
-        half_way, go_on = asyncio.Event(), asyncio.Event()
-
-        async def throttle() -> None:
-            if front.blob_bytes > SIZE // 2:
-                half_way.set()
-                await go_on.wait()
-
-        front.before_chunk = throttle
-        pulling = asyncio.create_task(store.prepare(f"{front.host}/{pushed}"))
-        await half_way.wait()
-        pulling.cancel()
-        await asyncio.wait([pulling])
-        kept = max(path.stat().st_size for path in (tmp_path / "store/partial").iterdir())
-        assert kept > 0
-        front.before_chunk = None
-        go_on.set()
-        front.ranges.clear()
-        check((await store.prepare(f"{front.host}/{pushed}")).rootfs)
-        assert f"bytes={kept}-" in front.ranges
-
-
-async def test_partial_that_went_bad_is_fetched_anew(
-    upstream: str, pushed: str, store: DiskImageStore, tmp_path: Path
-) -> None:
-    """After a power cut a partial file may have the right length and the wrong bytes."""
-    image = await store.prepare(f"{upstream}/{pushed}")
-    await store.remove(image.digest)
-    (tmp_path / "store/partial" / image.layers[0].removeprefix("sha256:")).write_bytes(bytes(2 << 20))
-    check((await store.prepare(f"{upstream}/{pushed}")).rootfs)
-
-
-# --- logging in -----------------------------------------------------------------------------------------------
-
-
-def _token_server(front: Front, *, account: tuple[str, str] | None, lifetime: int) -> list[str]:
-    """Makes the front want tokens, each good for ``lifetime`` requests; returns the list of scopes asked for."""
-    scopes: list[str] = []
-    left: dict[str, int] = {}
-
-    async def intercept(request: web.Request) -> web.StreamResponse | None:
-        if request.path == "/token":
-            if account is not None and request.headers.get("Authorization") != encode_basic_auth(*account):
-                return web.Response(status=401)
-            scopes.append(request.query["scope"])
-            assert request.query["service"] == "test registry"
-            token = f"token{len(scopes)}"
-            left[token] = lifetime
-            return web.json_response({"token": token, "expires_in": 300})
-        token = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if left.get(token, 0) > 0:
-            left[token] -= 1
-            return None
-        challenge = (
-            f'Bearer realm="http://{front.host}/token",service="test registry",scope="repository:test/image:pull"'
-        )
-        return web.Response(status=401, headers={"WWW-Authenticate": challenge})
-
-    front.intercept = intercept
-    return scopes
-
-
-@pytest.mark.parametrize("lifetime", [3, 1000])
-async def test_anonymous_token(upstream: str, pushed: str, store: DiskImageStore, lifetime: int) -> None:
-    """Also when tokens run out while layers are under way."""
-    async with Front(upstream).running() as front:
-        scopes = _token_server(front, account=None, lifetime=lifetime)
-        front.cut_after = SIZE // 2
-        check((await store.prepare(f"{front.host}/{pushed}")).rootfs)
-        assert set(scopes) == {"repository:test/image:pull"}
-
-
-async def test_token_for_an_account(upstream: str, pushed: str, tmp_path: Path) -> None:
-    async def credentials(host: str) -> tuple[str, str] | None:
-        return ("ada", "secret") if host == front.host else None
-
-    async with Front(upstream).running() as front:
-        _token_server(front, account=("ada", "secret"), lifetime=100)
-        with pytest.raises(FailedPrecondition) as raised:
-            await DiskImageStore(tmp_path / "anonymous").prepare(f"{front.host}/{pushed}")
-        assert raised.value.reason == "REGISTRY_AUTH"
-        store = DiskImageStore(tmp_path / "store", credentials=credentials)
-        check((await store.prepare(f"{front.host}/{pushed}")).rootfs)
-
-
-async def test_password_is_not_sent_in_clear_elsewhere(upstream: str, pushed: str, tmp_path: Path) -> None:
-    """A registry that sends the login to a plain http address of another machine gets no password."""
-
-    async def credentials(host: str) -> tuple[str, str] | None:
-        return ("ada", "secret")
-
-    async def intercept(request: web.Request) -> web.StreamResponse | None:
-        return web.Response(status=401, headers={"WWW-Authenticate": 'Bearer realm="http://192.0.2.1/token"'})
-
-    async with Front(upstream).running() as front:
-        front.intercept = intercept
-        with pytest.raises(FailedPrecondition, match="not https"):
-            await DiskImageStore(tmp_path / "store", credentials=credentials).prepare(f"{front.host}/{pushed}")
-
-
-async def test_credentials_do_not_follow_a_redirect(upstream: str, pushed: str, tmp_path: Path) -> None:
-    """Blobs are often kept by somebody else; a token is for the registry alone."""
-    leaked: list[str] = []
-
-    async def watch(request: web.Request) -> web.StreamResponse | None:
-        leaked.extend(request.headers.getall("Authorization", []))
-        return None
-
-    async with Front(upstream).running() as storage, Front(upstream).running() as front:
-        storage.intercept = watch
-        _token_server(front, account=None, lifetime=1000)
-        tokens = front.intercept
-        assert tokens is not None
-
-        async def redirect(request: web.Request) -> web.StreamResponse | None:
-            if "/blobs/" in request.path and request.headers.get("Authorization"):
-                raise web.HTTPTemporaryRedirect(f"http://{storage.host}{request.path_qs}")
-            return await tokens(request)
-
-        front.intercept = redirect
-        check((await DiskImageStore(tmp_path / "store").prepare(f"{front.host}/{pushed}")).rootfs)
-        assert storage.blob_bytes >= SIZE
-        assert leaked == []
+@pytest.mark.parametrize("kind", ["oci", "docker"])
+@pytest.mark.parametrize("depth", [1, 2])
+async def test_index(upstream: str, pushed: str, store: DiskImageStore, tmp_path: Path, kind: str, depth: int) -> None:
+    """An image for several machines, also as an index inside an index, in OCI's words and in Docker's."""
+    layout = Layout(tmp_path / "layout")
+    make_image(layout.directory, {"kind": kind.encode()}, compression="gzip")
+    push_layout(layout.directory, f"{upstream}/test/index:part")
+    (descriptor,) = layout.index().manifests
+    manifest = json.loads(layout.blob(descriptor).read_bytes())
+    manifest_type, index_type = (types[0 if kind == "oci" else 1] for types in (MANIFEST_TYPES, INDEX_TYPES))
+    if kind == "docker":
+        manifest["mediaType"] = manifest_type
+        manifest["config"]["mediaType"] = "application/vnd.docker.container.image.v1+json"
+        manifest["layers"][0]["mediaType"] = "application/vnd.docker.image.rootfs.diff.tar.gzip"
+    here = this_platform()
+    others = [("linux", "riscv64"), (here.os, here.architecture), ("unknown", "unknown")]
+    inner, media_type = json.dumps(manifest).encode(), manifest_type
+    for _ in range(depth):
+        digest = put_manifest(upstream, "test/index:inner", inner, media_type)
+        described = {"mediaType": media_type, "digest": digest, "size": len(inner)}
+        platforms = [{**described, "platform": {"os": os_, "architecture": arch}} for os_, arch in others]
+        document = {"schemaVersion": 2, "mediaType": index_type, "manifests": platforms}
+        inner, media_type = json.dumps(document).encode(), index_type
+    index_digest = put_manifest(upstream, "test/index:all", inner, media_type)
+    image = await store.prepare(f"{upstream}/test/index:all")
+    assert contents(image.rootfs) == {"kind": kind.encode()}
+    assert image.digest == f"sha256:{hashlib.sha256(json.dumps(manifest).encode()).hexdigest()}"
+    # The index's digest means the same image.
+    assert (await store.prepare(f"{upstream}/test/index@{index_digest}")).digest == image.digest

@@ -222,7 +222,7 @@ def test_every_field_of_the_records_has_one_in_the_message(cls: type[Record]) ->
 
 
 def test_what_is_absent_has_its_default() -> None:
-    spec = convert.from_message(TemplateSpec, pb.TemplateSpec(image="x", ports=[8080]))
+    spec = convert.from_message(TemplateSpec, pb.TemplateSpec(image="x", ports=[0]))
     assert spec == TemplateSpec(image="x")
     assert convert.from_message(PoolSpec, pb.PoolSpec(replicas=0)) == PoolSpec(replicas=0)
     zero = pb.TemplateSpec(image="x")

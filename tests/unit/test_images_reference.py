@@ -20,7 +20,8 @@ from greenroom.images.config import (
     resolve_user,
     this_platform,
 )
-from greenroom.images.reference import LayoutReference, RegistryReference, check_digest, parse
+from greenroom.images.reference import LayoutReference, RegistryReference, check_digest, parse, pinned
+from greenroom.images.registries import Registries
 
 DIGEST = "sha256:" + "a1" * 32
 
@@ -72,7 +73,8 @@ def test_malformed(text: str) -> None:
 
 def test_only_loopback_is_spoken_to_without_tls() -> None:
     def url(host: str) -> str:
-        return RegistryReference(host=host, repository="a").base_url
+        (endpoint,) = Registries().endpoints(RegistryReference(host=host, repository="a"))
+        return endpoint.base_url.removesuffix("/v2/a")
 
     for host in ("localhost", "localhost:5000", "127.0.0.1:1", "127.9.9.9", "[::1]", "[::1]:5000", "x.localhost"):
         assert url(host) == f"http://{host}"
@@ -85,6 +87,15 @@ def test_check_digest() -> None:
     for bad in ("", "a1" * 32, "sha512:" + "a" * 128, "sha256:../../x", DIGEST.upper()):
         with pytest.raises(InvalidArgument):
             check_digest(bad)
+
+
+def test_pinned() -> None:
+    assert pinned("r.example/a:1", DIGEST) == f"r.example/a:1@{DIGEST}"
+    assert pinned(f"python@{DIGEST.replace('a1', 'b2')}", DIGEST) == f"python@{DIGEST}"
+    assert pinned("oci:/srv/images:v1", DIGEST) == f"oci:/srv/images:v1@{DIGEST}"
+    for reference, digest in (("r.example/A", DIGEST), ("r.example/a", "sha256:12")):
+        with pytest.raises(InvalidArgument):
+            pinned(reference, digest)
 
 
 # --- manifests and indexes ------------------------------------------------------------------------------------
@@ -196,7 +207,8 @@ def rootfs(tmp_path: Path) -> Path:
     root = tmp_path / "root"
     (root / "etc").mkdir(parents=True)
     (root / "etc/passwd").write_text(
-        "root:x:0:0:root:/root:/bin/sh\nbroken line\nodd:x:one:2:::\napp:x:1000:1001:App:/home/app:/bin/sh\n"
+        "root:x:0:0:root:/root:/bin/sh\nbroken line\nodd:x:one:2:::\nhuge:x:99999999999:1:::\n"
+        "app:x:1000:1001:App:/home/app:/bin/sh\n"
     )
     (root / "etc/group").write_text("root:x:0:\nstaff:x:50:app\n")
     return root
@@ -205,23 +217,23 @@ def rootfs(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("user", "expected"),
     [
-        ("", (0, 0)),
-        ("root", (0, 0)),
-        ("app", (1000, 1001)),
-        ("1000", (1000, 1001)),
-        ("4711", (4711, 0)),
-        ("4711:4712", (4711, 4712)),
-        ("app:staff", (1000, 50)),
-        ("app:7", (1000, 7)),
-        ("app:", (1000, 1001)),
-        (":staff", (0, 50)),
+        ("", (0, 0, "/root")),
+        ("root", (0, 0, "/root")),
+        ("app", (1000, 1001, "/home/app")),
+        ("1000", (1000, 1001, "/home/app")),
+        ("4711", (4711, 0, "/")),
+        ("4711:4712", (4711, 4712, "/")),
+        ("app:staff", (1000, 50, "/home/app")),
+        ("app:7", (1000, 7, "/home/app")),
+        ("app:", (1000, 1001, "/home/app")),
+        (":staff", (0, 50, "/root")),
     ],
 )
-def test_resolve_user(rootfs: Path, user: str, expected: tuple[int, int]) -> None:
+def test_resolve_user(rootfs: Path, user: str, expected: tuple[int, int, str]) -> None:
     assert resolve_user(rootfs, user) == expected
 
 
-@pytest.mark.parametrize("user", ["nobody", "odd", "app:nobody", "-1", "4294967295", "1:99999999999", "../x"])
+@pytest.mark.parametrize("user", ["nobody", "odd", "huge", "app:nobody", "-1", "4294967295", "1:99999999999", "../x"])
 def test_resolve_user_refuses(rootfs: Path, user: str) -> None:
     with pytest.raises(FailedPrecondition) as raised:
         resolve_user(rootfs, user)
@@ -244,10 +256,10 @@ def test_resolve_user_stays_inside(rootfs: Path, tmp_path: Path) -> None:
     for target in ("/usr/accounts", "../usr/./accounts", "../../../usr/accounts"):
         passwd.unlink()
         passwd.symlink_to(target)
-        assert resolve_user(rootfs, "app") == (5, 6)
+        assert resolve_user(rootfs, "app") == (5, 6, "/")
     passwd.unlink()
     os.mkfifo(passwd)  # must not block
-    assert resolve_user(rootfs, "12") == (12, 0)
+    assert resolve_user(rootfs, "12") == (12, 0, "/")
     passwd.unlink()
     passwd.symlink_to("passwd")  # a loop
-    assert resolve_user(rootfs, "12") == (12, 0)
+    assert resolve_user(rootfs, "12") == (12, 0, "/")

@@ -50,6 +50,7 @@ spec:
   workerSelector:
     example.org/gpu: a100
     zone: ""
+  stopSignal: SIGINT
 ---
 ---
 kind: WorkerPool
@@ -74,6 +75,7 @@ SPEC = TemplateSpec(
     durability=Durability.LOCAL,
     evictable=False,
     worker_selector={"example.org/gpu": "a100", "zone": ""},
+    stop_signal="SIGINT",
 )
 
 
@@ -142,7 +144,8 @@ def test_directory_and_json(tmp_path: Path) -> None:
         ("  command: python app.py\n", 6, "spec.command: must be a list, not a string"),
         ("  command: [python, 3]\n", 6, 'spec.command[1]: must be a string: write "3"'),
         ("  ports: [80, 80]\n", 6, "spec.ports[1]: port 80 is there twice"),
-        ("  ports: [0]\n", 6, "spec.ports[0]: must be between 1 and 65535"),
+        ("  stopSignal: SIGNOT\n", 6, "spec.stopSignal: is no signal: 'SIGNOT'"),
+        ("  ports: [80, 0]\n", 6, "spec.ports[1]: must be between 1 and 65535"),
         ("  ports: ['80']\n", 6, "spec.ports[0]: must be a whole number, not a string"),
         ("  idleTimeout: -5m\n", 6, "spec.idleTimeout: '-5m' is not a duration"),
         ("  idleTimeout: yes\n", 6, "spec.idleTimeout: must be a duration, not true or false"),

@@ -22,6 +22,7 @@ from greenroom.agent.alone import AloneWatch
 from greenroom.agent.classes import Classes
 from greenroom.agent.fence import Fence, from_os
 from greenroom.agent.held import Held
+from greenroom.agent.images import WorkerImages
 from greenroom.agent.journal import Journal
 from greenroom.agent.logs import LogFiles
 from greenroom.agent.progress import Listener, Marks, Reporter, Reports
@@ -57,7 +58,8 @@ class Link(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AgentConfig:
-    """``labels``: what this worker is to those who choose one."""
+    """``labels``: what this worker is to those who choose one. ``blobs``: base URL where other workers get its image
+    layers; "": nowhere."""
 
     worker: str
     pool: str
@@ -65,6 +67,7 @@ class AgentConfig:
     state_dir: Path
     warm: int = DEFAULT_WARM
     labels: dict[str, str] = field(default_factory=dict)
+    blobs: str = ""
 
 
 @dataclass(slots=True)
@@ -82,7 +85,8 @@ class Agent:
         self._config = config
         self._backend = backend
         self._snapshots = snapshots
-        self._classes = Classes(images, needs_image=backend.capabilities.needs_image)
+        self._images = WorkerImages(images, config.worker, config.state_dir)
+        self._classes = Classes(self._images, needs_image=backend.capabilities.needs_image)
         self._boot_id = uuid.uuid4().hex
         self._warm: WarmPool | None = None
         self._wakes: dict[str, _Wake] = {}
@@ -118,20 +122,25 @@ class Agent:
             self._staging,
             self._journal.generation,
             lambda event: self.on_exit(event),
+            self._images.release,
         )
         self._fence = Fence(config.worker, self._journal, self._residents.generation, self._still_holds)
         self._probe: BackendProbe = await self._backend.open(root / "sandboxes", config.worker)
         for found in await self._backend.reconcile():
             self._residents.take_over(found)
         self._staging.keep_only(self._residents.uids())
+        await self._images.open(self._residents.uids() if self._backend.capabilities.needs_image else ())
         if isinstance(self._backend, Warmer) and config.warm > 0:
-            self._warm = WarmPool(self._backend, config.warm)
+            keep = self._images.keep_warm if self._backend.capabilities.needs_image else None
+            self._warm = WarmPool(self._backend, config.warm, keep)
+            self._images.unwant = self._warm.unwant
             self._warm.start()
         self._waker = Waker(
             config.worker,
             self._backend,
             self._probe.fingerprint,
             classes=self._classes,
+            images=self._images,
             snapshots=self._snapshots,
             held=self._held,
             cache=root / "cache",
@@ -158,6 +167,7 @@ class Agent:
             await self._warm.close()
         self._logs.close()
         await self._backend.close(keep_running=not wipe)
+        await self._images.close(wipe=wipe)
         self._journal.close()
 
     # --- what is said and heard without a call ------------------------------------------------------------
@@ -174,11 +184,20 @@ class Agent:
             freeze=True,
             residents=self._residents.listed(),
             labels=self._config.labels,
+            blobs=self._config.blobs,
             images=self._classes.digests(),
+            image_bytes=self._images.used_bytes,
+            image_over_bytes=self._images.over_bytes,
         )
 
     def heartbeat(self) -> api.Heartbeat:
-        return api.Heartbeat(boot_id=self._boot_id, residents=self._residents.listed(), images=self._classes.digests())
+        return api.Heartbeat(
+            boot_id=self._boot_id,
+            residents=self._residents.listed(),
+            images=self._classes.digests(),
+            image_bytes=self._images.used_bytes,
+            image_over_bytes=self._images.over_bytes,
+        )
 
     def heard(self, welcome: api.Welcome, at: float) -> None:
         """A replica has answered what was sent to it at ``at`` (`greenroom.agent.clock.boot_time`)."""
@@ -230,13 +249,23 @@ class Agent:
                     raise from_os(error) from error
             case api.Prepare():
                 with Reports(reporter, quiet_s=0.0) as reports:  # people watch it from the start
-                    image = await self._classes.image(call.image, reports)
-                return api.Prepared(image_digest=image.digest, size_bytes=image.size_bytes)
+                    return await self._classes.pull(call, reports)
             case api.Warm():
                 if self._warm:
                     with Reports(reporter) as reports:
-                        self._warm.want(await self._classes.of(call.image_digest, call.spec, reports))
+                        self._warm.want(await self._classes.to_warm(call, reports))
                 return api.Done()
+            case api.ListImages() | api.InspectImage() | api.RemoveImage() | api.PinImage() | api.PruneImages():
+                return await self._about_images(call)
+            case api.StopPrepare():
+                self._images.stop(call.id)
+                return api.Done()
+            case api.CoolImage():
+                if self._warm:
+                    await self._warm.cool(call.digest)
+                return api.Done()
+            case api.ImportImage():
+                return await self._images.take_in(call, reporter.input())
             case api.ListResident():
                 _ = self._alone.alone  # whether it has just become so is in the epoch
                 return api.Residents(residents=self._residents.listed(), epoch=self._alone.epoch)
@@ -309,6 +338,14 @@ class Agent:
             f"worker {self._config.worker} heard no control plane while it woke the actor; try again",
             reason="WORKER_ALONE",
         )
+
+    async def _about_images(
+        self, call: api.ListImages | api.InspectImage | api.RemoveImage | api.PinImage | api.PruneImages
+    ) -> Record:
+        try:
+            return await self._images.handle(call)
+        except OSError as error:
+            raise from_os(error) from error
 
     # --- sleep --------------------------------------------------------------------------------------------
 

@@ -213,7 +213,7 @@ class _Connection:
                 self._welcome(frame)
             case Frame.CALL:
                 call = _decode_call(frame.body)
-                reporter = _Reporter(self, frame.id, streaming=isinstance(call, api.Exec | api.Logs))
+                reporter = _Reporter(self, frame.id, streaming=isinstance(call, api.StreamingCall))
                 self._open[frame.id] = reporter
                 reporter.task = asyncio.create_task(self._serve(frame.id, call, reporter))
             case Frame.DATA | Frame.CREDIT | Frame.CANCEL if frame.id in self._open:

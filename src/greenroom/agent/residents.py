@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class Lodger:
 
 class Residents:
     """``seen``: the highest generation seen of an actor. ``on_exit`` hears of every resident that ends by itself after
-    it had been running."""
+    it had been running; ``on_gone`` (uid) of every actor whose sandbox is no more."""
 
     def __init__(
         self,
@@ -50,6 +50,7 @@ class Residents:
         staging: Staging,
         seen: Callable[[str], int],
         on_exit: Callable[[api.SandboxExited], None],
+        on_gone: Callable[[str], Awaitable[None]],
     ) -> None:
         self._worker = worker
         self._backend = backend
@@ -57,6 +58,7 @@ class Residents:
         self._staging = staging
         self._seen = seen
         self._on_exit = on_exit
+        self._on_gone = on_gone
         self._lodgers: dict[str, Lodger] = {}
 
     def __iter__(self) -> Iterator[Lodger]:
@@ -135,6 +137,9 @@ class Residents:
             await self._backend.destroy(lodger.sid)
         except GreenroomError as error:
             log.error("what an ended actor left could not be removed", sid=lodger.sid, error=error.message)
+            return
+        if uid not in self._lodgers:  # it may be waking again
+            await self._on_gone(uid)
 
     async def end(self, uid: str) -> None:
         """Destroys the actor's sandbox and drops what is staged of it; neither has to be there."""
@@ -150,6 +155,7 @@ class Residents:
             if self._lodgers.get(uid) is lodger:
                 del self._lodgers[uid]
             self._logs.detach(uid)
+            await self._on_gone(uid)
         await self._staging.clear(uid)
 
     async def close(self) -> None:

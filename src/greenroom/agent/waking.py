@@ -15,6 +15,7 @@ import structlog
 from greenroom.agent import readiness
 from greenroom.agent.classes import Classes
 from greenroom.agent.held import Held
+from greenroom.agent.images import WorkerImages
 from greenroom.agent.logs import LogFiles
 from greenroom.agent.progress import Marks, Reports
 from greenroom.agent.residents import QUOTED_LINES, Residents
@@ -22,7 +23,7 @@ from greenroom.agent.warm import WarmPool
 from greenroom.core import agentapi as api
 from greenroom.core.agentapi import ResidentState
 from greenroom.core.errors import DataLoss, FailedPrecondition, GreenroomError, NotFound
-from greenroom.core.records import Endpoint, Snapshot, SnapshotScope
+from greenroom.core.records import Snapshot, SnapshotScope
 from greenroom.sandbox.port import Backend, Running, SandboxClass
 from greenroom.snapshots.port import SnapshotStore
 
@@ -43,6 +44,7 @@ class Waker:
         fingerprint: str,
         *,
         classes: Classes,
+        images: WorkerImages,
         snapshots: SnapshotStore,
         held: Held,
         cache: Path,
@@ -54,6 +56,7 @@ class Waker:
         self._backend = backend
         self._fingerprint = fingerprint
         self._classes = classes
+        self._images = images
         self._snapshots = snapshots
         self._held = held
         self._cache = cache
@@ -67,7 +70,14 @@ class Waker:
         if isinstance(call, api.Restore):
             self._check_runs_here(call.snapshot)
         await self._residents.end(call.actor_uid)  # of an earlier operation that was backed out
-        cls = await self._classes.of(call.image_digest, call.spec, reports)
+        try:
+            return await self._wake(call, marks, reports)
+        finally:
+            if self._residents.find(call.actor_uid) is None:
+                await self._images.release(call.actor_uid)
+
+    async def _wake(self, call: api.Start | api.Restore, marks: Marks, reports: Reports) -> api.Started:
+        cls = await self._classes.held(call, reports)
         if self._warm:
             self._warm.want(cls)
         marks.end("prepare")
@@ -78,7 +88,7 @@ class Waker:
         if not isinstance(call, api.Restore) or call.snapshot.scope is SnapshotScope.DATA:
             reports.phase("ready")
             try:
-                await self._wait_ready(call, running.sid, running.endpoint)
+                await self._wait_ready(call, cls.port, running)
             except BaseException:
                 await asyncio.shield(self._residents.end(call.actor_uid))
                 raise
@@ -173,13 +183,13 @@ class Waker:
                 reason="NO_COMPATIBLE_WORKER",
             )
 
-    async def _wait_ready(self, call: api.Start | api.Restore, sid: str, endpoint: Endpoint) -> None:
+    async def _wait_ready(self, call: api.Start | api.Restore, port: int, running: Running) -> None:
         """Until the probe answers, or the process ends."""
-        probe = call.spec.readyz
-        if probe.port and endpoint.port and not endpoint.path and probe.port != call.spec.ports[0]:
+        probe, endpoint = call.spec.readyz, running.endpoint
+        if probe.port and endpoint.port and not endpoint.path and probe.port != port:
             endpoint = msgspec.structs.replace(endpoint, port=probe.port)
         ready = asyncio.create_task(readiness.wait_ready(endpoint, probe, call.identity))
-        exited = asyncio.create_task(self._backend.wait(sid))
+        exited = asyncio.create_task(self._backend.wait(running.sid))
         try:
             await asyncio.wait({ready, exited}, return_when=asyncio.FIRST_COMPLETED)
             if ready.done():

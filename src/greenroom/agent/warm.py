@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Collection
 
 import structlog
 
-from greenroom.core.errors import FailedPrecondition
+from greenroom.core.errors import FailedPrecondition, NotFound
 from greenroom.sandbox.port import SandboxClass, Warmer
 
 log = structlog.get_logger(__name__)
@@ -39,12 +40,20 @@ def plan(wanted: list[str], ready: dict[str, int], size: int) -> tuple[list[str]
 
 
 class WarmPool:
-    def __init__(self, warmer: Warmer, size: int) -> None:
+    """``keep_images`` is told, before anything is made, of which images (digests) there are warm sandboxes or soon will
+    be; it raises `NotFound` when one is not here any more."""
+
+    def __init__(
+        self, warmer: Warmer, size: int, keep_images: Callable[[Collection[str]], Awaitable[None]] | None = None
+    ) -> None:
         self._warmer = warmer
         self._size = size
+        self._keep_images = keep_images
+        self._image_of: dict[str, str] = {}  # by class digest, of those that a sandbox was made of
         self._classes: OrderedDict[str, SandboxClass] = OrderedDict()  # latest last
         self._busy = 0
         self._making = ""
+        self._turn = asyncio.Lock()  # of whoever makes and drops sandboxes
         self._quiet_until = 0.0
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -66,6 +75,16 @@ class WarmPool:
             del self._classes[digest]
         self._changed.set()
 
+    async def cool(self, image_digest: str) -> None:
+        """As `unwant`, and they are gone when this returns."""
+        self.unwant(image_digest)
+        async with self._turn:
+            for digest in [d for d, image in self._image_of.items() if image == image_digest]:
+                while self._warmer.warm_counts().get(digest):
+                    await self._warmer.chill(digest)
+            self._making = ""
+            await self._hold()
+
     def __enter__(self) -> None:
         """Around a wake: nothing is begun meanwhile, nor for a moment afterwards."""
         self._busy += 1
@@ -81,7 +100,10 @@ class WarmPool:
             self._changed.clear()
             try:
                 await self._step()
-            except FailedPrecondition as error:  # it will be so the next time as well: not before it is wanted again
+            except (
+                FailedPrecondition,
+                NotFound,
+            ) as error:  # it will be so the next time as well: not before it is wanted again
                 log.info("no sandbox can be made ready", error=error.message)
                 self._classes.pop(self._making, None)
                 self._changed.set()
@@ -98,12 +120,23 @@ class WarmPool:
             self._changed.set()  # to look again: the next wake may be under way
             return
         make, drop = plan(list(reversed(self._classes)), self._warmer.warm_counts(), self._size)
-        for digest in drop:
-            await self._warmer.chill(digest)
-        if make:
-            self._making = make[0]
-            await self._warmer.warm(self._classes[self._making])
-            self._changed.set()
+        async with self._turn:
+            for digest in drop:
+                await self._warmer.chill(digest)
+            self._making = make[0] if make and make[0] in self._classes else ""
+            await self._hold()
+            if self._making:
+                await self._warmer.warm(self._classes[self._making])
+                self._changed.set()
+
+    async def _hold(self) -> None:
+        if self._making:
+            self._image_of[self._making] = self._classes[self._making].image_digest
+        """The images of what is ready, and of what is about to be made."""
+        ready = {digest for digest, count in self._warmer.warm_counts().items() if count} | {self._making}
+        self._image_of = {digest: image for digest, image in self._image_of.items() if digest in ready}
+        if self._keep_images is not None:
+            await self._keep_images(set(self._image_of.values()))
 
     async def close(self) -> None:
         if self._task:

@@ -44,6 +44,7 @@ _STUBS: dict[str, Any] = {
     "pools": pb_grpc.PoolsStub,
     "workers": pb_grpc.WorkersStub,
     "snapshots": pb_grpc.SnapshotsStub,
+    "images": pb_grpc.ImagesStub,
     "operations": pb_grpc.OperationsStub,
     "system": pb_grpc.SystemStub,
 }
@@ -55,6 +56,7 @@ class _Stubs:
     pools: Any
     workers: Any
     snapshots: Any
+    images: Any
     operations: Any
     system: Any
 

@@ -23,13 +23,12 @@ from greenroom.api.frames import WINDOW, gather_frames
 from greenroom.core import agentapi
 from greenroom.core.agentapi import (
     AgentCall,
-    Exec,
     Heartbeat,
     Hello,
     Leaving,
-    Logs,
     Progress,
     SandboxExited,
+    StreamingCall,
     Welcome,
 )
 from greenroom.core.errors import GreenroomError, ResourceExhausted, Unavailable, rebuild
@@ -149,7 +148,7 @@ class AgentHub(link_pb2_grpc.AgentLinkServicer):
         finally:
             peer.calls.pop(number, None)  # a caller that has gone hears no progress any more
 
-    def open(self, worker: str, call: Exec | Logs) -> CallStream:
+    def open(self, worker: str, call: StreamingCall) -> CallStream:
         peer = self._peer(worker)
         return _Stream(peer, peer.begin(call, stream=True))
 

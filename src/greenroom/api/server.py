@@ -28,7 +28,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from greenroom.api import actors, fleet, service, system
+from greenroom.api import actors, fleet, images, service, system
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2_grpc as pb_grpc
 from greenroom.api.client import MAX_MESSAGE_BYTES
@@ -62,6 +62,7 @@ SERVICES = (
     fleet.Pools,
     fleet.Workers,
     fleet.Snapshots,
+    images.Images,
     system.Operations,
     system.System,
 )

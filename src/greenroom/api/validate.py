@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from greenroom.core.errors import GreenroomError, InvalidArgument
 from greenroom.core.names import check_label
-from greenroom.core.records import PoolSpec, TemplateSpec
+from greenroom.core.records import IMAGE_PORTS, PoolSpec, TemplateSpec
 from greenroom.images import reference
+from greenroom.images.config import signal_number
 
 MAX_REPLICAS = 64
 MAX_SLOTS = 10_000
@@ -94,6 +95,8 @@ def _template(spec: TemplateSpec) -> Iterator[Violation]:
         yield from _argument(("env", name), value)
     if spec.workdir and not spec.workdir.startswith("/"):
         yield Violation(("workdir",), f"must be an absolute path, not {spec.workdir!r}")
+    if spec.stop_signal and signal_number(spec.stop_signal) is None:
+        yield Violation(("stop_signal",), f"is no signal: {spec.stop_signal!r}; SIGTERM, TERM or 15 would be")
     yield from _ports(spec)
     yield from _between(("resources", "memory_bytes"), spec.resources.memory_bytes, MIN_MEMORY_BYTES, MAX_MEMORY_BYTES)
     yield from _between(("resources", "cpus"), spec.resources.cpus, 0.001, MAX_CPUS)
@@ -106,7 +109,7 @@ def _template(spec: TemplateSpec) -> Iterator[Violation]:
 def _ports(spec: TemplateSpec) -> Iterator[Violation]:
     if len(spec.ports) > MAX_PORTS:
         yield Violation(("ports",), f"at most {MAX_PORTS} ports")
-    for index, port in enumerate(spec.ports):
+    for index, port in enumerate(() if spec.ports == IMAGE_PORTS else spec.ports):
         yield from _between(("ports", index), port, 1, 65535)
         if port in spec.ports[:index]:
             yield Violation(("ports", index), f"port {port} is there twice")

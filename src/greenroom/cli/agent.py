@@ -7,12 +7,14 @@ import ctypes
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from greenroom.cli.app import pair
+from greenroom.cli.up_options import check_marks, listen_address, size_bytes
 
 if TYPE_CHECKING:
     from greenroom.agent.agent import Agent
@@ -27,6 +29,8 @@ LEAVE_SIGNAL = signal.SIGTERM
 END_SIGNAL = signal.SIGUSR2
 #: Ends an agent together with everything that runs on it.
 WIPE_SIGNAL = signal.SIGUSR1
+#: What agents that give each other layers have in common, so that nobody else is given any.
+PEER_TOKEN_VARIABLE = "GREENROOM_PEER_TOKEN"
 #: How long an agent that was asked to end waits for its actors to be suspended. Suspending takes a second or two each,
 #: some at a time; a pod is given 30 s by default, so its grace period has to be set with this.
 DRAIN_TIMEOUT_S = 60.0
@@ -40,6 +44,29 @@ DRAIN_TIMEOUT_S = 60.0
 @click.option("--warm", type=click.IntRange(0, 1000), default=None, help="Sandboxes kept ready.")
 @click.option("--state-dir", type=click.Path(path_type=Path), required=True, help="The worker's own directory.")
 @click.option("--images", type=click.Path(path_type=Path), required=True, help="Image store; agents may share one.")
+@click.option(
+    "--images-high",
+    type=size_bytes,
+    metavar="SIZE",
+    default=0,
+    help="When images take more than this, as 20Gi, those that nobody uses go, the longest unused first  [default: no "
+    "limit].",
+)
+@click.option(
+    "--images-low",
+    type=size_bytes,
+    metavar="SIZE",
+    default=0,
+    help="Until they take this much  [default: 4/5 of --images-high].",
+)
+@click.option(
+    "--peers",
+    type=listen_address,
+    metavar="HOST:PORT",
+    default="",
+    help="Where this worker gives other workers the image layers that it has, so that these cross the link to the "
+    "registry once; port 0 for any. GREENROOM_PEER_TOKEN, the same for all, keeps others out  [default: nowhere].",
+)
 @click.option("--snapshots", required=True, help="Snapshot store: a directory or a URL.")
 @click.option(
     "--control",
@@ -90,6 +117,9 @@ async def _serve(
     warm: int | None,
     state_dir: Path,
     images: Path,
+    images_high: int,
+    images_low: int,
+    peers: tuple[str, int] | None,
     snapshots: str,
     control: Sequence[str],
     labels: Sequence[tuple[str, str]],
@@ -99,7 +129,9 @@ async def _serve(
 
     from greenroom.agent.agent import DEFAULT_WARM, Agent, AgentConfig
     from greenroom.agent.links import Links
-    from greenroom.core.errors import GreenroomError
+    from greenroom.core.errors import FailedPrecondition, GreenroomError
+    from greenroom.images.peers import PeerServer
+    from greenroom.images.registries import Registries
     from greenroom.images.store import DiskImageStore
     from greenroom.sandbox import registry
     from greenroom.sandbox.reaper import become_subreaper
@@ -115,11 +147,27 @@ async def _serve(
         warm=DEFAULT_WARM if warm is None else warm,
         labels=dict(labels),
     )
-    worker_agent = Agent(config, registry.load(backend), DiskImageStore(images), ObjectSnapshotStore(snapshots))
+    check_marks(images_high, images_low)
+    token = os.environ.get(PEER_TOKEN_VARIABLE, "")
+    server = PeerServer(images, token=token) if peers else None
+    if server is not None and peers is not None:
+        try:
+            config = replace(config, blobs=await server.start(*peers))
+        except OSError as error:
+            log.error("can't serve image layers to other workers", address=peers, error=str(error))
+            return FailedPrecondition.exit_code
     # Before anything is made: a signal that comes while it opens is obeyed when it is open, and has cleaned up after
     # an earlier agent.
     signals = _Signals()
     try:
+        image_store = DiskImageStore(
+            images,
+            registries=Registries.from_environment(),
+            peer_token=token,
+            high_bytes=images_high,
+            low_bytes=images_low,
+        )
+        worker_agent = Agent(config, registry.load(backend), image_store, ObjectSnapshotStore(snapshots))
         await worker_agent.open()
     except GreenroomError as error:
         log.error("the worker can't start", error=error.message, reason=error.reason)
@@ -128,6 +176,8 @@ async def _serve(
     links.start()
     wipe = await _told_to_end(worker_agent, links, signals, drain_timeout)
     await links.close()
+    if server is not None:
+        await server.close()
     await worker_agent.close(wipe=wipe)
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import time
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,18 @@ from greenroom.api.client import Client
 from greenroom.cli.quantity import human_age, human_bytes
 from greenroom.core.errors import NotFound
 from greenroom.core.names import DEFAULT_NAMESPACE
-from greenroom.core.records import Actor, Operation, OperationState, Pool, Replica, Snapshot, Template, Worker
+from greenroom.core.records import (
+    Actor,
+    LayerProgress,
+    Operation,
+    OperationState,
+    Pool,
+    Replica,
+    Snapshot,
+    Template,
+    TemplateState,
+    Worker,
+)
 
 Column = tuple[str, Callable[[Any, float], str]]
 
@@ -127,9 +138,23 @@ def bytes_of(operation: Operation) -> tuple[int, int]:
     """Bytes done and in all (0: not known) of the phase that an operation is in; those of an image are its layers'."""
     if operation.done_bytes or operation.total_bytes or not operation.layers:
         return operation.done_bytes, operation.total_bytes
-    layers = operation.layers
+    return layer_bytes(operation.layers)
+
+
+def layer_bytes(layers: Sequence[LayerProgress]) -> tuple[int, int]:
+    """Bytes done and in all of an image's layers. One that is not unpacked yet, while others are, has none done."""
     total = sum(layer.total_bytes for layer in layers) if all(layer.total_bytes for layer in layers) else 0
-    return sum(layer.done_bytes for layer in layers), total
+    unpacking = any(layer.phase == "unpack" for layer in layers)
+    return sum(layer.done_bytes for layer in layers if not unpacking or layer.phase == "unpack"), total
+
+
+def template_progress(template: Template) -> str:
+    """``download 25% of 48.0 MiB``; "" for one that is not being prepared."""
+    if template.state is not TemplateState.PREPARING:
+        return ""
+    done, total = layer_bytes(template.layers)
+    far = f" {done * 100 // total}% of {human_bytes(total)}" if total else ""
+    return f"{template.phase}{far}"
 
 
 def progress(operation: Operation) -> str:
@@ -149,6 +174,12 @@ def _failures(worker: Worker, now: float) -> str:
     if worker.quarantined_until > now:
         return f"{worker.failures}, quarantine {human_age(worker.quarantined_until - now)}"
     return str(worker.failures)
+
+
+def _images(worker: Worker) -> str:
+    """``3.2 GiB``, and how much of it is too much."""
+    over = f", {human_bytes(worker.image_over_bytes)} over" if worker.image_over_bytes else ""
+    return f"{human_bytes(worker.image_bytes)}{over}"
 
 
 ACTORS = Kind(
@@ -178,6 +209,7 @@ TEMPLATES = Kind(
     (
         ("NAME", _text("name")),
         ("STATE", _text("state")),
+        ("PROGRESS", lambda t, now: template_progress(t)),
         ("IMAGE", lambda t, now: t.spec.image),
         ("POOL", lambda t, now: t.spec.pool),
         ("AGE", _age),
@@ -214,7 +246,11 @@ WORKERS = Kind(
         ("SEEN", _since("last_seen")),
         ("LABELS", lambda w, now: pairs_text(w.labels)),
     ),
-    (("FINGERPRINT", _text("fingerprint")), ("MESSAGE", _text("message"))),
+    (
+        ("IMAGES", lambda w, now: _images(w)),
+        ("FINGERPRINT", _text("fingerprint")),
+        ("MESSAGE", _text("message")),
+    ),
 )
 SNAPSHOTS = Kind(
     Snapshot,

@@ -13,20 +13,21 @@ from rich.text import Text
 
 from greenroom.cli.kinds import Column, Kind
 from greenroom.cli.output import clean
-from greenroom.core.records import OperationState
+from greenroom.core.records import OperationState, TemplateState
 
 #: Drawn so often: ages count seconds.
 DRAWS_PER_S = 2
 #: Lines of the screen that are not for rows: titles, what is left out, the cursor.
 OTHER_LINES = 4
 GAP = 3
+UNDER_WAY = (OperationState.RUNNING, TemplateState.PENDING, TemplateState.PREPARING)
 #: Columns that a narrow screen does without, the first one first: better none than a piece of each.
-DISPENSABLE = ("TAKEOVERS", "ATTEMPTS", "OWNER", "TOOK", "CAUSE", "WORKER", "ID")
+DISPENSABLE = ("POOL", "TAKEOVERS", "ATTEMPTS", "OWNER", "TOOK", "CAUSE", "WORKER", "ID")
 
 
 class LiveTable:
-    """Operations: all that are under way, as far as the screen reaches, and above them the latest of those that have
-    ended. It stays on the screen when it ends."""
+    """Operations or templates: all that are under way, as far as the screen reaches, and above them the latest of those
+    that have ended. It stays on the screen when it ends."""
 
     def __init__(self, kind: Kind, columns: list[Column], records: Iterable[Any]) -> None:
         self._kind, self._columns = kind, columns
@@ -54,8 +55,8 @@ class LiveTable:
     def draw(self) -> Table:
         """Called by the thread that draws, too."""
         records = sorted(list(self._records.values()), key=lambda r: r.pk)
-        running = [r for r in records if r.state is OperationState.RUNNING]
-        ended = [r for r in records if r.state is not OperationState.RUNNING]
+        running = [r for r in records if r.state in UNDER_WAY]
+        ended = [r for r in records if r.state not in UNDER_WAY]
         room = max(1, self._console.height - OTHER_LINES)
         # The oldest that are under way are the ones to worry about; of the others the latest are news.
         shown = ended[len(ended) - max(0, min(len(ended), room - len(running))) :] + running[:room]

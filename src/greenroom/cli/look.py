@@ -64,7 +64,8 @@ def get(
             records = list(kind.fetch_all(client, namespace, options.read_timeout_s, **filters))
         seen = {kind.ref(r): r for r in records}
         changes = _changes(client, kind, namespace, names, filters, seen) if watching else iter(())
-        if watching and kind is kinds.OPERATIONS and output in ("table", "wide") and sys.stdout.isatty():
+        followed = kind in (kinds.OPERATIONS, kinds.TEMPLATES) and output in ("table", "wide")
+        if watching and followed and sys.stdout.isatty():
             columns = kind.shown_columns(wide=output == "wide", all_namespaces=all_namespaces)
             _follow_on_screen(kind, columns, records, changes)
             return

@@ -53,7 +53,9 @@ class ServerOptions:
 
     ``store``: "" for SQLite in the data directory, which one server holds; a ``postgresql://`` URL for a database that
     any number of replicas share, each with a ``name`` of its own. ``snapshots``: where sleeping actors are kept, which
-    replicas and workers share ("": below the data directory); ``images`` likewise. ``no_workers``: keeps no agents."""
+    replicas and workers share ("": below the data directory); ``images`` likewise. ``images_high``,
+    ``images_low``: marks of evicting images, in bytes (0: none). ``peers``: where workers serve layers to each other.
+    ``no_workers``: keeps no agents."""
 
     data_dir: Path
     pool: PoolSpec = field(default_factory=PoolSpec)
@@ -66,6 +68,9 @@ class ServerOptions:
     store: str = field(default="", repr=False)  # there may be a password in it
     snapshots: str = ""
     images: Path | None = None
+    images_high: int = 0
+    images_low: int = 0
+    peers: tuple[str, int] | None = None
     name: str = "server"
     no_workers: bool = False
     labels: dict[str, str] = field(default_factory=dict)
@@ -152,6 +157,9 @@ class Server:
                 control=control,
                 prefix="" if config.exclusive else f"{options.name}-",
                 labels=options.labels,
+                images_high=options.images_high,
+                images_low=options.images_low,
+                peers=options.peers,
             )
             self.supervisor = Supervisor(self.engine, paths, log_level=options.log_level, warm=options.warm)
         try:

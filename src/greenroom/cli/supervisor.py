@@ -54,6 +54,9 @@ class AgentPaths:
     control: str
     prefix: str = ""
     labels: dict[str, str] = field(default_factory=dict)
+    images_high: int = 0
+    images_low: int = 0
+    peers: tuple[str, int] | None = None
 
 
 class Supervisor:
@@ -163,6 +166,10 @@ class Supervisor:
         }
         if self._warm is not None:
             arguments["warm"] = str(self._warm)
+        if self._paths.images_high:
+            arguments |= {"images-high": str(self._paths.images_high), "images-low": str(self._paths.images_low)}
+        if self._paths.peers:
+            arguments["peers"] = "{}:{}".format(*self._paths.peers)
         command = [f"--{key}={value}" for key, value in arguments.items()]
         command += [f"--label={key}={value}" for key, value in self._paths.labels.items()]
         return await asyncio.create_subprocess_exec(

@@ -10,11 +10,14 @@ import click
 
 from greenroom.cli.app import pair
 from greenroom.cli.up_options import (
+    check_marks,
     deadline,
     deadlines,
+    listen_address,
     name_for,
     replica_name,
     seconds,
+    size_bytes,
     snapshot_place,
     store_url,
     worker_labels,
@@ -60,6 +63,29 @@ WORKER_RETURN_SHARED_S = 30.0
     type=click.Path(path_type=Path, file_okay=False),
     default=None,
     help="Where images are kept; servers of one machine may share it [default: in the data directory].",
+)
+@click.option(
+    "--images-high",
+    type=size_bytes,
+    metavar="SIZE",
+    default=0,
+    help="When images take more than this, as 20Gi, those that nobody uses go, the longest unused first  [default: no "
+    "limit].",
+)
+@click.option(
+    "--images-low",
+    type=size_bytes,
+    metavar="SIZE",
+    default=0,
+    help="Until they take this much  [default: 4/5 of --images-high].",
+)
+@click.option(
+    "--peers",
+    type=listen_address,
+    metavar="HOST:PORT",
+    default="",
+    help="Where each worker gives other workers the image layers that it has, so that these cross the link to the "
+    "registry once; port 0 for any. GREENROOM_PEER_TOKEN, the same for all, keeps others out  [default: nowhere].",
 )
 @click.option(
     "--name",
@@ -131,6 +157,9 @@ def up(
     store: str,
     snapshots: str,
     images: Path | None,
+    images_high: int,
+    images_low: int,
+    peers: tuple[str, int] | None,
     name: str | None,
     no_workers: bool,
     labels: tuple[tuple[str, str], ...],
@@ -157,6 +186,9 @@ def up(
             "--snapshots is missing: replicas that share a store must share the snapshots of its actors too; give a "
             "directory that all of them have, or a bucket as s3://BUCKET/PREFIX"
         )
+    check_marks(images_high, images_low)
+    if peers and peers[1]:
+        raise click.UsageError(f"--peers {peers[0]}:{peers[1]}: each worker needs a port of its own; write port 0")
     deadline_s, deadlines_s = deadlines(deadline_options)
     configure(log_level)
     files = prepare()
@@ -177,6 +209,9 @@ def up(
         store=store,
         snapshots=snapshots,
         images=images.expanduser().absolute() if images else None,
+        images_high=images_high,
+        images_low=images_low,
+        peers=peers,
         name=name_for(store, name),
         no_workers=no_workers,
         labels=worker_labels(labels),

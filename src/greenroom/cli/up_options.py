@@ -68,6 +68,42 @@ def snapshot_place(value: str) -> str:
     return value if separator else str(Path(value).expanduser().absolute())
 
 
+def size_bytes(value: str | int) -> int:
+    """The type of options like ``--images-high``: ``20Gi``, in bytes."""
+    from greenroom.cli.quantity import parse_bytes
+
+    if isinstance(value, int):
+        return value
+    try:
+        size = parse_bytes(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    if size < 0:
+        raise click.BadParameter(f"{value} is less than nothing; write for example 20Gi, or 0 for no limit")
+    return size
+
+
+def check_marks(high: int, low: int) -> None:
+    """Raises `click.UsageError` when the low mark is not below the high one."""
+    if low and low >= high:
+        raise click.UsageError(
+            f"--images-low ({low} bytes) has to be less than --images-high ({high} bytes): images are evicted from the "
+            "one down to the other"
+        )
+
+
+def listen_address(value: str | tuple[str, int]) -> tuple[str, int] | None:
+    """``host:port``, port 0 for any; "" for None."""
+    if not value:
+        return None
+    if isinstance(value, tuple):  # what was returned before is asked about again
+        return value
+    host, colon, port = value.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise click.BadParameter(f"{value!r} is not host:port, for example 10.0.0.5:0 for any port")
+    return host.strip("[]"), int(port)
+
+
 def replica_name(value: str) -> str:
     try:
         return check_label("replica", value)

@@ -9,7 +9,20 @@ from __future__ import annotations
 
 import enum
 
-from greenroom.core.records import Endpoint, LayerProgress, PhaseTime, Record, Snapshot, TemplateSpec
+from greenroom.core.records import (
+    Endpoint,
+    Evicted,
+    ImageCache,
+    ImageDetail,
+    LayerProgress,
+    PhaseTime,
+    Record,
+    Snapshot,
+    TemplateSpec,
+)
+
+#: What the phase of a wake begins with while its image is prepared: it waits for that.
+WAITS_FOR_IMAGE = "prepare/"
 
 
 class Identity(Record, frozen=True, kw_only=True):
@@ -39,9 +52,71 @@ class ActorCall(Call, frozen=True, kw_only=True):
 
 
 class Prepare(Call, frozen=True, kw_only=True):
-    """Pulls and unpacks an image (idempotent); progress events carry a `LayerProgress` list. -> `Prepared`"""
+    """Pulls and unpacks an image (idempotent); progress events carry a `LayerProgress` list. ``digest``: what the
+    reference is known to mean; "" to resolve it now. ``pin``: it is kept until somebody unpins it.
+    ``peers`` (here and below): base URLs of workers that are asked for layers before the registry. ``id``: for
+    `StopPrepare`. -> `Prepared`"""
 
     image: str
+    digest: str = ""
+    pin: bool = False
+    peers: tuple[str, ...] = ()
+    id: str = ""
+
+
+class StopPrepare(Call, frozen=True, kw_only=True):
+    """Nobody wants the `Prepare` of this id any more: it ends (`Cancelled`), unless it has ended; what it fetched stays
+    for the next one. What others prepare goes on. -> `Done`"""
+
+    id: str
+
+
+class ListImages(Call, frozen=True, kw_only=True):
+    """-> `ImageCache`"""
+
+
+class InspectImage(Call, frozen=True, kw_only=True):
+    """-> `ImageDetail`"""
+
+    digest: str
+
+
+class RemoveImage(Call, frozen=True, kw_only=True):
+    """Removes an image; unknown is success. ``unpin``: also one that is pinned. -> `Done`
+
+    Raises `FailedPrecondition` (reason ``IMAGE_IN_USE``).
+    """
+
+    digest: str
+    unpin: bool = False
+
+
+class CoolImage(Call, frozen=True, kw_only=True):
+    """Ends the warm sandboxes of this image, if there are any, so that it may be removed. -> `Done`"""
+
+    digest: str
+
+
+class PinImage(Call, frozen=True, kw_only=True):
+    """Keeps an image whatever comes, or no longer. -> `Done`"""
+
+    digest: str
+    undo: bool = False
+
+
+class PruneImages(Call, frozen=True, kw_only=True):
+    """Removes every image that nobody uses and that is not pinned, or only says which these are. -> `Evicted`"""
+
+    dry_run: bool = False
+
+
+class ImportImage(Call, frozen=True, kw_only=True):
+    """Takes an image over from an archive. Stream: data frames of the archive (OCI layout or docker archive, as tar),
+    an empty one at its end. ``name``: what it is called here; no registry is asked about it. ``tag``: which one of the
+    archive ("": its only one). It is pinned: it can't be pulled again. -> `Prepared`"""
+
+    name: str
+    tag: str = ""
 
 
 class Start(ActorCall, frozen=True, kw_only=True):
@@ -50,6 +125,7 @@ class Start(ActorCall, frozen=True, kw_only=True):
     identity: Identity
     spec: TemplateSpec
     image_digest: str
+    peers: tuple[str, ...] = ()
 
 
 class Restore(ActorCall, frozen=True, kw_only=True):
@@ -62,6 +138,7 @@ class Restore(ActorCall, frozen=True, kw_only=True):
     spec: TemplateSpec
     image_digest: str
     snapshot: Snapshot
+    peers: tuple[str, ...] = ()
 
 
 class Checkpoint(ActorCall, frozen=True, kw_only=True):
@@ -129,6 +206,7 @@ class Warm(Call, frozen=True, kw_only=True):
 
     spec: TemplateSpec
     image_digest: str
+    peers: tuple[str, ...] = ()
 
 
 class Exec(Call, frozen=True, kw_only=True):
@@ -234,7 +312,8 @@ class ActorStats(Record, frozen=True, kw_only=True):
 
 
 class Hello(Record, frozen=True, kw_only=True):
-    """First frame of an agent: who it is and what lives on it. ``boot_id`` is new with each agent process."""
+    """First frame of an agent: who it is and what lives on it. ``boot_id`` is new with each agent process.
+    ``blobs``: base URL where other workers get image layers; "": nowhere."""
 
     worker: str
     pool: str
@@ -244,9 +323,12 @@ class Hello(Record, frozen=True, kw_only=True):
     boot_id: str
     memory_snapshots: bool
     freeze: bool
+    blobs: str = ""
     residents: tuple[Resident, ...] = ()
     labels: dict[str, str] = {}
     images: tuple[str, ...] = ()
+    image_bytes: int = 0
+    image_over_bytes: int = 0
 
 
 class Heartbeat(Record, frozen=True, kw_only=True):
@@ -255,6 +337,8 @@ class Heartbeat(Record, frozen=True, kw_only=True):
     boot_id: str
     residents: tuple[Resident, ...] = ()
     images: tuple[str, ...] = ()
+    image_bytes: int = 0
+    image_over_bytes: int = 0
 
 
 class Leaving(Record, frozen=True, kw_only=True):
@@ -306,6 +390,14 @@ class Welcome(Record, frozen=True, kw_only=True):
 
 AgentCall = (
     Prepare
+    | StopPrepare
+    | ListImages
+    | InspectImage
+    | RemoveImage
+    | CoolImage
+    | PinImage
+    | PruneImages
+    | ImportImage
     | Start
     | Restore
     | Checkpoint
@@ -324,9 +416,20 @@ AgentCall = (
 )
 """Everything that can be asked of an agent."""
 
+#: Calls with data frames beside the answer.
+StreamingCall = Exec | Logs | ImportImage
+
 #: What each call answers with.
 ANSWERS: dict[str, type[Record]] = {
     "Prepare": Prepared,
+    "StopPrepare": Done,
+    "ListImages": ImageCache,
+    "InspectImage": ImageDetail,
+    "RemoveImage": Done,
+    "CoolImage": Done,
+    "PinImage": Done,
+    "PruneImages": Evicted,
+    "ImportImage": Prepared,
     "Start": Started,
     "Restore": Started,
     "Checkpoint": Checkpointed,

@@ -150,13 +150,19 @@ class Resources(Record, frozen=True, kw_only=True):
     pids: int = 512
 
 
+#: As the ports of a template: those that the image exposes, the lowest first, or 8080 if it exposes none.
+IMAGE_PORTS = (0,)
+
+
 class TemplateSpec(Record, frozen=True, kw_only=True):
     """What actors of one kind are made from. Immutable once applied.
 
     ``command`` replaces the image's entrypoint and ``args`` its arguments (as in Kubernetes); empty means the
-    image's own. ``env`` is added to the image's. ``idle_timeout_s``: an actor without an open request for this
-    long is suspended; 0 means never. ``evictable``: may be suspended, while it is idle, to make room for another
-    actor. ``worker_selector``: labels that a worker must have.
+    image's own. ``env`` is added to the image's. ``workdir``, ``user`` and ``stop_signal`` replace the
+    image's; empty means its own. ``ports``: the first is where requests go; none means that it takes no requests.
+    ``idle_timeout_s``: an actor without an open request for this long is suspended; 0 means never. ``evictable``:
+    may be suspended, while it is idle, to make room for another actor. ``worker_selector``: labels that a worker
+    must have.
     """
 
     image: str
@@ -165,7 +171,7 @@ class TemplateSpec(Record, frozen=True, kw_only=True):
     env: dict[str, str] = {}
     workdir: str = ""
     user: str = ""
-    ports: tuple[int, ...] = (8080,)
+    ports: tuple[int, ...] = IMAGE_PORTS
     readyz: Probe = Probe()
     resources: Resources = Resources()
     pool: str = "default"
@@ -174,6 +180,7 @@ class TemplateSpec(Record, frozen=True, kw_only=True):
     durability: Durability = Durability.ACKED_AFTER_UPLOAD
     evictable: bool = True
     worker_selector: dict[str, str] = {}
+    stop_signal: str = ""
 
 
 class LayerProgress(Record, frozen=True, kw_only=True):
@@ -186,6 +193,9 @@ class LayerProgress(Record, frozen=True, kw_only=True):
 
 
 class Template(Record, frozen=True, kw_only=True):
+    """``phase`` and ``layers``: how far its preparation is, while it is PREPARING (``resolve``, ``download``,
+    ``unpack``, ``boot``, ``snapshot``)."""
+
     namespace: str
     name: str
     uid: str
@@ -201,6 +211,8 @@ class Template(Record, frozen=True, kw_only=True):
     operation: str = ""
     #: Fencing token of its preparation: grows with every process that takes that up.
     generation: int = 0
+    phase: str = ""
+    layers: tuple[LayerProgress, ...] = ()
 
     @property
     def key(self) -> Key:
@@ -249,7 +261,8 @@ class Worker(Record, frozen=True, kw_only=True):
     the control plane last heard it. ``images``: digests of images that are there already (a hint). ``failures``: how
     many wake-ups in a row have failed there for a reason that is the worker's; until ``quarantined_until`` it gets
     one only when no other worker fits. ``cordon``: why it gets none at all and is emptied ("": it is not): ``asked``,
-    ``leaving`` (its agent is to end), ``retiring`` (its pool was made smaller)."""
+    ``leaving`` (its agent is to end), ``retiring`` (its pool was made smaller). ``image_bytes``: what its images take,
+    of which ``image_over_bytes`` are more than it was told to keep and in use."""
 
     name: str
     pool: str
@@ -268,11 +281,84 @@ class Worker(Record, frozen=True, kw_only=True):
     failures: int = 0
     quarantined_until: float = 0.0
     cordon: str = ""
+    image_bytes: int = 0
+    image_over_bytes: int = 0
     version: int = 0
 
     @property
     def pk(self) -> str:
         return self.name
+
+
+# --- images on workers ------------------------------------------------------------------------------------
+
+
+class CachedImage(Record, frozen=True, kw_only=True):
+    """An image that a worker has, whole or in part.
+
+    ``references``: names that led to it. ``size_bytes`` are those of the compressed layers as they are fetched,
+    ``disk_bytes`` those that removing it would free now (its tree, and the blobs that no other image has). ``users``:
+    what runs from it, as ``namespace/name on worker``. ``ready``: unpacked; else it is being prepared, or what is here
+    of it waits for the next attempt. What is ``pinned`` or has users is never evicted."""
+
+    digest: str
+    references: tuple[str, ...] = ()
+    ready: bool = True
+    size_bytes: int = 0
+    disk_bytes: int = 0
+    last_used_at: float = 0.0
+    users: tuple[str, ...] = ()
+    pinned: bool = False
+
+
+class ImageCache(Record, frozen=True, kw_only=True):
+    """The image store of one or more workers of a machine. ``id`` tells which workers share one. ``high_bytes`` 0: it
+    may grow as long as there is room; else what has been unused longest is evicted down to ``low_bytes`` when there is
+    more. ``over_bytes``: more than ``high_bytes``, because what is left is in use."""
+
+    id: str
+    workers: tuple[str, ...] = ()
+    used_bytes: int = 0
+    free_bytes: int = 0
+    high_bytes: int = 0
+    low_bytes: int = 0
+    over_bytes: int = 0
+    images: tuple[CachedImage, ...] = ()
+
+
+class ImageDetail(Record, frozen=True, kw_only=True):
+    """What an image says about how to run it, and what it is made of (digests of its layers, the lowest first)."""
+
+    image: CachedImage
+    layers: tuple[str, ...] = ()
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    env: dict[str, str] = {}
+    workdir: str = "/"
+    user: str = ""
+    exposed_ports: tuple[int, ...] = ()
+    stop_signal: str = ""
+
+
+class PullProgress(Record, frozen=True, kw_only=True):
+    """How far a worker is with an image. The last one is ``done``, with digest and size, or has an ``error``."""
+
+    worker: str
+    phase: str = ""
+    layers: tuple[LayerProgress, ...] = ()
+    done: bool = False
+    digest: str = ""
+    size_bytes: int = 0
+    error: Failure | None = None
+
+
+class Evicted(Record, frozen=True, kw_only=True):
+    """What an eviction removed, or would remove; and what it could not, with the reason: ``digest: why``."""
+
+    removed: tuple[CachedImage, ...] = ()
+    kept: tuple[str, ...] = ()
+    freed_bytes: int = 0
+    over_bytes: int = 0
 
 
 # --- the control plane itself -----------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import structlog
 from msgspec.structs import replace
@@ -71,6 +71,14 @@ BACKED_SHARE = 0.4
 TRUSTED_SHARE = 0.9
 
 
+class Stock(NamedTuple):
+    """What a worker says of its images with every heartbeat (`api.Heartbeat`)."""
+
+    images: frozenset[str]
+    image_bytes: int
+    image_over_bytes: int
+
+
 class Census:
     """Also the hub's listener (`greenroom.engine.workers.WorkerListener`)."""
 
@@ -86,6 +94,8 @@ class Census:
         #: Workers whose residents have been compared since they connected.
         self._welcomed: set[str] = set()
         self._differed: dict[str, frozenset[tuple[str, int]]] = {}
+        #: By worker: what it said last of its images.
+        self._stock: dict[str, Stock] = {}
         self._leaving: set[str] = set()
         self._emptying: set[str] = set()
         self._abandoning: dict[str, asyncio.Task[None]] = {}
@@ -122,7 +132,13 @@ class Census:
     def _notice(self, worker: str, heartbeat: api.Heartbeat) -> None:
         """What it says lives there is compared with what this process routes to; the worker itself is asked before
         anything is done about a difference."""
-        if self._ops.closed or worker in self._comparing or worker not in self._welcomed:
+        if self._ops.closed or worker not in self._welcomed:
+            return
+        stock = Stock(frozenset(heartbeat.images), heartbeat.image_bytes, heartbeat.image_over_bytes)
+        if stock != self._stock.get(worker):
+            self._stock[worker] = stock
+            self._engine.spawn(self._take_stock(worker, stock), f"stock-{worker}")
+        if worker in self._comparing:
             return
         there = {(r.actor_uid, r.generation) for r in heartbeat.residents if r.state is api.ResidentState.RUNNING}
         bound = {(b.uid, b.generation) for b in self._engine.bindings.all() if b.worker == worker}
@@ -132,6 +148,24 @@ class Census:
             self._engine.spawn(self._compare_quietly(worker), f"compare-{worker}")
         self._differed[worker] = differs
 
+    def has_image(self, worker: str, digest: str) -> bool:
+        """Whether it has said so; a hint."""
+        stock = self._stock.get(worker)
+        return stock is not None and digest in stock.images
+
+    async def _take_stock(self, worker: str, stock: Stock) -> None:
+        """Writes down which images a worker has: placement prefers it for them."""
+        said: dict[str, Any] = {
+            "images": tuple(sorted(stock.images)),
+            "image_bytes": stock.image_bytes,
+            "image_over_bytes": stock.image_over_bytes,
+        }
+        try:
+            await self.change_worker(worker, lambda there: replace(there, **said))
+        except GreenroomError as error:
+            self._stock.pop(worker, None)  # with the next heartbeat
+            log.info("a worker's images are not written down yet", worker=worker, error=error.message)
+
     def worker_leaving(self, worker: str, boot_id: str) -> None:
         """Its agent was asked to end: its actors are suspended first, then it may go."""
         if not self._ops.closed and worker not in self._leaving:
@@ -140,6 +174,7 @@ class Census:
 
     def worker_gone(self, worker: str, boot_id: str) -> None:
         self._welcomed.discard(worker)
+        self._stock.pop(worker, None)
         if not self._ops.closed:
             self._missing(worker)
 
@@ -159,6 +194,7 @@ class Census:
                 await asyncio.sleep(self._engine.config.retry_s)
                 continue
             self._welcomed.add(hello.worker)
+            self._stock[hello.worker] = Stock(frozenset(hello.images), hello.image_bytes, hello.image_over_bytes)
             self.arrival.set()
             self.arrival = asyncio.Event()
             self._engine.slot_freed(probe=True)
@@ -179,6 +215,8 @@ class Census:
             "memory_snapshots": hello.memory_snapshots,
             "labels": hello.labels,
             "images": hello.images,
+            "image_bytes": hello.image_bytes,
+            "image_over_bytes": hello.image_over_bytes,
             "last_seen": now,
         }
         try:

@@ -51,6 +51,7 @@ from greenroom.core.records import (
     Durability,
     Endpoint,
     Failure,
+    Key,
     Operation,
     OperationKind,
     PhaseTime,
@@ -76,6 +77,9 @@ DISCARD_TIMEOUT_S = 30.0
 PUT_BACK_TIMEOUT_S = 30.0
 #: Characters of an error that are kept as the reason why a worker was given up.
 MAX_WHY = 300
+#: A request is held for this long while its actor waits for an image; that can take an hour, which nobody's connection
+#: lives. Small images are there by then.
+IMAGE_HOLD_S = 10.0
 #: Between two writes of an operation's progress.
 PROGRESS_INTERVAL_S = 0.25
 
@@ -107,6 +111,8 @@ class Drivers:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._ops = engine.ops
+        #: Of resumes that wait for their image: since when (loop time).
+        self._waits_since: dict[Key, float] = {}
 
     # --- resume -------------------------------------------------------------------------------------------
 
@@ -115,10 +121,25 @@ class Drivers:
         actor, op = _both(change)
         source, template = change.source, change.template
         refused: list[str] = []
+        try:
+            return await self._resume(actor, op, template, source, refused, self._deadline(op), phases)
+        finally:
+            self._waits_since.pop(actor.key, None)
+
+    async def _resume(
+        self,
+        actor: Actor,
+        op: Operation,
+        template: Template | None,
+        source: Snapshot | None,
+        refused: list[str],
+        deadline: _Deadline,
+        phases: Phases,
+    ) -> Operation:
         while True:
             try:
-                async with _deadline(op, self._engine.now()):
-                    started = await self._start(actor, op, template, source)
+                async with deadline.kept(op):
+                    started = await self._start(actor, op, template, source, deadline)
                 break
             except LeaseLost:
                 raise
@@ -149,7 +170,7 @@ class Drivers:
         return replace(finished.operation, phases=phases.all())
 
     async def _start(
-        self, actor: Actor, op: Operation, template: Template | None, source: Snapshot | None
+        self, actor: Actor, op: Operation, template: Template | None, source: Snapshot | None, deadline: _Deadline
     ) -> api.Started:
         ids = _ids(actor, op)
         if op.from_state is ActorState.PAUSED:
@@ -165,15 +186,16 @@ class Drivers:
             "identity": identity,
             "spec": template.spec,
             "image_digest": template.image_digest,
+            "peers": self._engine.images.peers(op.worker, template.image_digest),
         }
         if source is not None:
-            return await self._call(op, api.Restore(**about, snapshot=source), api.Started)
+            return await self._call(op, api.Restore(**about, snapshot=source), api.Started, deadline=deadline)
         if op.snapshot:  # to boot it instead would silently reset it
             raise FailedPrecondition(
                 f"actor {actor.key}: the record of its snapshot {op.snapshot} is missing; delete the actor",
                 reason="SNAPSHOT_NOT_FOUND",
             )
-        return await self._call(op, api.Start(**about), api.Started)
+        return await self._call(op, api.Start(**about), api.Started, deadline=deadline)
 
     async def _other_way(
         self,
@@ -272,7 +294,7 @@ class Drivers:
         ids = _ids(actor, op)
         self._engine.bindings.revoke(actor.key)
         try:
-            async with _deadline(op, self._engine.now()):
+            async with self._deadline(op).kept(op):
                 made = await self._call(
                     op, api.Checkpoint(**ids, snapshot=await self._announced(actor, op)), api.Checkpointed
                 )
@@ -367,7 +389,7 @@ class Drivers:
         self._engine.bindings.revoke(actor.key)
         call = api.Freeze(**_ids(actor, op))
         try:
-            async with _deadline(op, self._engine.now()):
+            async with self._deadline(op).kept(op):
                 frozen = await self._call(op, call, api.Done)
         except LeaseLost:
             raise
@@ -410,11 +432,20 @@ class Drivers:
 
     # --- parts --------------------------------------------------------------------------------------------
 
-    async def _call(self, op: Operation, call: api.AgentCall, answer: type[A], *, undo: bool = False) -> A:
+    async def _call(
+        self,
+        op: Operation,
+        call: api.AgentCall,
+        answer: type[A],
+        *,
+        undo: bool = False,
+        deadline: _Deadline | None = None,
+    ) -> A:
         """Asks the operation's worker; when the connection breaks, again once it is back (``worker_return_s``).
 
         Args:
             undo: takes back what was done, so that a request to cancel does not stop it.
+            deadline: waits while an image is prepared.
 
         Raises:
             Cancelled: somebody asked for it.
@@ -425,7 +456,7 @@ class Drivers:
         while True:
             try:
                 async with self._step(op, call, undo) as moved:
-                    result = await self._engine.hub.call(op.worker, call, self._on_progress(op, moved))
+                    result = await self._engine.hub.call(op.worker, call, self._on_progress(op, moved, deadline))
                 assert isinstance(result, answer)
                 return result
             except Unavailable as error:
@@ -495,7 +526,9 @@ class Drivers:
             reason="HANDED_OVER",
         )
 
-    def _on_progress(self, op: Operation, moved: Callable[[], None]) -> Callable[[api.Progress], None]:
+    def _on_progress(
+        self, op: Operation, moved: Callable[[], None], deadline: _Deadline | None
+    ) -> Callable[[api.Progress], None]:
         last_at = 0.0
         last: api.Progress | None = None
 
@@ -504,11 +537,25 @@ class Drivers:
             if progress != last:
                 last = progress
                 moved()
+                self._note_wait(op, progress, deadline)
                 if clock.monotonic() - last_at >= PROGRESS_INTERVAL_S:
                     last_at = clock.monotonic()
                     self._engine.spawn(self._progress(op, progress), f"progress-{op.id}")
 
         return report
+
+    def _deadline(self, op: Operation) -> _Deadline:
+        return _Deadline(op, self._engine.now(), self._engine.config.deadline_s(op.kind))
+
+    def _note_wait(self, op: Operation, progress: api.Progress, deadline: _Deadline | None) -> None:
+        """While an image is prepared a resume waits for that, for as long as something moves."""
+        if progress.phase.startswith(api.WAITS_FOR_IMAGE) and deadline is not None:
+            deadline.put_off()
+            since = self._waits_since.setdefault(op.key, clock.monotonic())
+            if clock.monotonic() - since >= IMAGE_HOLD_S:
+                self._engine.wakes.waits_for_image(op.key, progress)
+        else:
+            self._waits_since.pop(op.key, None)
 
     async def _progress(self, op: Operation, progress: api.Progress) -> None:
         """For those who watch; nothing depends on it. Raises `LeaseLost` alone."""
@@ -637,15 +684,33 @@ async def _limit(seconds: float, what: str) -> AsyncIterator[None]:
         raise Unavailable(f"{what} took longer than {seconds:g} s", reason="WORKER_HANGS") from None
 
 
-@asynccontextmanager
-async def _deadline(op: Operation, now: float) -> AsyncIterator[None]:
-    """The operation's deadline around a step; its end is a `DeadlineExceeded`, which backs the operation out."""
-    try:
-        async with asyncio.timeout(max(0.0, op.deadline_at - now)):
-            yield
-    except TimeoutError:
-        raise DeadlineExceeded(
-            f"operation {op.id} ({op.kind} of actor {op.key}) did not end within its deadline of "
-            f"{op.deadline_at - op.created_at:g} s, in phase {op.phase}",
-            reason="OPERATION_DEADLINE",
-        ) from None
+class _Deadline:
+    """An operation's deadline around a step; its end is a `DeadlineExceeded`, which backs the operation out.
+
+    While an image is prepared it does not run: it begins anew with every byte that comes, so that what remains to be
+    done then has its usual time. What doesn't move ends by the stall timeout.
+    """
+
+    def __init__(self, op: Operation, now: float, allowed_s: float) -> None:
+        self._at = clock.monotonic() + max(0.0, op.deadline_at - now)
+        self._allowed_s = allowed_s
+        self._scope: asyncio.Timeout | None = None
+
+    def put_off(self) -> None:
+        self._at = max(self._at, clock.monotonic() + self._allowed_s)
+        if self._scope is not None and not self._scope.expired():
+            self._scope.reschedule(self._at)
+
+    @asynccontextmanager
+    async def kept(self, op: Operation) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout_at(self._at) as self._scope:
+                yield
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"operation {op.id} ({op.kind} of actor {op.key}) did not end within its deadline of "
+                f"{self._allowed_s:g} s, in phase {op.phase}",
+                reason="OPERATION_DEADLINE",
+            ) from None
+        finally:
+            self._scope = None

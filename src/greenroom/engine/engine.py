@@ -59,6 +59,7 @@ from greenroom.engine.census import ASKED, Census
 from greenroom.engine.config import EngineConfig
 from greenroom.engine.drivers import Drivers, Phases
 from greenroom.engine.follower import Follower
+from greenroom.engine.images import Images
 from greenroom.engine.operations import Operations
 from greenroom.engine.port import DEFAULT_WAIT_S, ExecStream
 from greenroom.engine.recovery import Recovery
@@ -90,6 +91,7 @@ class Engine:
         self.drivers = Drivers(self)
         self.wakes = Wakes(self)
         self.preparer = Preparer(self)
+        self.images = Images(self)
         self.trust = Trust(self)
         self.uploads = Uploads(self)
         self.census = Census(self)

@@ -13,6 +13,7 @@ from typing import Protocol
 from greenroom.core.agentapi import ActorStats
 from greenroom.core.records import Actor, Key, Operation, Pool, PoolSpec, Template, TemplateSpec, Worker
 from greenroom.engine.bindings import Binding, BindingTable, Wake
+from greenroom.engine.images import Images
 from greenroom.store.port import Store
 
 #: How long a mutation waits for its operation unless the caller says otherwise.
@@ -57,6 +58,9 @@ class ControlPlane(Waker, Protocol):
     """What the API needs. Reads go to ``store`` directly."""
 
     store: Store
+
+    @property
+    def images(self) -> Images: ...
 
     async def create_actor(
         self,

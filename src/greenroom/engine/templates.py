@@ -58,6 +58,12 @@ T = TypeVar("T")
 WORKER_WAIT_S = 60.0
 #: Between two writes of how far a pull is.
 PROGRESS_INTERVAL_S = 0.25
+#: The same for the template, which people watch rather than programs.
+TEMPLATE_PROGRESS_INTERVAL_S = 1.0
+#: Tries to make a template's image ready on a worker that has joined, and the pause before the second; it doubles. What
+#: does not succeed then is done by the first actor that wakes there.
+WARM_ATTEMPTS = 5
+WARM_PAUSE_S = 5.0
 #: Tries of a conditional write against somebody else's writes to the same record.
 WRITE_ATTEMPTS = 10
 
@@ -259,12 +265,13 @@ class Preparer:
         error: GreenroomError | None = None
         running = self._ops.running.get(op.id)
         try:
-            async with asyncio.timeout(max(0.0, op.deadline_at - self._engine.now())) as scope:
+            # A deadline is for what follows the image: that may take as long as bytes move (`_pull_on`).
+            async with asyncio.timeout(None) as scope:
                 if running is not None:
                     running.step = scope
                     if running.cancel_requested:
                         running.request_cancel()
-                await self._prepare(template, op, phases)
+                await self._prepare(template, op, phases, scope)
         except TimeoutError:
             error = DeadlineExceeded(
                 f"template {template.key} was not ready within {self._engine.config.prepare_deadline_s:g} s",
@@ -288,7 +295,16 @@ class Preparer:
     async def _fail(self, template: Template, op: Operation, error: GreenroomError) -> None:
         failed = TemplateState.FAILED
         try:
-            await self._change(template, op, state=failed, reason=error.reason, message=error.message, operation="")
+            await self._change(
+                template,
+                op,
+                state=failed,
+                reason=error.reason,
+                message=error.message,
+                operation="",
+                phase="",
+                layers=(),
+            )
         except (Conflict, NotFound) as gone:
             log.info("template not marked as failed", template=str(template.key), error=gone.message)
 
@@ -297,12 +313,14 @@ class Preparer:
         await self._quietly(self._drop_golden(template))
         return await self._end(op, None)
 
-    async def _prepare(self, template: Template, op: Operation, phases: Phases) -> None:
+    async def _prepare(self, template: Template, op: Operation, phases: Phases, scope: asyncio.Timeout) -> None:
         spec, golden = template.spec, _golden(template.key)
         await self._drop_golden(template)
-        digest = await self._pull(op, spec, phases)
+        digest = await self._pull(template, op, phases)
         phases.end("image")
-        template = await self._change(template, op, image_digest=digest)
+        if not scope.expired():  # else it is being cancelled
+            scope.reschedule(clock.monotonic() + self._engine.config.prepare_deadline_s)
+        template = await self._change(template, op, image_digest=digest, phase="boot", layers=())
 
         await self._note(op, phase="boot")
         await self._engine.create_actor(golden, template.name, golden=True)
@@ -310,11 +328,12 @@ class Preparer:
         phases.end("boot")
 
         await self._note(op, phase="snapshot")
+        template = await self._change(template, op, phase="snapshot")
         _succeeded(await self._engine.suspend(golden, cause="template"))
         snapshot = (await self._ops.read(Actor, str(golden))).snapshot
         ready = TemplateState.READY
         template = await self._change(
-            template, op, state=ready, reason="", message="", operation="", golden_snapshot=snapshot
+            template, op, state=ready, reason="", message="", operation="", golden_snapshot=snapshot, phase=""
         )
         phases.end("snapshot")
         await self._quietly(self._drop_golden(template))
@@ -336,40 +355,50 @@ class Preparer:
                 reason="NO_WORKER",
             ) from None
 
-    async def _pull(self, op: Operation, spec: TemplateSpec, phases: Phases) -> str:
+    async def _pull(self, template: Template, op: Operation, phases: Phases) -> str:
         """The image's digest, pulled by some worker; by another one when that goes away."""
         while True:
-            worker = await self._worker_of(spec.pool)
+            worker = await self._worker_of(template.spec.pool)
             phases.end("worker")
             try:
-                return await self._pull_on(worker, op, spec.image)
+                return await self._pull_on(worker, template, op)
             except Unavailable as error:
                 if error.reason != "WORKER_DISCONNECTED":
                     raise
             await asyncio.sleep(self._engine.config.retry_s)
 
-    async def _pull_on(self, worker: str, op: Operation, image: str) -> str:
+    async def _pull_on(self, worker: str, template: Template, op: Operation) -> str:
+        """Whatever it takes, as long as something moves. How far it is stands in the operation and in the template."""
         layers: tuple[LayerProgress, ...] = ()
-        phase = op.phase
+        image, phase, shown_at = template.spec.image, op.phase, 0.0
 
         def report(progress: api.Progress) -> None:
             nonlocal layers, phase
             layers, phase = progress.layers, progress.phase
 
-        call = asyncio.ensure_future(self._engine.hub.call(worker, api.Prepare(image=image), report))
+        peers = self._engine.images.peers(worker)
+        prepare = api.Prepare(image=image, peers=peers, id=f"{op.id}-{op.generation}")
+        call = asyncio.ensure_future(self._engine.hub.call(worker, prepare, report))
         moved = clock.monotonic()
         try:
             while not call.done():
                 await asyncio.wait({call}, timeout=PROGRESS_INTERVAL_S)
                 if layers != op.layers or phase != op.phase:
+                    changed = phase != op.phase
                     op = await self._note(op, phase=phase, layers=layers)
                     moved = clock.monotonic()
+                    if changed or moved - shown_at >= TEMPLATE_PROGRESS_INTERVAL_S:
+                        template = await self._change(template, op, phase=op.phase, layers=op.layers)
+                        shown_at = moved
                 elif clock.monotonic() - moved > self._engine.config.stall_s:
                     raise DeadlineExceeded(
-                        f"pulling {image} on worker {worker}: nothing has moved for {self._engine.config.stall_s:g} s",
+                        f"pulling {image} on worker {worker}: nothing has moved for {self._engine.config.stall_s:g} s; "
+                        "what was fetched is kept, so apply the template again when the registry answers",
                         reason="STALLED",
                     )
         finally:
+            if not call.done() and not self._ops.closed:  # nobody waits for it any more; the worker must not go on
+                self._engine.spawn(self._quietly(self._engine.hub.call(worker, api.StopPrepare(id=prepare.id))), "stop")
             call.cancel()
         prepared = await call
         assert isinstance(prepared, api.Prepared)
@@ -378,7 +407,8 @@ class Preparer:
     # --- workers that come --------------------------------------------------------------------------------
 
     async def prewarm(self, hello: api.Hello) -> None:
-        """A worker has joined: images and sandboxes of its pool's templates are made ready there."""
+        """A worker has joined: images and sandboxes of its pool's templates are made ready there, one after the other:
+        the link is the same for all."""
         after = ""
         while page := await self._store.list(Template, where={"state": TemplateState.READY}, after=after):
             for template in page:
@@ -392,7 +422,18 @@ class Preparer:
                 self._engine.spawn(self._quietly(self._warm(name, template)), f"warm-{name}")
 
     async def _warm(self, worker: str, template: Template) -> None:
-        await self._engine.hub.call(worker, api.Warm(spec=template.spec, image_digest=template.image_digest))
+        pause_s = WARM_PAUSE_S
+        for attempt in range(1, WARM_ATTEMPTS + 1):
+            try:
+                peers = self._engine.images.peers(worker, template.image_digest)
+                call = api.Warm(spec=template.spec, image_digest=template.image_digest, peers=peers)
+                await self._engine.hub.call(worker, call)
+                return
+            except Unavailable as error:  # the registry; one that is away itself is prepared anew when it is back
+                if error.reason == "WORKER_DISCONNECTED" or attempt == WARM_ATTEMPTS:
+                    raise
+            await asyncio.sleep(pause_s)
+            pause_s *= 2
 
     async def _quietly(self, work: Awaitable[object]) -> None:
         try:

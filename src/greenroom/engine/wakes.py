@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import structlog
 
+from greenroom.core.agentapi import WAITS_FOR_IMAGE, Progress
 from greenroom.core.commands import BeginResume, BeginSuspend, Change, Outcome
 from greenroom.core.errors import GreenroomError, LeaseHeld, ResourceExhausted, Unavailable
 from greenroom.core.records import Actor, ActorState, Key, Operation, OperationKind, OperationState, Template
@@ -26,15 +27,19 @@ log = structlog.get_logger(__name__)
 WAKE_ATTEMPTS = 10
 #: How long an actor that could not be suspended to make room is left alone.
 SPARED_S = 10.0
+#: When a request that was not held for an image should be sent again.
+IMAGE_RETRY_S = 5.0
 
 
 @dataclass(slots=True)
 class _Waking:
     """A wake-up under way and how many wait for it. While somebody does, the actor is not suspended to make room: it
-    would be gone before its first request."""
+    would be gone before its first request. ``scopes``: to let them time out tells those who wait what is ``told``."""
 
     task: asyncio.Task[Operation | None]
     waiters: int = 0
+    scopes: set[asyncio.Timeout] = field(default_factory=set)
+    told: Unavailable | None = None
 
 
 @dataclass(slots=True)
@@ -113,10 +118,35 @@ class Wakes:
             waking.task.add_done_callback(lambda _: self._forget(key, waking))
         waking.waiters += 1
         try:
-            return await self._ops.attend(waking.task)
+            async with asyncio.timeout(None) as scope:
+                waking.scopes.add(scope)
+                return await self._ops.attend(waking.task)
+        except TimeoutError:
+            if not scope.expired() or waking.told is None:
+                raise
+            raise waking.told from None
         finally:
+            waking.scopes.discard(scope)
             waking.waiters -= 1
             self._forget(key, waking)
+
+    def waits_for_image(self, key: Key, progress: Progress) -> None:
+        """Its resume has waited for its image for `IMAGE_HOLD_S` or longer, and goes on to: nobody is held for that."""
+        waking = self._waking.get(key)
+        if waking is None or not waking.waiters:
+            return
+        done = sum(layer.done_bytes for layer in progress.layers)
+        total = sum(layer.total_bytes for layer in progress.layers)
+        far = f", {done * 100 // total} % of {total / (1 << 20):.1f} MiB" if total else ""
+        waking.told = Unavailable(
+            f"actor {key} waits for its image ({progress.phase.removeprefix(WAITS_FOR_IMAGE)}{far}); it goes on to "
+            f"wake, ask again. `greenroom get operations --state=running` tells how far it is",
+            reason="IMAGE_PREPARING",
+            retry_after_s=IMAGE_RETRY_S,
+        )
+        for scope in waking.scopes:
+            if not scope.expired():
+                scope.reschedule(clock.monotonic())
 
     def _forget(self, key: Key, waking: _Waking) -> None:
         """A wake-up that has ended and that nobody has yet to take up."""

@@ -6,7 +6,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
-from greenroom.core.agentapi import AgentCall, Exec, Heartbeat, Hello, Logs, Progress, SandboxExited, Welcome
+from greenroom.core.agentapi import (
+    AgentCall,
+    Heartbeat,
+    Hello,
+    Progress,
+    SandboxExited,
+    StreamingCall,
+    Welcome,
+)
 from greenroom.core.records import Record
 
 OnProgress = Callable[[Progress], None]
@@ -25,7 +33,7 @@ class WorkerListener(Protocol):
 
 
 class CallStream(Protocol):
-    """A streaming call (`Exec`, `Logs`): see `greenroom.core.agentapi`."""
+    """A streaming call (`Exec`, `Logs`, `ImportImage`): see `greenroom.core.agentapi`."""
 
     async def send(self, data: bytes) -> None:
         """stdin; empty closes it."""
@@ -64,5 +72,5 @@ class WorkerHub(Protocol):
             GreenroomError: what the agent answered.
         """
 
-    def open(self, worker: str, call: Exec | Logs) -> CallStream:
+    def open(self, worker: str, call: StreamingCall) -> CallStream:
         """Starts a streaming call. Raises `Unavailable` when the worker is not connected."""

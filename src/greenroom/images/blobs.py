@@ -3,7 +3,7 @@
 Below the store's root::
 
     blobs/sha256/<hex>   a whole, verified blob; never changed
-    partial/<hex>        a download under way or cut off; goes on where it stopped
+    partial/<hex>        a download under way or cut off (`greenroom.images.pieces`)
     locks/<hex>          taken (flock) while somebody works on this digest
 
 A lock lives with its open file, so a process that dies lets go of it.
@@ -18,40 +18,26 @@ import fcntl
 import hashlib
 import os
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Protocol
 
-from greenroom.core.errors import DataLoss, ResourceExhausted
-from greenroom.images.config import Descriptor
+from greenroom.core.errors import DataLoss, GreenroomError, ResourceExhausted
+from greenroom.images import pieces
+from greenroom.images.config import MAX_JSON_BYTES, Descriptor
+from greenroom.images.download import (
+    MAX_FRUITLESS_ATTEMPTS,
+    MAX_FRUITLESS_ATTEMPTS_OF_MANY,
+    BlobSource,
+    Download,
+    Interrupted,
+    to_the_end,
+)
+from greenroom.images.pieces import Partial
 
-#: Bytes that are hashed and written at a time, in a thread.
-CHUNK_BYTES = 1 << 20
-#: Attempts in a row that bring no byte before a download is given up; each byte that arrives starts the count anew.
-MAX_FRUITLESS_ATTEMPTS = 5
-#: Pause before attempt n is this times 2**n, so about 8 s in all: a registry that restarts is back by then.
-RETRY_BASE_S = 0.25
+#: How often somebody who waits for a lock may look how far its holder is.
+WAITING_PERIOD_S = 0.25
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-class Interrupted(Exception):
-    """A stream broke off or could not be opened, and may well work when it is tried again."""
-
-
-class BlobSource(Protocol):
-    """Where blobs come from."""
-
-    def open_blob(
-        self, descriptor: Descriptor, offset: int
-    ) -> AbstractAsyncContextManager[tuple[int, AsyncIterator[bytes]]]:
-        """A stream of the blob, from ``offset`` or, where that can't be had, from the start; and from where it is.
-
-        Raises:
-            Interrupted: to be tried again, on opening and while reading.
-            NotFound: no such blob.
-        """
-        ...
 
 
 class BlobStore:
@@ -77,12 +63,34 @@ class BlobStore:
         """A small blob (config or manifest) whole."""
         return self.path(digest).read_bytes()
 
+    def find_manifest(self, digest: str) -> bytes | None:
+        """A manifest that is here and is what it was when it was stored."""
+        try:
+            with self.path(digest).open("rb") as file:
+                data = file.read(MAX_JSON_BYTES + 1)
+        except FileNotFoundError:
+            return None
+        return data if hashlib.sha256(data).hexdigest() == hex_of(digest) else None
+
     def write(self, data: bytes) -> str:
         """Stores a small blob; returns its digest."""
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
         if not self.path(digest).exists():
             write_atomically(self.path(digest), data)
         return digest
+
+    def digests(self) -> set[str]:
+        """Of all blobs that are here, whole or in part."""
+        names = {path.name for path in self._blobs.iterdir()} | {path.name for path in self._partial.iterdir()}
+        return {f"sha256:{name.partition('.')[0]}" for name in names if not name.startswith(".")}
+
+    def disk_bytes_of(self, digest: str) -> int:
+        """What the blob takes on disk, whole or in part."""
+        return sum(_disk_bytes(directory / hex_of(digest)) for directory in (self._blobs, self._partial))
+
+    def disk_bytes(self) -> int:
+        """Of all of them."""
+        return sum(self.disk_bytes_of(digest) for digest in self.digests())
 
     def remove(self, digest: str) -> None:
         self.path(digest).unlink(missing_ok=True)
@@ -97,149 +105,139 @@ class BlobStore:
                 self.remove(digest)
 
     @asynccontextmanager
-    async def locked(self, digest: str) -> AsyncIterator[int]:
+    async def locked(self, digest: str, waiting: Callable[[], None] | None = None) -> AsyncIterator[int]:
         """Holds the digest's lock among all processes that share the store; yields the lock's descriptor, which a
-        child may inherit to hold it too."""
-        fd = await _flock(self._locks / hex_of(digest))
+        child may inherit to hold it too. ``waiting`` is called now and then while somebody else has it."""
+        taking = asyncio.create_task(_flock(self._locks / hex_of(digest)), name=f"lock-{digest[:24]}")
+        try:
+            while waiting is not None and not (await asyncio.wait([taking], timeout=WAITING_PERIOD_S))[0]:
+                waiting()
+            fd = await taking
+        except BaseException:
+            taking.cancel()
+            await asyncio.wait([taking])
+            if not taking.cancelled() and taking.exception() is None:
+                os.close(taking.result())
+            raise
         try:
             yield fd
         finally:
             os.close(fd)
 
-    async def fetch(self, descriptor: Descriptor, source: BlobSource, progress: Callable[[int], None]) -> None:
-        """Makes sure that the blob is here. Goes on with a partial download, of whichever process; a cancelled one
-        stays for the next.
+    def done_bytes(self, descriptor: Descriptor) -> int:
+        """How much of the blob is here, also while another process fetches it. Costs microseconds."""
+        if self.has(descriptor):
+            return descriptor.size
+        return pieces.done_bytes(self._partial / hex_of(descriptor.digest), descriptor)
+
+    async def fetch(
+        self,
+        descriptor: Descriptor,
+        sources: Sequence[BlobSource],
+        budget: asyncio.Semaphore,
+        progress: Callable[[int], None],
+    ) -> None:
+        """Makes sure that the blob is here. Goes on with a partial download, of whichever process and source; a
+        cancelled one stays for the next.
 
         Args:
+            sources: asked in this order; what the first brings the next goes on with. The last one's error counts.
+            budget: pieces that may be under way, of all blobs that are fetched with it.
             progress: called with the bytes that are here, often.
 
         Raises:
-            DataLoss: the bytes are not what the digest says (reason ``DIGEST_MISMATCH``); they are discarded.
+            DataLoss: the bytes are not what the digest says (reason ``DIGEST_MISMATCH``); they are discarded. Or the
+                blob is longer or shorter than the descriptor says (reason ``SIZE_MISMATCH``).
             ResourceExhausted: the disk is full (reason ``DISK_FULL``); what was there of the blob is removed.
-            Interrupted: several attempts brought nothing; chained to the reason.
+            Interrupted: several attempts brought nothing.
         """
         async with self.locked(descriptor.digest):
             if self.has(descriptor):
                 progress(descriptor.size)
                 return
-            partial = _Partial(self._partial / hex_of(descriptor.digest), descriptor)
+            partial = Partial(self._partial / hex_of(descriptor.digest), descriptor)
             try:
-                await asyncio.to_thread(partial.open)
-                await self._download(partial, source, progress)
-                await asyncio.to_thread(partial.commit, self.path(descriptor.digest))
+                await to_the_end(partial.open)
+                if self._lacking(partial) > 0:  # better said now than after half of it
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                await self._download(partial, sources, budget, progress)
+                await to_the_end(partial.commit, self.path(descriptor.digest))
+                await asyncio.to_thread(sync_directory, self._blobs)
             except OSError as error:
                 if error.errno not in _DISK_FULL:
                     raise
+                missing = max(self._lacking(partial), 1)
                 partial.discard()
                 raise ResourceExhausted(
-                    f"the disk is full while fetching {descriptor.digest} ({descriptor.size} bytes): free space or "
-                    "remove images",
+                    f"the disk is full while fetching {descriptor.digest}: {missing} bytes are missing on the disk of "
+                    f"{self._partial} ({partial.done_bytes} of {descriptor.size} were here); free space or remove "
+                    "images",
                     reason="DISK_FULL",
+                    metadata={"missing_bytes": str(missing)},
                     retry_after_s=30.0,
                 ) from error
             finally:
                 partial.close()
 
-    async def _download(self, partial: _Partial, source: BlobSource, progress: Callable[[int], None]) -> None:
-        fruitless = 0
-        resumed = partial.size > 0
+    async def _download(
+        self,
+        partial: Partial,
+        sources: Sequence[BlobSource],
+        budget: asyncio.Semaphore,
+        progress: Callable[[int], None],
+    ) -> None:
+        for source in sources[:-1]:
+            try:
+                download = Download(partial, source, budget, progress, MAX_FRUITLESS_ATTEMPTS_OF_MANY)
+                return await self._finish(download, partial)
+            except (Interrupted, GreenroomError):
+                continue  # whatever it is, the next one may do better
+        await self._finish(Download(partial, sources[-1], budget, progress, MAX_FRUITLESS_ATTEMPTS), partial)
+
+    async def _finish(self, download: Download, partial: Partial) -> None:
+        others_pieces = partial.done_bytes > 0
         while True:
-            before = partial.size
-            try:
-                await self._stream(partial, source, progress)
-            except Interrupted:
-                fruitless = 0 if partial.size > before else fruitless + 1
-                if fruitless >= MAX_FRUITLESS_ATTEMPTS:
-                    raise
-                await asyncio.sleep(RETRY_BASE_S * 2**fruitless)
-                continue
-            wrong = partial.problem()
-            if wrong is None:
+            await download.run()
+            found = partial.wrong_digest()
+            if found is None:
                 return
-            await asyncio.to_thread(partial.restart)
-            if not resumed:
-                raise DataLoss(f"blob {partial.descriptor.digest}: {wrong}", reason="DIGEST_MISMATCH")
-            # What an earlier process left may be damaged (a power cut): once more, from the start.
-            resumed = False
+            await to_the_end(partial.restart)
+            if not others_pieces:
+                raise DataLoss(
+                    f"blob {partial.descriptor.digest}: what arrived has the digest {found}; something on the "
+                    "way changes bytes, or the registry has lost them",
+                    reason="DIGEST_MISMATCH",
+                )
+            # What an earlier process left may be damaged (a power cut), or another source may have lied: once more, all
+            # from this one.
+            others_pieces = False
 
-    async def _stream(self, partial: _Partial, source: BlobSource, progress: Callable[[int], None]) -> None:
-        if partial.size >= partial.descriptor.size:
-            return
-        async with source.open_blob(partial.descriptor, partial.size) as (offset, chunks):
-            if offset != partial.size:
-                await asyncio.to_thread(partial.restart)
-            pending: list[bytes] = []
-            pending_bytes = 0
-            try:
-                async for chunk in chunks:
-                    pending.append(chunk)
-                    pending_bytes += len(chunk)
-                    if pending_bytes >= CHUNK_BYTES:
-                        data, pending, pending_bytes = pending, [], 0
-                        await _to_the_end(partial.append, data)
-                        progress(partial.size)
-                    if partial.size + pending_bytes > partial.descriptor.size:
-                        break  # longer than it may be; `problem` says so
-            finally:
-                if pending:  # also when it broke off: each byte that came is kept
-                    await _to_the_end(partial.append, pending)
-                    progress(partial.size)
-        if partial.size < partial.descriptor.size:
-            raise Interrupted(f"it ended after {partial.size} of {partial.descriptor.size} bytes")
+    def _lacking(self, partial: Partial) -> int:
+        """Bytes that the blob still needs and the disk does not have; negative: room that is left."""
+        disk = os.statvfs(self._partial)
+        return partial.descriptor.size - partial.done_bytes - disk.f_bavail * disk.f_frsize
 
 
-class _Partial:
-    """A blob on its way: a file that grows, and the hash of what is in it. Its methods block."""
+def try_lock(root: Path, digest: str) -> int | None:
+    """Takes the lock of a digest in the store below ``root`` if nobody has it; its descriptor, to be closed by the
+    caller, or None."""
+    fd = os.open(root / "locks" / hex_of(digest), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return fd
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except BaseException:
+        os.close(fd)
+        raise
 
-    def __init__(self, path: Path, descriptor: Descriptor) -> None:
-        self.descriptor = descriptor
-        self.size = 0
-        self._path = path
-        self._hash = hashlib.sha256()
-        self._fd = -1
 
-    def open(self) -> None:
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        buffer = bytearray(CHUNK_BYTES)
-        while count := os.readv(self._fd, [buffer]):
-            self._hash.update(memoryview(buffer)[:count])
-            self.size += count
-        if self.size > self.descriptor.size:
-            self.restart()
-
-    def append(self, chunks: list[bytes]) -> None:
-        for chunk in chunks:
-            view = memoryview(chunk)
-            while len(view):
-                written = os.write(self._fd, view)
-                self._hash.update(view[:written])
-                self.size += written
-                view = view[written:]
-
-    def restart(self) -> None:
-        os.ftruncate(self._fd, 0)
-        os.lseek(self._fd, 0, os.SEEK_SET)
-        self._hash = hashlib.sha256()
-        self.size = 0
-
-    def problem(self) -> str | None:
-        if self.size != self.descriptor.size:
-            return f"it is longer than the {self.descriptor.size} bytes that the manifest says"
-        found = f"sha256:{self._hash.hexdigest()}"
-        return None if found == self.descriptor.digest else f"what arrived has the digest {found}"
-
-    def commit(self, target: Path) -> None:
-        os.fsync(self._fd)
-        self._path.rename(target)
-        sync_directory(target.parent)
-
-    def discard(self) -> None:
-        self._path.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+def _disk_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
 
 
 def hex_of(digest: str) -> str:
@@ -267,18 +265,6 @@ def sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-async def _to_the_end(work: Callable[[list[bytes]], None], data: list[bytes]) -> None:
-    """Runs a short piece of work in a thread; a cancelled caller waits for its end, so that nothing writes after."""
-    running = asyncio.ensure_future(asyncio.to_thread(work, data))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        if not running.cancelled():
-            running.exception()  # the next attempt meets the same trouble; now the cancellation counts
-        raise
 
 
 async def _flock(path: Path) -> int:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 import platform
+import posixpath
+import signal
 import stat
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -41,6 +44,8 @@ _LAYER_SUFFIXES = ("", "+gzip", "+zstd", ".gzip", ".zstd")
 
 #: Source: OCI distribution spec ("SHOULD reject manifests over 4 MiB"). Configs are held to the same.
 MAX_JSON_BYTES = 4 << 20
+#: No layer is larger; a manifest that says so is wrong, or wants to hurt.
+MAX_BLOB_BYTES = 1 << 40
 #: Docker stops at 127 layers, overlayfs at 500.
 MAX_LAYERS = 500
 #: No user data base of an image is larger.
@@ -48,7 +53,13 @@ _MAX_PASSWD_BYTES = 1 << 20
 #: Source: Linux: (uid_t)-1 means "no change" to chown and setuid.
 _MAX_ID = 2**32 - 2
 
+#: Of what an image says and an error quotes.
+_MAX_SHOWN = 100
+
 _MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "ppc64le": "ppc64le", "s390x": "s390x"}
+
+
+_Shaped = TypeVar("_Shaped")
 
 
 class Platform(Record, frozen=True, kw_only=True):
@@ -115,24 +126,36 @@ def this_platform() -> Platform:
     return Platform(architecture=_MACHINES.get(machine, machine), os="linux")
 
 
+def decode(what: str, data: bytes, kind: type[_Shaped]) -> _Shaped:
+    """Decodes JSON of which nothing is known yet.
+
+    Raises:
+        FailedPrecondition: ``what`` can't be read (reason ``IMAGE_INVALID``).
+    """
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeError) as error:
+        raise invalid(f"{what} can't be read: {error}") from error
+    except RecursionError as error:
+        raise invalid(f"{what} can't be read: it is nested too deeply") from error
+
+
 def parse_manifest(name: str, data: bytes, media_type: str = "") -> Manifest | Index:
     """Decodes a manifest or an index and checks what it names.
 
     Raises:
         FailedPrecondition: it is neither, or names what can't be used (reason ``IMAGE_INVALID``).
     """
-    try:
-        shape = msgspec.json.decode(data, type=_Shape)
-        media_type = shape.media_type or media_type.partition(";")[0].strip()
-        if shape.schema_version != 2 or media_type.startswith("application/vnd.docker.distribution.manifest.v1+"):
-            raise invalid(f"image {name} has a manifest of Docker's old schema 1: push it again with a current tool")
-        if media_type in INDEX_TYPES or (not media_type and shape.manifests is not None):
-            return msgspec.json.decode(data, type=Index)
-        if media_type and media_type not in MANIFEST_TYPES:
-            raise invalid(f"image {name} has a manifest of unknown media type {media_type!r}")
-        manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise invalid(f"the manifest of image {name} can't be read: {error}") from error
+    what = f"the manifest of image {name}"
+    shape = decode(what, data, _Shape)
+    media_type = shape.media_type or media_type.partition(";")[0].strip()
+    if shape.schema_version != 2 or media_type.startswith("application/vnd.docker.distribution.manifest.v1+"):
+        raise invalid(f"image {name} has a manifest of Docker's old schema 1: push it again with a current tool")
+    if media_type in INDEX_TYPES or (not media_type and shape.manifests is not None):
+        return decode(what, data, Index)
+    if media_type and media_type not in MANIFEST_TYPES:
+        raise invalid(f"image {name} has a manifest of unknown media type {_shown(media_type)}")
+    manifest = decode(what, data, Manifest)
     _check_manifest(name, manifest)
     return manifest
 
@@ -153,15 +176,15 @@ def choose(name: str, index: Index) -> Descriptor:
         if there is None or (there.os, there.architecture) == (here.os, here.architecture):
             check_descriptor(name, descriptor)
             return descriptor
-    offered = ", ".join(sorted({f"{d.platform.os}/{d.platform.architecture}" for d in usable if d.platform})) or "none"
+    offered = _listed(f"{d.platform.os}/{d.platform.architecture}" for d in usable if d.platform)
     raise invalid(f"image {name} is not made for {here.os}/{here.architecture}; it has {offered}")
 
 
 def check_descriptor(name: str, descriptor: Descriptor) -> None:
     digest = descriptor.digest
     if not (digest.startswith("sha256:") and len(digest) == 71 and set(digest[7:]) <= set("0123456789abcdef")):
-        raise invalid(f"image {name} names a blob by {digest!r}: only sha256 digests are supported")
-    if descriptor.size < 0:
+        raise invalid(f"image {name} names a blob by {_shown(digest)}: only sha256 digests are supported")
+    if not 0 <= descriptor.size <= MAX_BLOB_BYTES:
         raise invalid(f"image {name}: blob {digest} has the impossible size {descriptor.size}")
 
 
@@ -171,22 +194,24 @@ def parse_config(name: str, data: bytes, layers: int) -> tuple[ImageConfig, tupl
     Raises:
         FailedPrecondition: it can't be read, is for another platform, or does not fit the manifest's ``layers``.
     """
-    try:
-        config = msgspec.json.decode(data, type=_Config)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise invalid(f"the config of image {name} can't be read: {error}") from error
+    config = decode(f"the config of image {name}", data, _Config)
     here = this_platform()
     if (config.os or "linux", config.architecture or here.architecture) != (here.os, here.architecture):
-        raise invalid(f"image {name} is for {config.os}/{config.architecture}, this is {here.os}/{here.architecture}")
+        there = _shown(f"{config.os}/{config.architecture}")
+        raise invalid(f"image {name} is for {there}, this is {here.os}/{here.architecture}")
     if len(config.rootfs.diff_ids) != layers:
         raise invalid(f"image {name} has {layers} layers but {len(config.rootfs.diff_ids)} diff_ids")
     run = config.config or _Run()
+    texts = (*(run.entrypoint or ()), *(run.cmd or ()), *(run.env or ()), run.working_dir or "", run.user or "")
+    if any("\0" in text for text in texts):
+        raise invalid(f"the config of image {name} has a NUL character where none can be")
     return (
         ImageConfig(
             entrypoint=run.entrypoint or (),
             cmd=run.cmd or (),
             env=tuple((key, value) for key, _, value in (entry.partition("=") for entry in run.env or ()) if key),
-            workdir=run.working_dir or "/",
+            # As Docker takes it: a relative one begins at the root, and none leads above it.
+            workdir=posixpath.normpath("/" + (run.working_dir or "").lstrip("/")),
             user=run.user or "",
             exposed_ports=_tcp_ports(name, run.exposed_ports or {}),
             stop_signal=run.stop_signal or "",
@@ -195,42 +220,76 @@ def parse_config(name: str, data: bytes, layers: int) -> tuple[ImageConfig, tupl
     )
 
 
-def resolve_user(rootfs: Path, user: str) -> tuple[int, int]:
-    """The (uid, gid) that ``user`` means inside the image.
+def diff_ids(what: str, data: bytes) -> tuple[str, ...]:
+    """Of an image config of which nothing else matters. Raises as `decode` does."""
+    return decode(what, data, _Config).rootfs.diff_ids
+
+
+class User(NamedTuple):
+    """Whom a program runs as, and the home directory of that account."""
+
+    uid: int
+    gid: int
+    home: str
+
+
+def signal_number(text: str) -> int | None:
+    """The signal that ``SIGTERM``, ``TERM``, ``15`` or ``SIGRTMIN+3`` means on this machine; None if it is none.
+
+    Source: OCI image spec v1.1, config, ``StopSignal``.
+    """
+    if text.isascii() and text.isdigit():
+        return int(text) if len(text) <= 2 and 0 < int(text) < signal.NSIG else None
+    name, sign, offset = text.upper().removeprefix("SIG").partition("+")
+    found = signal.Signals.__members__.get(f"SIG{name}")
+    if found is None:
+        return None
+    if not sign:
+        return int(found)
+    if name != "RTMIN" or not (offset.isascii() and offset.isdigit() and len(offset) <= 2):
+        return None
+    number = found + int(offset)
+    return number if number <= signal.SIGRTMAX else None
+
+
+def resolve_user(rootfs: Path, user: str) -> User:
+    """Whom ``user`` means inside the image.
 
     ``user`` is as in an image config: ``""`` (root), ``uid``, ``name``, ``uid:gid``, ``name:group`` and mixtures. Names
     are looked up in the image's own ``/etc/passwd`` and ``/etc/group``, which are read without ever leaving
     ``rootfs`` and only when they are plain files. Without a group it is the user's own, or 0 for a bare unknown uid.
+    The home of an unknown uid is ``/``, or ``/root`` for 0.
 
     Raises:
         FailedPrecondition: no such user or group in the image (reason ``USER_NOT_FOUND``).
     """
     name, colon, group = user.partition(":")
-    uid, gid = 0, 0
     accounts = _read_accounts(rootfs, "etc/passwd", fields=7)
-    if name.isascii() and name.isdigit():
-        uid = _bounded_id(user, int(name))
-        gid = next((int(a[3]) for a in accounts if a[2] == name), 0)
-    elif name:
-        found = next((a for a in accounts if a[0] == name), None)
-        if found is None:
+    if not name or (name.isascii() and name.isdigit()):
+        uid = _bounded_id(user, name or "0")
+        account = next((a for a in accounts if int(a[2]) == uid), None)
+    else:
+        account = next((a for a in accounts if a[0] == name), None)
+        if account is None:
             raise _no_such("user", name, "/etc/passwd")
-        uid, gid = _bounded_id(user, int(found[2])), _bounded_id(user, int(found[3]))
+        uid = int(account[2])
+    gid = int(account[3]) if account and name else 0
+    home = account[5] if account and account[5].startswith("/") and "\0" not in account[5] else ""
     if colon and group:
         if group.isascii() and group.isdigit():
-            gid = _bounded_id(user, int(group))
+            gid = _bounded_id(user, group)
         else:
             groups = _read_accounts(rootfs, "etc/group", fields=4)
             entry = next((g for g in groups if g[0] == group), None)
             if entry is None:
                 raise _no_such("group", group, "/etc/group")
-            gid = _bounded_id(user, int(entry[2]))
-    return uid, gid
+            gid = int(entry[2])
+    return User(uid, gid, home or ("/root" if uid == 0 else "/"))
 
 
 def _check_manifest(name: str, manifest: Manifest) -> None:
     if manifest.config.media_type not in _CONFIG_TYPES:
-        raise invalid(f"{name} is no container image but an artifact of type {manifest.config.media_type!r}")
+        raise invalid(f"{name} is no container image but an artifact of type {_shown(manifest.config.media_type)}")
     if len(manifest.layers) > MAX_LAYERS:
         raise invalid(f"image {name} has {len(manifest.layers)} layers; at most {MAX_LAYERS} are supported")
     if manifest.config.size > MAX_JSON_BYTES:
@@ -239,7 +298,17 @@ def _check_manifest(name: str, manifest: Manifest) -> None:
     for layer in manifest.layers:
         check_descriptor(name, layer)
         if not any(layer.media_type == prefix + suffix for prefix in _LAYER_PREFIXES for suffix in _LAYER_SUFFIXES):
-            raise invalid(f"image {name}: layer {layer.digest} has the unknown media type {layer.media_type!r}")
+            raise invalid(f"image {name}: layer {layer.digest} has the unknown media type {_shown(layer.media_type)}")
+
+
+def _shown(text: str) -> str:
+    """What an image says, for an error: bounded, and without what moves a terminal's cursor."""
+    return repr(text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}...")
+
+
+def _listed(texts: Iterable[str]) -> str:
+    found = sorted(set(texts))
+    return _shown(", ".join(found))[1:-1] or "none"
 
 
 def _is_attestation(descriptor: Descriptor) -> bool:
@@ -252,8 +321,8 @@ def _tcp_ports(name: str, exposed: dict[str, Any]) -> tuple[int, ...]:
     for entry in exposed:
         port, _, protocol = entry.partition("/")
         if protocol in ("", "tcp"):
-            if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-                raise invalid(f"image {name} exposes the impossible port {entry!r}")
+            if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536):
+                raise invalid(f"image {name} exposes the impossible port {_shown(entry)}")
             ports.add(int(port))
     return tuple(sorted(ports))
 
@@ -269,16 +338,22 @@ def _read_accounts(rootfs: Path, path: str, fields: int) -> list[list[str]]:
             text = file.read(_MAX_PASSWD_BYTES).decode(errors="replace")
     rows = [line.strip().split(":") for line in text.splitlines()]
     # A row whose ids are no numbers is no account; other tools skip it as well.
-    return [r for r in rows if len(r) >= fields and all(x.isascii() and x.isdigit() for x in r[2 : max(3, fields - 3)])]
+    return [row for row in rows if len(row) >= fields and all(map(_is_id, row[2 : max(3, fields - 3)]))]
 
 
-def _bounded_id(user: str, number: int) -> int:
-    if number > _MAX_ID:
-        raise FailedPrecondition(f"user {user!r}: {number} is no user or group id", reason="USER_NOT_FOUND")
-    return number
+def _is_id(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= _MAX_ID
+
+
+def _bounded_id(user: str, digits: str) -> int:
+    if not _is_id(digits):
+        raise FailedPrecondition(
+            f"user {_shown(user)}: {_shown(digits)} is no user or group id", reason="USER_NOT_FOUND"
+        )
+    return int(digits)
 
 
 def _no_such(kind: str, name: str, file: str) -> FailedPrecondition:
     return FailedPrecondition(
-        f"the image's {file} has no {kind} {name!r}: use a number, or one that it has", reason="USER_NOT_FOUND"
+        f"the image's {file} has no {kind} {_shown(name)}: use a number, or one that it has", reason="USER_NOT_FOUND"
     )

@@ -37,12 +37,6 @@ class RegistryReference(Record, frozen=True, kw_only=True):
     tag: str = DEFAULT_TAG
     digest: str = ""
 
-    @property
-    def base_url(self) -> str:
-        """Where the registry's API is. Loopback is spoken to without TLS; Docker Hub's API has another name."""
-        host = "registry-1.docker.io" if self.host == "docker.io" else self.host
-        return f"{'http' if is_loopback(self.host) else 'https'}://{host}"
-
 
 def parse(reference: str) -> LayoutReference | RegistryReference:
     """Parses ``oci:<directory>[:<tag>][@sha256:...]`` or ``[host[:port]/]repository[:tag][@sha256:...]``. Without a
@@ -77,6 +71,17 @@ def parse(reference: str) -> LayoutReference | RegistryReference:
     return RegistryReference(host=host, repository=repository, tag=tag or DEFAULT_TAG, digest=digest)
 
 
+def pinned(reference: str, digest: str) -> str:
+    """``reference`` with the digest that it was resolved to, so that it means the same for ever, whatever becomes of
+    the tag.
+
+    Raises:
+        InvalidArgument: one of them is malformed.
+    """
+    parse(reference)
+    return f"{reference.partition('@')[0]}@{check_digest(digest)}"
+
+
 def check_digest(digest: str) -> str:
     """Returns ``digest`` if it is ``sha256:`` and 64 hex digits.
 
@@ -90,8 +95,9 @@ def check_digest(digest: str) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether ``host[:port]`` is this machine."""
-    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-    name = name.strip("[]")
+    name = host
+    if host.startswith("[") or host.count(":") < 2:  # else it is a bare IPv6 address
+        name = re.sub(r":[0-9]*$", "", host).strip("[]")
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:

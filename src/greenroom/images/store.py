@@ -1,14 +1,7 @@
-"""The image store on disk.
+"""The image store on disk: `greenroom.images.catalog` says what lies where, `greenroom.images.uses` who uses it,
+`greenroom.images.cache` how much is kept, `greenroom.images.repair` what becomes of what a killed process left.
 
-Below its root, beside what `greenroom.images.blobs` keeps::
-
-    images/<hex>.json    what the image of this manifest digest is made of; written before its blobs are fetched, so
-                         that `remove` never takes a blob away that somebody is about to use
-    rootfs/<hex>/        its unpacked tree; there only when it is whole
-    unpacking/<hex>/     a tree under construction, or what a killed process left of one
-    refs/<hex>.json      what a reference was resolved to, and when
-
-An image exists when both its record and its tree do. Whoever changes something of a digest holds its lock.
+Whoever changes something of a digest holds its lock.
 """
 
 from __future__ import annotations
@@ -17,17 +10,28 @@ import asyncio
 import contextlib
 import hashlib
 import shutil
-import time
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
+import uuid
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 
-from greenroom.core.errors import DataLoss, FailedPrecondition, NotFound, Unavailable
-from greenroom.core.records import LayerProgress, Record
-from greenroom.images.blobs import BlobSource, BlobStore, Interrupted, hex_of, sync_directory, write_atomically
+from greenroom.core.errors import (
+    DataLoss,
+    FailedPrecondition,
+    GreenroomError,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+)
+from greenroom.core.records import Evicted, ImageCache
+from greenroom.images.archive import local_source
+from greenroom.images.blobs import BlobStore, write_atomically
+from greenroom.images.cache import LOW_PART, RECENT_S, Cache, Marks
+from greenroom.images.catalog import Catalog, ImageRecord, disk_bytes
+from greenroom.images.client import Client
 from greenroom.images.config import (
     Descriptor,
     Manifest,
@@ -36,44 +40,27 @@ from greenroom.images.config import (
     parse_config,
     parse_manifest,
 )
+from greenroom.images.download import Interrupted, new_budget
 from greenroom.images.flight import Flights
-from greenroom.images.layout import LayoutSource
-from greenroom.images.port import MAX_DIGESTS, Image, ImageConfig, OnProgress
+from greenroom.images.incoming import received
+from greenroom.images.origins import Origins, Source
+from greenroom.images.peers import PeerSource
+from greenroom.images.port import Image, ImageConfig, OnProgress
+from greenroom.images.progress import Progress
 from greenroom.images.reference import LayoutReference, RegistryReference, check_digest, parse
-from greenroom.images.registry import Credentials, RegistrySource, anonymous
+from greenroom.images.registries import Registries
+from greenroom.images.registry import RegistrySource
+from greenroom.images.repair import repair
+from greenroom.images.room import Guest, Room
+from greenroom.images.shared import SharedProgress
 from greenroom.images.unpack import MAX_ENTRIES, MAX_UNPACKED_BYTES, Job, JobLayer
 from greenroom.images.unpacker import run_unpacker
+from greenroom.images.uses import PIN, Uses, user_of
 
-#: Layers fetched side by side. Three fill a link whose single connections are slowed down, and hold few buffers.
+#: Layers fetched side by side, so that small ones do not wait for a large one; their pieces share one budget.
 PARALLEL_LAYERS = 3
-#: Progress calls are at least this far apart, so that a caller may send each on.
-PROGRESS_PERIOD_S = 0.1
-#: A directory that was changed this recently may change once more without its time showing it (the kernel's clock for
-#: files ticks every 4 to 10 ms), so what was read of it is not kept.
-_SETTLED_S = 0.1
 #: Indexes inside indexes; one level is common, two are odd.
 _MAX_INDEX_DEPTH = 3
-
-
-class _Source(BlobSource, Protocol):
-    async def resolve(self) -> tuple[str, bytes, str]: ...
-
-    async def manifest(self, descriptor: Descriptor) -> bytes: ...
-
-
-class _ImageRecord(Record, frozen=True, kw_only=True):
-    reference: str
-    digest: str
-    config_digest: str
-    config: ImageConfig
-    layers: tuple[str, ...]
-    size_bytes: int
-
-
-class _RefRecord(Record, frozen=True, kw_only=True):
-    reference: str
-    digest: str
-    resolved_at: float
 
 
 class _Wanted(NamedTuple):
@@ -88,129 +75,259 @@ class DiskImageStore:
 
     Args:
         root: made if it is not there.
-        credentials: accounts for registries; anonymous by default.
+        registries: accounts, mirrors and certificates; by default there are none.
+        peers: base URLs of agents that are asked before a registry (`greenroom.images.peers`), beside those that
+            `prepare` is given; called for each image, so that they may come and go.
+        peer_token: what the peers want to be told.
         max_entries, max_unpacked_bytes: what one image may unpack to.
+        high_bytes, low_bytes: when there is more than ``high_bytes`` of images, those that have been unused longest are
+            evicted until there are ``low_bytes`` (0: `LOW_PART` of ``high_bytes``). 0: never.
+        recent_s: what was used in the last so many seconds is not evicted.
     """
 
     def __init__(
         self,
         root: Path,
         *,
-        credentials: Credentials = anonymous,
+        registries: Registries | None = None,
+        peers: Callable[[], Sequence[str]] = tuple,
+        peer_token: str = "",
         max_entries: int = MAX_ENTRIES,
         max_unpacked_bytes: int = MAX_UNPACKED_BYTES,
+        high_bytes: int = 0,
+        low_bytes: int = 0,
+        recent_s: float = RECENT_S,
     ) -> None:
         self._root = root.absolute()
-        self._credentials = credentials
+        self._registries = registries or Registries()
+        self._peers = peers
+        self._peer_token = peer_token
         self._max_entries = max_entries
         self._max_unpacked_bytes = max_unpacked_bytes
-        self._images = self._root / "images"
-        self._rootfs = self._root / "rootfs"
-        self._unpacking = self._root / "unpacking"
-        self._refs = self._root / "refs"
-        # Sandboxes of other users may have to reach the trees; what else is here is nobody's business.
-        self._rootfs.mkdir(mode=0o755, parents=True, exist_ok=True)
-        for directory in (self._images, self._unpacking, self._refs):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._catalog = Catalog(self._root)
         self._blobs = BlobStore(self._root)
+        self._uses = Uses(self._root)
+        marks = Marks(high=high_bytes, low=low_bytes or int(high_bytes * LOW_PART))
+        self._cache = Cache(self._root, self._catalog, self._blobs, self._uses, marks, recent_s=recent_s)
+        self._room = Room(self._root, self._cache, self._blobs, recent_s)
+        self._shared = SharedProgress(self._root)
         self._flights: Flights[OnProgress, Image] = Flights()
-        self._digests: tuple[str, ...] = ()
-        self._digests_of = -1  # the time of the directory that they were read from (ns); -1: to be read anew
 
-    async def prepare(self, reference: str, on_progress: OnProgress | None = None) -> Image:
+    async def open(self) -> None:
+        await asyncio.to_thread(repair, self._root, self._catalog, self._blobs, self._uses, self._cache)
+
+    async def prepare(self, reference: str, on_progress: OnProgress | None = None, peers: Sequence[str] = ()) -> Image:
         parsed = parse(reference)
         if on_progress is not None:
             on_progress("resolve", ())
-        if parsed.digest:
-            with contextlib.suppress(NotFound):  # a digest never means anything else: nobody needs to be asked
-                return msgspec.structs.replace(await self.get(parsed.digest), reference=reference)
-        async with self._open(parsed) as source:
-            digest, data, manifest = await self._resolve(reference, source)
+        if (there := await asyncio.to_thread(self._known, reference, parsed.digest)) is not None:
+            return there
+        image = await self._bring(reference, parsed, on_progress, peers)
+        if not parsed.digest:  # else there is nothing to remember: it was not resolved
+            await asyncio.to_thread(self._catalog.note, reference, image.digest)
+        return image
+
+    async def _bring(
+        self,
+        reference: str,
+        parsed: LayoutReference | RegistryReference,
+        on_progress: OnProgress | None,
+        peers: Sequence[str] = (),
+    ) -> Image:
+        async with self._open(parsed, peers) as origins:
+            digest, data, manifest = await self._resolve(reference, parsed.digest, origins)
+
+        mine = False
 
         async def work(listeners: Sequence[OnProgress | None]) -> Image:
+            nonlocal mine
+            mine = True
             # With connections of its own: whoever began may give up before the others.
-            async with self._open(parsed) as source:
-                return await self._prepare(_Wanted(reference, digest, data, manifest), source, listeners)
+            async with self._open(parsed, peers) as origins:
+                return await self._prepare(_Wanted(reference, digest, data, manifest), origins, listeners)
 
-        image = await self._flights.join(digest, on_progress, work)
-        record = _RefRecord(reference=reference, digest=digest, resolved_at=time.time())
-        name = hashlib.sha256(reference.encode()).hexdigest()
-        await asyncio.to_thread(write_atomically, self._refs / f"{name}.json", msgspec.json.encode(record))
-        return msgspec.structs.replace(image, reference=reference)
+        while True:
+            try:
+                image = await self._flights.join(digest, on_progress, work)
+                return msgspec.structs.replace(image, reference=reference)
+            except Unavailable:
+                if mine:
+                    raise
+                # Somebody else's, who wanted it from elsewhere, where nobody answers.
+
+    async def take_in(self, name: str, tag: str, archive: AsyncIterator[bytes]) -> Image:
+        called = parse(name)
+        if not isinstance(called, RegistryReference) or called.digest:
+            raise InvalidArgument(
+                f"an imported image can't be called {name!r}: give it a name as of a registry, for example "
+                "imported/counter:1",
+                reason="INVALID_IMAGE_REFERENCE",
+            )
+        async with received(self._root, archive) as path:
+            try:
+                image = await self._bring(name, LayoutReference(directory=path, tag=tag), None)
+            except GreenroomError as error:
+                error.message = error.message.replace(str(path), "the archive")  # nobody knows it by our name for it
+                raise
+        await self.pin(image.digest)
+        await asyncio.to_thread(self._catalog.note, name, image.digest, imported=True)
+        return image
+
+    def _known(self, reference: str, digest: str) -> Image | None:
+        """The image, where nobody needs to be asked what the reference means: a digest never means anything else, and
+        an imported image is what its name means here."""
+        if not digest:
+            meaning = self._catalog.meaning(reference)
+            digest = meaning.digest if meaning is not None and meaning.imported else ""
+        image = self._usable(digest) if digest else None
+        return image and msgspec.structs.replace(image, reference=reference)
 
     async def get(self, digest: str) -> Image:
-        image = await asyncio.to_thread(self._load, check_digest(digest))
+        image = await asyncio.to_thread(self._catalog.load, check_digest(digest))
         if image is None:
-            raise NotFound(f"image {digest} is not on this machine: prepare it first", reason="IMAGE_NOT_FOUND")
+            raise _not_here(digest)
         return image
 
     async def list(self) -> list[Image]:
-        return [*await asyncio.to_thread(self._load_all)]
+        return [*await asyncio.to_thread(self._catalog.load_all)]
 
     def digests(self) -> tuple[str, ...]:
-        changed = self._rootfs.stat().st_mtime_ns
-        if changed != self._digests_of:
-            self._digests_of = changed if time.time() - changed / 1e9 > _SETTLED_S else -1
-            trees = sorted(path.name for path in self._rootfs.iterdir())[:MAX_DIGESTS]
-            self._digests = tuple(f"sha256:{name}" for name in trees)
-        return self._digests
+        return self._catalog.digests()
+
+    # --- use ---------------------------------------------------------------------------------------------
+
+    async def hold(self, digest: str, holder: str, actor_uid: str, who: str = "") -> None:
+        if not await asyncio.to_thread(self._hold, check_digest(digest), user_of(holder, actor_uid), who):
+            raise _not_here(digest)
+
+    def _hold(self, digest: str, user: str, who: str) -> bool:
+        # The tree is looked for after the use was written: from then on it is not removed.
+        if self._uses.add(digest, user, who) and self._catalog.tree(digest).is_dir():
+            return True
+        self._uses.drop(digest, user)
+        return False
+
+    async def release(self, digest: str, holder: str, actor_uid: str) -> None:
+        await asyncio.to_thread(self._uses.drop, check_digest(digest), user_of(holder, actor_uid))
+
+    async def keep_only(self, holder: str, actor_uids: Collection[str]) -> dict[str, tuple[str, ...]]:
+        return await asyncio.to_thread(self._uses.keep_only, holder, actor_uids)
+
+    async def pin(self, digest: str, *, undo: bool = False) -> None:
+        if undo:
+            await asyncio.to_thread(self._uses.drop, check_digest(digest), PIN)
+        elif not await asyncio.to_thread(self._hold, check_digest(digest), PIN, ""):
+            raise _not_here(digest)
+
+    # --- how much is kept --------------------------------------------------------------------------------
+
+    async def cache(self) -> ImageCache:
+        return await asyncio.to_thread(self._described)
+
+    def _described(self) -> ImageCache:
+        used, marks = self._cache.used_bytes(), self._cache.marks
+        return ImageCache(
+            id=self._id(),
+            used_bytes=used,
+            free_bytes=self._cache.free_bytes(),
+            high_bytes=marks.high,
+            low_bytes=marks.low,
+            over_bytes=max(0, used - marks.high) if marks.high else 0,
+            images=tuple(self._cache.listed()),
+        )
+
+    def _id(self) -> str:
+        """Random, made once: who shares a store says the same."""
+        path = self._root / "id"
+        with contextlib.suppress(FileNotFoundError):
+            return path.read_text()
+        write_atomically(path, uuid.uuid4().hex.encode())
+        return path.read_text()
+
+    async def trim(self) -> Evicted:
+        return await asyncio.to_thread(self._cache.trim)
+
+    async def prune(self, *, dry_run: bool = False) -> Evicted:
+        return await asyncio.to_thread(self._cache.evict, None, dry_run=dry_run)
 
     async def remove(self, digest: str) -> None:
         check_digest(digest)
         async with self._blobs.locked(digest):
-            record = await asyncio.to_thread(self._read_record, digest)
-            await asyncio.to_thread(self._remove_tree, digest)
-            (self._images / f"{hex_of(digest)}.json").unlink(missing_ok=True)
-        if record is None:
-            return
-        for blob in (digest, record.config_digest, *record.layers):
-            async with self._blobs.locked(blob):
-                # Looked up under the blob's lock: a `prepare` writes its record first and then locks the blob, so
-                # either its record is seen here or it finds the blob gone and fetches it.
-                if not await asyncio.to_thread(self._is_used, blob):
-                    self._blobs.remove(blob)
+            if await asyncio.to_thread(self._cache.remove_locked, digest):
+                return
+            users = await asyncio.to_thread(self._uses.described, digest)
+        by = ", ".join(users[:3]) or "nobody, but it is pinned: unpin it first"
+        raise FailedPrecondition(f"image {digest} is used by {by}", reason="IMAGE_IN_USE")
 
     # --- preparing -------------------------------------------------------------------------------------------
 
-    def _open(self, parsed: LayoutReference | RegistryReference) -> AbstractAsyncContextManager[_Source]:
+    @asynccontextmanager
+    async def _open(self, parsed: LayoutReference | RegistryReference, peers: Sequence[str]) -> AsyncIterator[Origins]:
         if isinstance(parsed, LayoutReference):
-            return contextlib.nullcontext(LayoutSource(parsed))
-        return RegistrySource(parsed, credentials=self._credentials)
+            async with local_source(parsed) as source:
+                yield Origins([source])
+            return
+        async with contextlib.AsyncExitStack() as stack:
+            sources: list[Source] = []
+            if peers := [*peers, *self._peers()]:
+                peer_source = PeerSource(peers, digest=parsed.digest, token=self._peer_token)
+                sources.append(await stack.enter_async_context(peer_source))
+            client = await stack.enter_async_context(Client(self._registries))
+            for endpoint in self._registries.endpoints(parsed):
+                sources.append(RegistrySource(endpoint, parsed, self._registries, client))
+            yield Origins(sources)
 
-    async def _resolve(self, reference: str, source: _Source) -> tuple[str, bytes, Manifest]:
+    async def _resolve(self, reference: str, pinned: str, origins: Origins) -> tuple[str, bytes, Manifest]:
         """The manifest for this machine, through indexes: its digest, bytes and content."""
         try:
-            wanted, data, media_type = await source.resolve()
+            # An attempt before this one may have kept it: then, with the layers here too, nobody has to be asked.
+            known = await asyncio.to_thread(self._blobs.find_manifest, pinned) if pinned else None
+            data, media_type = (known, "") if known is not None else await origins.resolve()
             for _ in range(_MAX_INDEX_DEPTH):
-                digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
-                if wanted and digest != wanted:
-                    raise DataLoss(
-                        f"image {reference}: what was sent for {wanted} has the digest {digest}",
-                        reason="DIGEST_MISMATCH",
-                    )
                 found = parse_manifest(reference, data, media_type)
                 if isinstance(found, Manifest):
-                    return digest, data, found
+                    return f"sha256:{hashlib.sha256(data).hexdigest()}", data, found
                 chosen = choose(reference, found)
-                wanted, data, media_type = chosen.digest, await source.manifest(chosen), chosen.media_type
+                data, media_type = await origins.manifest(chosen), chosen.media_type
         except Interrupted as error:
-            raise Unavailable(f"image {reference} can't be resolved: {error}") from error
+            raise error.final(f"image {reference} can't be resolved") from error
         raise invalid(f"image {reference} has indexes inside indexes more than {_MAX_INDEX_DEPTH} deep")
 
-    async def _prepare(self, wanted: _Wanted, source: _Source, listeners: Sequence[OnProgress | None]) -> Image:
-        progress = _Progress(wanted.manifest.layers, listeners)
-        image = await asyncio.to_thread(self._load, wanted.digest)
+    async def _prepare(self, wanted: _Wanted, origins: Origins, listeners: Sequence[OnProgress | None]) -> Image:
+        progress = Progress(wanted.manifest.layers, listeners)
+        image = await asyncio.to_thread(self._usable, wanted.digest)
         if image is None:
-            async with self._blobs.locked(wanted.digest) as lock_fd:
-                image = await asyncio.to_thread(self._load, wanted.digest)  # another process may have made it
+            async with self._turn(wanted.digest, progress) as lock_fd:
+                image = await asyncio.to_thread(self._catalog.load, wanted.digest)  # another process may have made it
                 if image is None:
-                    image = await self._make(wanted, source, progress, lock_fd)
+                    guest = Guest(wanted.reference, wanted.digest, wanted.manifest.layers)
+                    async with self._shared.told(wanted.digest, progress.stage):
+                        image = await self._room.given(
+                            guest, progress, lambda: self._make(wanted, origins, progress, lock_fd)
+                        )
+                self._uses.open(wanted.digest)  # should its removal have been begun, and cut short
         progress.finish()
         return image
 
-    async def _make(self, wanted: _Wanted, source: _Source, progress: _Progress, lock_fd: int) -> Image:
+    def _usable(self, digest: str) -> Image | None:
+        """The image, if it is whole and nobody is removing it."""
+        image = self._catalog.load(digest)
+        if image is None or not self._uses.is_open(digest):
+            return None
+        self._uses.touch(digest)
+        return image
+
+    @asynccontextmanager
+    async def _turn(self, digest: str, progress: Progress) -> AsyncIterator[int]:
+        """The digest's lock. While another process has it, the progress is that one's."""
+        async with contextlib.AsyncExitStack() as stack:
+            async with self._shared.heard(digest, progress.show):
+                lock_fd = await stack.enter_async_context(self._blobs.locked(digest))
+            yield lock_fd
+
+    async def _make(self, wanted: _Wanted, origins: Origins, progress: Progress, lock_fd: int) -> Image:
         reference, digest, manifest = wanted.reference, wanted.digest, wanted.manifest
-        record = _ImageRecord(
+        record = ImageRecord(
             reference=reference,
             digest=digest,
             config_digest=manifest.config.digest,
@@ -218,27 +335,31 @@ class DiskImageStore:
             layers=tuple(layer.digest for layer in manifest.layers),
             size_bytes=sum(layer.size for layer in manifest.layers),
         )
-        await asyncio.to_thread(self._write_record, record)
+        await asyncio.to_thread(self._catalog.write, record)
         await asyncio.to_thread(self._blobs.write, wanted.data)
         try:
-            await self._blobs.fetch(manifest.config, source, lambda done: None)
+            budget = new_budget()
+            await self._blobs.fetch(manifest.config, origins.sources, budget, lambda done: None)
             data = await asyncio.to_thread(self._blobs.read, manifest.config.digest)
             config, diff_ids = parse_config(reference, data, len(manifest.layers))
-            await self._fetch_layers(manifest, source, progress)
+            await self._fetch_layers(manifest, origins, budget, progress)
         except Interrupted as error:
-            raise Unavailable(f"image {reference} can't be fetched: {error.__cause__ or error}") from error
-        await asyncio.to_thread(self._write_record, msgspec.structs.replace(record, config=config))
-        await self._unpack(digest, manifest, diff_ids, progress, lock_fd)
-        image = await asyncio.to_thread(self._load, digest)
+            raise error.final(f"image {reference} can't be fetched") from error
+        await self._unpack(msgspec.structs.replace(record, config=config), manifest, diff_ids, progress, lock_fd)
+        image = await asyncio.to_thread(self._catalog.load, digest)
         assert image is not None
         return image
 
-    async def _fetch_layers(self, manifest: Manifest, source: _Source, progress: _Progress) -> None:
+    async def _fetch_layers(
+        self, manifest: Manifest, origins: Origins, budget: asyncio.Semaphore, progress: Progress
+    ) -> None:
         turns = asyncio.Semaphore(PARALLEL_LAYERS)
 
         async def fetch(layer: Descriptor) -> None:
-            async with turns:
-                await self._blobs.fetch(layer, source, lambda done: progress.update("download", layer.digest, done))
+            async with turns, progress.watched(layer, self._blobs.done_bytes):
+                await self._blobs.fetch(
+                    layer, origins.sources, budget, lambda done: progress.update("download", layer.digest, done)
+                )
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -248,9 +369,9 @@ class DiskImageStore:
             raise failed.exceptions[0] from failed.exceptions[0].__cause__
 
     async def _unpack(
-        self, digest: str, manifest: Manifest, diff_ids: Sequence[str], progress: _Progress, lock_fd: int
+        self, record: ImageRecord, manifest: Manifest, diff_ids: Sequence[str], progress: Progress, lock_fd: int
     ) -> None:
-        staged = self._unpacking / hex_of(digest)
+        staged = self._catalog.staged(record.digest)
         await asyncio.to_thread(_make_empty, staged)
         job = Job(
             target=str(staged),
@@ -265,7 +386,7 @@ class DiskImageStore:
             await run_unpacker(
                 job, lambda number, done: progress.update("unpack", manifest.layers[number].digest, done), lock_fd
             )
-            await asyncio.to_thread(self._commit_tree, staged, digest)
+            await asyncio.to_thread(self._commit, record)
         except BaseException as error:
             await asyncio.shield(asyncio.to_thread(shutil.rmtree, staged, ignore_errors=True))
             if isinstance(error, (DataLoss, FailedPrecondition)):
@@ -274,85 +395,16 @@ class DiskImageStore:
                     await asyncio.to_thread(self._blobs.remove_if_damaged, layer.digest)
             raise
 
-    def _commit_tree(self, staged: Path, digest: str) -> None:
-        staged.rename(self._rootfs / hex_of(digest))
-        sync_directory(self._rootfs)
-
-    # --- records ---------------------------------------------------------------------------------------------
-
-    def _write_record(self, record: _ImageRecord) -> None:
-        write_atomically(self._images / f"{hex_of(record.digest)}.json", msgspec.json.encode(record))
-
-    def _read_record(self, digest: str) -> _ImageRecord | None:
-        try:
-            return msgspec.json.decode((self._images / f"{hex_of(digest)}.json").read_bytes(), type=_ImageRecord)
-        except FileNotFoundError:
-            return None
-
-    def _records(self) -> Sequence[_ImageRecord]:
-        found = (self._read_record(f"sha256:{path.stem}") for path in sorted(self._images.glob("[0-9a-f]*.json")))
-        return [record for record in found if record is not None]
-
-    def _load(self, digest: str) -> Image | None:
-        rootfs = self._rootfs / hex_of(digest)
-        record = self._read_record(digest)
-        if record is None or not rootfs.is_dir():
-            return None
-        return Image(
-            reference=record.reference,
-            digest=digest,
-            rootfs=rootfs,
-            config=record.config,
-            size_bytes=record.size_bytes,
-            layers=record.layers,
-        )
-
-    def _load_all(self) -> Sequence[Image]:
-        found = (self._load(record.digest) for record in self._records())
-        return [image for image in found if image is not None]
-
-    def _is_used(self, blob: str) -> bool:
-        return any(blob in (r.digest, r.config_digest, *r.layers) for r in self._records())
-
-    def _remove_tree(self, digest: str) -> None:
-        """Moved away first: a tree that is only half there must never be found."""
-        staged = self._unpacking / hex_of(digest)
-        shutil.rmtree(staged, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):
-            (self._rootfs / hex_of(digest)).rename(staged)
-            sync_directory(self._rootfs)
-            shutil.rmtree(staged)
+    def _commit(self, record: ImageRecord) -> None:
+        """Its tree is whole: from now on the image is there, and may be used."""
+        tree_bytes = disk_bytes(self._catalog.staged(record.digest))
+        self._catalog.write(msgspec.structs.replace(record, tree_bytes=tree_bytes))
+        self._uses.open(record.digest)
+        self._catalog.commit_tree(record.digest)
 
 
-class _Progress:
-    """Gathers what the layers report and passes it on, at most every `PROGRESS_PERIOD_S` and always the last."""
-
-    def __init__(self, layers: Sequence[Descriptor], listeners: Sequence[OnProgress | None]) -> None:
-        self._listeners = listeners
-        self._layers = {layer.digest: LayerProgress(digest=layer.digest, total_bytes=layer.size) for layer in layers}
-        self._phase = "download"
-        self._next = 0.0
-
-    def update(self, phase: str, digest: str, done_bytes: int) -> None:
-        known = self._layers[digest]
-        self._layers[digest] = msgspec.structs.replace(known, done_bytes=done_bytes, phase=phase)
-        changed = phase != self._phase
-        self._phase = phase
-        now = time.monotonic()
-        if changed or now >= self._next:
-            self._next = now + PROGRESS_PERIOD_S
-            self._tell()
-
-    def finish(self) -> None:
-        self._phase = "unpack"
-        for digest, known in self._layers.items():
-            self._layers[digest] = msgspec.structs.replace(known, done_bytes=known.total_bytes, phase="unpack")
-        self._tell()
-
-    def _tell(self) -> None:
-        for listener in self._listeners:
-            if listener is not None:
-                listener(self._phase, tuple(self._layers.values()))
+def _not_here(digest: str) -> NotFound:
+    return NotFound(f"image {digest} is not on this machine: prepare it first", reason="IMAGE_NOT_FOUND")
 
 
 def _make_empty(path: Path) -> None:

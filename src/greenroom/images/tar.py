@@ -9,15 +9,19 @@ Source: POSIX.1-2008 pax (ustar and extended headers); GNU tar manual, "Basic Ta
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Iterator
+
+from greenroom.images.stream import Data, Malformed, Source
 
 BLOCK = 512
-#: Names, link targets and PAX records of one entry. Far above any real one (PATH_MAX is 4096).
+#: One extended header: names, link targets and PAX records. Far above any real one (PATH_MAX is 4096).
 MAX_EXTENDED_BYTES = 1 << 20
+#: Extended headers before one entry; tools write one to three.
+MAX_EXTENDED_HEADERS = 16
+#: What global headers say, all together; it is looked through for every entry, and real ones hold a comment.
+MAX_GLOBAL_BYTES = 16 << 10
 #: Fragments of one sparse file.
 MAX_FRAGMENTS = 65_536
-_CHUNK = 1 << 20
 
 REGULAR, LINK, SYMLINK, CHARACTER, BLOCKDEV, DIRECTORY, FIFO, OTHER = (
     "file",
@@ -41,69 +45,13 @@ _TYPES = {
     b"5": DIRECTORY,
     b"6": FIFO,
 }
+#: What says something about the next entry or, global, about all that follow: PAX, and GNU's long names and targets.
+_EXTENDED = (b"x", b"g", b"L", b"K")
+#: Of a number that may mean something: more than 64 bits need.
+_MAX_DIGITS = 20
 _ZERO = bytes(BLOCK)
 #: Times that a file system can hold: 0 to the year 2242.
 _MAX_MTIME = 1 << 33
-
-
-class Malformed(Exception):
-    """The stream is no tar archive, or it ends too early."""
-
-
-class Readable(Protocol):
-    def readinto(self, buffer: memoryview, /) -> int | None: ...
-
-
-class Source:
-    """A byte stream that is read in large pieces and handed out without copying.
-
-    Args:
-        stream: has ``readinto``.
-        seen: called with every piece that was read (to hash and count it).
-    """
-
-    def __init__(self, stream: Readable, seen: Callable[[memoryview], None]) -> None:
-        self._stream = stream
-        self._seen = seen
-        self._buffer = memoryview(bytearray(_CHUNK))
-        self._start = self._end = 0
-
-    def _fill(self) -> bool:
-        self._start, self._end = 0, self._stream.readinto(self._buffer) or 0
-        self._seen(self._buffer[: self._end])
-        return self._end > 0
-
-    def pieces(self, size: int) -> Iterator[memoryview]:
-        """The next ``size`` bytes in pieces, each valid until the next is asked for.
-
-        Raises:
-            Malformed: the stream ends before.
-        """
-        while size > 0:
-            if self._start == self._end and not self._fill():
-                raise Malformed("the archive ends too early")
-            piece = self._buffer[self._start : min(self._end, self._start + size)]
-            self._start += len(piece)
-            size -= len(piece)
-            yield piece
-
-    def take(self, size: int) -> bytes:
-        if self._end - self._start >= size:
-            self._start += size
-            return bytes(self._buffer[self._start - size : self._start])
-        return b"".join(bytes(piece) for piece in self.pieces(size))
-
-    def skip(self, size: int) -> None:
-        for _ in self.pieces(size):
-            pass
-
-    def at_end(self) -> bool:
-        return self._start == self._end and not self._fill()
-
-    def drain(self) -> None:
-        """Reads what is left (padding), so that all of it has been seen."""
-        while self._fill():
-            pass
 
 
 class Entry:
@@ -139,7 +87,7 @@ class Entry:
     map_inside: bool  # the fragments are listed at the start of the data
 
 
-def entries(source: Source) -> Iterator[tuple[Entry, Iterator[memoryview]]]:
+def entries(source: Source) -> Iterator[tuple[Entry, Data]]:
     """Yields each entry with the pieces of its data; data that is not read is skipped.
 
     Raises:
@@ -148,41 +96,55 @@ def entries(source: Source) -> Iterator[tuple[Entry, Iterator[memoryview]]]:
     """
     defaults: dict[str, bytes] = {}
     extended: dict[str, bytes] = {}
+    headers = 0
+    entry: Entry | None = None
     while not source.at_end():
-        header = source.take(BLOCK)
-        if header == _ZERO:
-            return
-        _check(header)
-        flag = header[156:157]
-        if flag in (b"x", b"g", b"L", b"K"):
-            text = _extended(source, _number(header[124:136]))
-            if flag == b"x":
-                extended |= _pax(text)
-            elif flag == b"g":
-                defaults |= _pax(text)
-            else:
-                extended["path" if flag == b"L" else "linkpath"] = text.rstrip(b"\0")
-            continue
-        entry = _entry(header, {**defaults, **extended} if defaults else extended)
-        extended = {}
-        if flag == b"S":
-            _old_sparse(source, header, entry)
-        padding = -entry.stored % BLOCK
-        map_bytes = _new_sparse(source, entry) if entry.map_inside else 0
-        data = source.pieces(entry.stored - map_bytes)
+        try:
+            header = source.take(BLOCK)
+            if header == _ZERO:
+                return
+            _check(header)
+            flag = header[156:157]
+            if flag in _EXTENDED:
+                headers += 1
+                if headers > MAX_EXTENDED_HEADERS:
+                    raise Malformed(f"it has more than {MAX_EXTENDED_HEADERS} extended headers in a row")
+                text = _extended(source, _number(header[124:136]))
+                if flag == b"g":
+                    defaults = _bounded(defaults | _pax(text))
+                elif flag == b"x":
+                    extended |= _pax(text)
+                else:
+                    extended["path" if flag == b"L" else "linkpath"] = text.rstrip(b"\0")
+                continue
+        except Malformed as error:
+            raise Malformed(f"{error}, in a header after it" if entry else str(error)) from None
+        entry = Entry()
+        entry.name = ""
+        try:
+            _read(entry, header, _merged(defaults, extended) if defaults or extended else {})
+            if flag == b"S":
+                _old_sparse(source, header, entry)
+            padding = -entry.stored % BLOCK
+            map_bytes = _new_sparse(source, entry) if entry.map_inside else 0
+        except Malformed as error:
+            raise Malformed(str(error), entry.name) from None
+        extended, headers = {}, 0
+        data = Data(source, entry.stored - map_bytes)
         yield entry, data
-        for _ in data:
-            pass
-        source.skip(padding)
+        source.skip(data.left + padding)
 
 
 def _check(header: bytes) -> None:
-    stored = _number(header[148:156])
+    try:
+        stored = _number(header[148:156])
+    except Malformed:
+        stored = -1
     unsigned = sum(header) - sum(header[148:156]) + 8 * 32
     if stored != unsigned:
         signed = unsigned - 256 * sum(b > 127 for i, b in enumerate(header) if not 148 <= i < 156)
         if stored != signed:
-            raise Malformed("it is no tar archive (the checksum of a header is wrong)")
+            raise Malformed("it is no tar archive (a header's checksum is wrong)")
 
 
 def _number(field: bytes) -> int:
@@ -194,9 +156,25 @@ def _number(field: bytes) -> int:
         return value
     text = field.split(b"\0", 1)[0].strip()
     try:
+        if b"_" in text:  # which Python allows
+            raise ValueError
         return int(text, 8) if text else 0
     except ValueError:
         raise Malformed(f"a header has {field!r} where a number should be") from None
+
+
+def _bounded(records: dict[str, bytes]) -> dict[str, bytes]:
+    if sum(len(key) + len(value) for key, value in records.items()) > MAX_GLOBAL_BYTES:
+        raise Malformed(f"its global headers have more than {MAX_GLOBAL_BYTES} bytes")
+    return records
+
+
+def _merged(defaults: dict[str, bytes], extended: dict[str, bytes]) -> dict[str, bytes]:
+    """What holds for one entry. An empty value takes back what was said before.
+
+    Source: POSIX.1-2008 pax, "pax Extended Header".
+    """
+    return {key: value for key, value in {**defaults, **extended}.items() if value}
 
 
 def _text(raw: bytes) -> str:
@@ -212,8 +190,10 @@ def _extended(source: Source, size: int) -> bytes:
 
 
 def _pax(data: bytes) -> dict[str, bytes]:
-    """Records of the form ``<length> <key>=<value>\\n``."""
-    records = {}
+    """Records of the form ``<length> <key>=<value>\\n``. The pairs of GNU's sparse format 0.0, which has the same keys
+    again and again, become the map of its format 0.1."""
+    records: dict[str, bytes] = {}
+    sparse: list[bytes] = []
     at = 0
     while at < len(data):
         space = data.find(b" ", at, at + 9)
@@ -224,24 +204,36 @@ def _pax(data: bytes) -> dict[str, bytes]:
         key, equals, value = data[space + 1 : end - 1].partition(b"=")
         if not equals:
             raise Malformed("an extended header can't be read")
-        records[key.decode("utf-8", "surrogateescape")] = value
+        if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):
+            sparse.append(value)
+        else:
+            records[key.decode("utf-8", "surrogateescape")] = value
         at = end
+    if sparse:
+        records["GNU.sparse.map"] = b",".join(sparse)
     return records
 
 
 def _pax_number(value: bytes) -> int:
-    try:
-        return int(float(value)) if b"." in value else int(value)
-    except (ValueError, OverflowError):
-        raise Malformed(f"an extended header has {value!r} where a number should be") from None
+    whole, _, fraction = value.partition(b".")
+    if not whole.removeprefix(b"-").isdigit() or len(whole) > _MAX_DIGITS or (fraction and not fraction.isdigit()):
+        raise Malformed(f"an extended header has {_shown(value)} where a number should be")
+    return int(whole)
 
 
-def _entry(header: bytes, extended: dict[str, bytes]) -> Entry:
-    entry = Entry()
+def _shown(value: bytes) -> str:
+    return repr(value if len(value) <= _MAX_DIGITS else value[:_MAX_DIGITS] + b"...")
+
+
+def _read(entry: Entry, header: bytes, extended: dict[str, bytes]) -> None:
+    """Fills ``entry`` in, its name first, so that who meets an error can say where."""
     name = header[:100].split(b"\0", 1)[0]
     # GNU archives keep other things where ustar has the prefix of the name.
     if header[257:263] == b"ustar\0" and header[345]:
         name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+    if extended:
+        name = extended.get("GNU.sparse.name", extended.get("path", name))
+    entry.name = os.fsdecode(name)
     entry.kind = _TYPES.get(header[156:157], OTHER)
     if entry.kind == REGULAR and header[156:157] == b"\0" and name.endswith(b"/"):
         entry.kind = DIRECTORY  # as archives older than POSIX say it
@@ -255,7 +247,6 @@ def _entry(header: bytes, extended: dict[str, bytes]) -> Entry:
     entry.map_inside = False
     entry.xattrs = {}
     if extended:
-        name = extended.get("GNU.sparse.name", extended.get("path", name))
         if "linkpath" in extended:
             entry.linkname = os.fsdecode(extended["linkpath"])
         if "size" in extended:
@@ -270,37 +261,33 @@ def _entry(header: bytes, extended: dict[str, bytes]) -> Entry:
             if key.startswith("SCHILY.xattr."):
                 entry.xattrs[key.removeprefix("SCHILY.xattr.")] = value
         _pax_sparse(entry, extended)
-    entry.name = os.fsdecode(name)
     entry.mtime_ns = min(max(mtime_ns, 0), _MAX_MTIME * 1_000_000_000)
     if entry.kind != REGULAR:
         entry.stored = 0 if entry.kind in (LINK, SYMLINK, CHARACTER, BLOCKDEV, DIRECTORY, FIFO) else entry.stored
     if entry.stored < 0:
-        raise Malformed(f"{entry.name!r} has a negative size")
-    return entry
+        raise Malformed("its size is negative")
 
 
 def _pax_time(value: bytes) -> int:
     """Nanoseconds, without the rounding of a float."""
     seconds, _, fraction = value.partition(b".")
-    if not seconds.lstrip(b"-").isdigit() or (fraction and not fraction.isdigit()):
-        raise Malformed(f"an extended header has {value!r} where a time should be")
+    if not seconds.removeprefix(b"-").isdigit() or (fraction and not fraction.isdigit()):
+        raise Malformed(f"an extended header has {_shown(value)} where a time should be")
+    if len(seconds) > _MAX_DIGITS:
+        return 0 if seconds.startswith(b"-") else _MAX_MTIME * 1_000_000_000
     return int(seconds) * 1_000_000_000 + int((fraction + b"000000000")[:9])
 
 
 def _pax_sparse(entry: Entry, extended: dict[str, bytes]) -> None:
-    """GNU sparse formats 0.1 (the map is in the header) and 1.0 (it comes before the data)."""
-    if "GNU.sparse.map" in extended:
-        try:
-            numbers = [int(n) for n in extended["GNU.sparse.map"].split(b",")]
-        except ValueError:
-            raise Malformed("a sparse file's map can't be read") from None
-        entry.size = _pax_number(extended.get("GNU.sparse.size", b"-1"))
+    """GNU sparse formats 0.0 and 0.1 (the map is in the header) and 1.0 (it comes before the data)."""
+    if "GNU.sparse.size" in extended:
+        listed = extended.get("GNU.sparse.map")
+        numbers = [_pax_number(number) for number in listed.split(b",")] if listed else []
+        entry.size = _pax_number(extended["GNU.sparse.size"])
         entry.fragments = _fragments(numbers, entry.size, entry.stored)
     elif extended.get("GNU.sparse.major") == b"1":
         entry.size = _pax_number(extended.get("GNU.sparse.realsize", b"-1"))
         entry.map_inside = True
-    elif "GNU.sparse.numblocks" in extended:
-        raise Malformed("it has a sparse file of GNU's format 0.0: make it with a tar of this century")
 
 
 def _new_sparse(source: Source, entry: Entry) -> int:

@@ -40,6 +40,9 @@ _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _XATTRS = ("user.", "security.capability", "system.posix_acl_")
 _NO_XATTRS = ("user.overlay.",)
 _XATTR_UNAVAILABLE = (errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EINVAL)
+_XATTR_TOO_LONG = (errno.E2BIG, errno.ERANGE)
+#: ext4 says of attributes above 4 KiB that no space is left; with so much of it left, that is what it means.
+_XATTR_ROOM_BYTES = 1 << 20
 
 
 class Refused(Exception):
@@ -161,6 +164,8 @@ class Tree:
         Raises:
             Refused: there is no such file in the tree.
         """
+        if not parts:
+            raise Refused("only a directory can be the root")
         try:
             source = self._resolve(target[:-1], create=False)
             mode = self._mode_of(source, target[-1])
@@ -176,9 +181,12 @@ class Tree:
 
     def fifo(self, parts: Parts, attributes: Attributes) -> None:
         parent = self._place(parts)
-        os.mkfifo(parts[-1], attributes.mode & 0o777, dir_fd=parent)
+        os.mkfifo(parts[-1], 0o600, dir_fd=parent)
         if self._owner:
             os.chown(parts[-1], attributes.uid, attributes.gid, dir_fd=parent, follow_symlinks=False)
+        os.chmod(parts[-1], attributes.mode, dir_fd=parent)  # not a link: it was made here just now
+        times = (attributes.mtime_ns, attributes.mtime_ns)
+        os.utime(parts[-1], ns=times, dir_fd=parent, follow_symlinks=False)
 
     def whiteout(self, parts: Parts) -> None:
         """Removes what lower layers have at this path; nothing there is fine."""
@@ -338,9 +346,19 @@ class Tree:
             if name.startswith(_XATTRS) and not name.startswith(_NO_XATTRS):
                 try:
                     os.setxattr(fd, name, value)
-                except OSError as error:  # the file system has none, or this takes root
-                    if error.errno not in _XATTR_UNAVAILABLE:
-                        raise
+                except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+                    number = error.errno if isinstance(error, OSError) else None
+                    if number in _XATTR_UNAVAILABLE:  # the file system has none, or this takes root
+                        continue
+                    full = number == errno.ENOSPC and _free_bytes(fd) < _XATTR_ROOM_BYTES
+                    if number is None or number in _XATTR_TOO_LONG or (number == errno.ENOSPC and not full):
+                        raise Refused(f"its attribute {name[:64]!r} of {len(value)} bytes can't be set") from error
+                    raise
+
+
+def _free_bytes(fd: int) -> int:
+    found = os.fstatvfs(fd)
+    return found.f_bavail * found.f_frsize
 
 
 def _names(directory: int) -> list[str]:

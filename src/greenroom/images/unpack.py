@@ -21,7 +21,6 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,9 +28,10 @@ import msgspec
 import zstandard
 from isal import igzip, igzip_lib
 
-from greenroom.core.errors import DataLoss, FailedPrecondition, GreenroomError, ResourceExhausted
+from greenroom.core.errors import DataLoss, FailedPrecondition, GreenroomError
 from greenroom.core.records import Failure, Record
-from greenroom.images import tar
+from greenroom.images import space, tar
+from greenroom.images.stream import Data, Malformed, Readable, ReadAhead, Source
 from greenroom.images.tree import Attributes, Parts, Refused, Tree
 
 #: Entries of all layers together: ten times as many as the largest images in use have.
@@ -104,13 +104,22 @@ class _Blob:
         self._file.close()
 
 
+class _Full(Exception):
+    """No room for entry ``name``, of which ``left_bytes`` were not written yet."""
+
+    def __init__(self, name: str, left_bytes: int) -> None:
+        super().__init__(name)
+        self.name = name
+        self.left_bytes = left_bytes
+
+
 class _Budget:
     """What may still be unpacked."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._entries = job.max_entries
-        self._bytes = job.max_unpacked_bytes
+        self.unpacked_bytes = 0
 
     def entry(self) -> None:
         self._entries -= 1
@@ -118,8 +127,8 @@ class _Budget:
             raise Refused(f"the image has more than {self._job.max_entries} files")
 
     def data(self, count: int) -> None:
-        self._bytes -= count
-        if self._bytes < 0:
+        self.unpacked_bytes += count
+        if self.unpacked_bytes > self._job.max_unpacked_bytes:
             raise Refused(f"the image unpacks to more than {self._job.max_unpacked_bytes} bytes")
 
 
@@ -129,25 +138,36 @@ def unpack(job: Job, report: BinaryIO) -> None:
     Raises:
         FailedPrecondition: an archive can't be used; names the entry (reason ``IMAGE_INVALID``).
         DataLoss: a layer unpacks to other bytes than the config says (reason ``DIGEST_MISMATCH``).
-        ResourceExhausted: the disk is full (reason ``DISK_FULL``).
+        ResourceExhausted: the disk is full, or too small from the start (reason ``DISK_FULL``; says how much is needed
+            and free).
     """
     budget = _Budget(job)
-    with Tree(Path(job.target)) as tree:
+    target = Path(job.target)
+    expected = sum(space.unpacked_bytes(Path(layer.blob)) for layer in job.layers)
+    if expected > space.free_bytes(target):
+        raise space.disk_full("unpacking the image", target, expected)
+    with Tree(target) as tree:
         for number, layer in enumerate(job.layers):
             tree.start_layer(lowest=number == 0)
-            _apply_layer(tree, number, layer, budget, report)
+            try:
+                _apply_layer(tree, number, layer, budget, report)
+            except _Full as full:
+                missing = max(full.left_bytes, expected - budget.unpacked_bytes)
+                raise space.disk_full(f"unpacking {_shown(full.name)}", target, missing) from full
         try:
             tree.finish()
             _sync_file_system(job.target)
         except OSError as error:
-            raise _disk_error(error, job.target) from error
+            if error.errno in _DISK_FULL:  # some file systems find that out late
+                raise space.disk_full("the unpacked image", target, 0) from error
+            raise FailedPrecondition(f"the unpacked image can't be kept: {error}", reason="IMAGE_INVALID") from error
 
 
 def _apply_layer(tree: Tree, number: int, layer: JobLayer, budget: _Budget, report: BinaryIO) -> None:
     blob = _Blob(layer.blob)
     digest = hashlib.sha256()
     next_report = time.monotonic() + _REPORT_PERIOD_S
-    name = ""
+    name, data = "", None
 
     def seen(piece: memoryview) -> None:
         nonlocal next_report
@@ -158,13 +178,15 @@ def _apply_layer(tree: Tree, number: int, layer: JobLayer, budget: _Budget, repo
             next_report = time.monotonic() + _REPORT_PERIOD_S
 
     try:
-        source = tar.Source(_decompressed(blob), seen)
-        for entry, data in tar.entries(source):
-            name = entry.name
-            budget.entry()
-            _apply(tree, entry, data)
-        source.drain()
-    except (Refused, tar.Malformed) as error:
+        with ReadAhead(_decompressed(blob), seen) as ahead:
+            source = Source(ahead.more)
+            for entry, data in tar.entries(source):
+                name = entry.name
+                budget.entry()
+                _apply(tree, entry, data)
+            source.drain()
+    except (Refused, Malformed) as error:
+        name = getattr(error, "name", "") or name
         at = f" at entry {_shown(name)}" if name else ""
         raise FailedPrecondition(f"layer {layer.digest} is refused{at}: {error}", reason="IMAGE_INVALID") from error
     except (EOFError, gzip.BadGzipFile, igzip_lib.IsalError, zstandard.ZstdError) as error:  # type: ignore[misc]
@@ -173,7 +195,7 @@ def _apply_layer(tree: Tree, number: int, layer: JobLayer, budget: _Budget, repo
         ) from error
     except OSError as error:
         if error.errno in _DISK_FULL:
-            raise _disk_error(error, name) from error
+            raise _Full(name, data.left if data else 0) from error
         raise FailedPrecondition(
             f"layer {layer.digest} is refused at entry {_shown(name)}: {error.strerror or error}",
             reason="IMAGE_INVALID",
@@ -188,21 +210,20 @@ def _apply_layer(tree: Tree, number: int, layer: JobLayer, budget: _Budget, repo
     _send(report, Report(layer=number, read_bytes=blob.read_bytes))
 
 
-def _decompressed(blob: _Blob) -> tar.Readable:
+def _decompressed(blob: _Blob) -> Readable:
     """By the first bytes and not by the media type, which registries and tools mix up."""
     magic = blob.magic()
-    if magic[:2] == b"\x1f\x8b":
-        gunzip: tar.Readable = igzip.IGzipFile(fileobj=blob, mode="rb")  # type: ignore[no-untyped-call]
+    if magic.startswith(space.GZIP):
+        gunzip: Readable = igzip.IGzipFile(fileobj=blob, mode="rb")  # type: ignore[no-untyped-call]
         return gunzip
-    # A zstd stream may start with a skippable frame (0x184D2A50 to 5F).
-    if magic == b"\x28\xb5\x2f\xfd" or (magic[1:] == b"\x2a\x4d\x18" and magic[0] & 0xF0 == 0x50):
+    if space.is_zstd(magic):
         decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW)
-        unzstd: tar.Readable = decompressor.stream_reader(blob, read_size=1 << 20, read_across_frames=True)  # type: ignore[arg-type]
+        unzstd: Readable = decompressor.stream_reader(blob, read_size=1 << 20, read_across_frames=True)  # type: ignore[arg-type]
         return unzstd
     return blob
 
 
-def _apply(tree: Tree, entry: tar.Entry, data: Iterator[memoryview]) -> None:
+def _apply(tree: Tree, entry: tar.Entry, data: Data) -> None:
     parts = _parts(entry.name)
     if parts and parts[-1].startswith(_WHITEOUT):
         return _apply_whiteout(tree, parts)
@@ -264,7 +285,7 @@ def _shown(name: str) -> str:
     return repr(name if len(name) <= _MAX_SHOWN else name[:_MAX_SHOWN] + "...")
 
 
-def _write(fd: int, entry: tar.Entry, data: Iterator[memoryview]) -> None:
+def _write(fd: int, entry: tar.Entry, data: Data) -> None:
     if entry.fragments is None:
         for piece in data:
             _write_all(fd, piece)
@@ -289,16 +310,6 @@ def _write(fd: int, entry: tar.Entry, data: Iterator[memoryview]) -> None:
 def _write_all(fd: int, piece: memoryview) -> None:
     while len(piece):
         piece = piece[os.write(fd, piece) :]
-
-
-def _disk_error(error: OSError, what: str) -> GreenroomError:
-    if error.errno in _DISK_FULL:
-        return ResourceExhausted(
-            f"the disk is full while unpacking {what}: free space or remove images",
-            reason="DISK_FULL",
-            retry_after_s=30.0,
-        )
-    return FailedPrecondition(f"{what} can't be unpacked: {error}", reason="IMAGE_INVALID")
 
 
 def _sync_file_system(path: str) -> None:
@@ -327,7 +338,10 @@ def main() -> int:
         unpack(job, sys.stdout.buffer)
     except GreenroomError as error:
         message = error.message.encode(errors="backslashreplace").decode()  # names in archives are bytes
-        _send(sys.stdout.buffer, Report(failure=Failure(code=error.code, reason=error.reason, message=message)))
+        _send(
+            sys.stdout.buffer,
+            Report(failure=Failure(code=error.code, reason=error.reason, message=message, metadata=error.facts())),
+        )
         return 1
     _send(sys.stdout.buffer, Report(finished=True))
     return 0

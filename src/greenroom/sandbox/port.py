@@ -79,7 +79,8 @@ class SandboxClass(Record, frozen=True, kw_only=True):
 
     ``rootfs`` is an unpacked tree that many sandboxes share and none may change. ``argv`` is complete (image and
     template merged), ``env`` too; ``uid``/``gid`` are numeric; ``port`` is the template's first port, where the actor
-    listens (0 to 65535; 0 for none).
+    listens (0 to 65535; 0 for none). ``stop_signal``: number of the signal that asks the actor to end, where a backend
+    stops it to save its files.
     """
 
     rootfs: Path
@@ -91,12 +92,13 @@ class SandboxClass(Record, frozen=True, kw_only=True):
     gid: int = 0
     port: int = 8080
     resources: Resources = Resources()
+    stop_signal: int = 15
 
     @property
     def digest(self) -> str:
         """A short stable name for the class, 16 hex digits."""
         identity = (self.rootfs, self.image_digest, self.argv, self.env, self.cwd, self.uid, self.gid, self.port)
-        raw = msgspec.json.encode([*map(str, identity), self.resources])
+        raw = msgspec.json.encode([*map(str, identity), self.resources, self.stop_signal])
         return hashlib.sha256(raw).hexdigest()[:16]
 
 

@@ -15,7 +15,15 @@ import msgspec
 from greenroom.agent import clock
 from greenroom.agent.agent import Agent
 from greenroom.core import agentapi as api
-from greenroom.core.agentapi import AgentCall, Exec, Heartbeat, Hello, Leaving, Logs, SandboxExited, Welcome
+from greenroom.core.agentapi import (
+    AgentCall,
+    Heartbeat,
+    Hello,
+    Leaving,
+    SandboxExited,
+    StreamingCall,
+    Welcome,
+)
 from greenroom.core.errors import GreenroomError, Unavailable, rebuild
 from greenroom.core.records import Record
 from greenroom.engine.workers import CallStream, OnProgress, WorkerListener
@@ -58,7 +66,7 @@ class LocalHub:
     async def call(self, worker: str, call: AgentCall, on_progress: OnProgress | None = None) -> Record:
         return await self._link(worker).send(call, _Reporter(on_progress))
 
-    def open(self, worker: str, call: Exec | Logs) -> CallStream:
+    def open(self, worker: str, call: StreamingCall) -> CallStream:
         reporter = _Reporter(None)
         return _Stream(reporter, self._link(worker).send(call, reporter))
 

@@ -19,7 +19,7 @@ import zstandard
 from isal import igzip
 
 from greenroom.images.config import INDEX_TYPES, MANIFEST_TYPES, Descriptor, Index, Manifest, this_platform
-from greenroom.images.reference import RegistryReference, parse
+from greenroom.images.reference import RegistryReference, is_loopback, parse
 
 Compression = Literal["none", "gzip", "zstd"]
 
@@ -129,9 +129,9 @@ def push_layout(layout: Path, registry_ref: str, tag: str = "latest") -> None:
     found = next(d for d in source.index().manifests if (d.annotations or {}).get(_REF_NAME) == tag)
     manifest = source.blob(found).read_bytes()
     parts = msgspec.json.decode(manifest, type=Manifest)
-    url = urlsplit(target.base_url)
-    connection_type = http.client.HTTPConnection if url.scheme == "http" else http.client.HTTPSConnection
-    connection = connection_type(url.netloc, timeout=60)
+    is_plain = is_loopback(target.host)
+    connection_type = http.client.HTTPConnection if is_plain else http.client.HTTPSConnection
+    connection = connection_type(target.host, timeout=60)
     try:
         base = f"/v2/{target.repository}"
         for descriptor in (parts.config, *parts.layers):

@@ -13,7 +13,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
-from greenroom.core.agentapi import AgentCall, Exec, Hello, Logs, Welcome
+from greenroom.core.agentapi import AgentCall, Hello, StreamingCall, Welcome
 from greenroom.core.commands import ActorCommand, Change
 from greenroom.core.errors import Unavailable
 from greenroom.core.records import Record
@@ -220,5 +220,5 @@ class SteppedHub:
         name = type(call).__name__
         return await self._gate.step(name, worker, lambda: self._hub.call(worker, call, on_progress))
 
-    def open(self, worker: str, call: Exec | Logs) -> CallStream:
+    def open(self, worker: str, call: StreamingCall) -> CallStream:
         return self._hub.open(worker, call)

@@ -164,13 +164,13 @@ def become_init(control: Control, directory: str, spec: dict[str, Any]) -> NoRet
         report(control, error)
         os._exit(1)
     control.sock.close()
-    os._exit(look_after(actor, exit_fd))
+    os._exit(look_after(actor, exit_fd, spec["stop_signal"]))
 
 
-def look_after(actor: int, exit_fd: int) -> int:
-    """The life of an init: passes the stop signal on, reaps everything, and says on disk how the actor ended, for an
-    agent that was not there to see it."""
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(actor, signal.SIGTERM))
+def look_after(actor: int, exit_fd: int, stop_signal: int) -> int:
+    """The life of an init: passes SIGTERM on as the actor's own stop signal, reaps everything, and says on disk how the
+    actor ended, for an agent that was not there to see it."""
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(actor, stop_signal))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     while True:
         pid, status = os.wait()

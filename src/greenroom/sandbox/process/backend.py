@@ -12,8 +12,8 @@ A sandbox is a directory ``sandboxes/<sid>`` below the state directory:
     log.fifo      stdout and stderr; the sandbox's init holds both ends
     exit          how the actor ended, written by the init
 
-Snapshots hold files only. Freezing for one means to stop the program (SIGTERM, then SIGKILL), thawing to start it again
-over the same files; `freeze` alone stops and continues processes with their memory (SIGSTOP).
+Snapshots hold files only. Freezing for one means to stop the program (its stop signal, then SIGKILL), thawing to start
+it again over the same files; `freeze` alone stops and continues processes with their memory (SIGSTOP).
 
 The actor must listen on the port in ``PORT``: all share the host's network. A port belongs to one actor for as long as
 the agent lives.
@@ -51,7 +51,7 @@ from greenroom.sandbox.process.ports import HOST, Ports
 from greenroom.sandbox.process.record import Phase, SandboxRecord, boot_id, read_record, write_record
 from greenroom.sandbox.reaper import Process
 
-#: How long a program may take to end after SIGTERM, when its files are to be saved.
+#: How long a program may take to end after its stop signal, when its files are to be saved.
 STOP_GRACE_S = 5.0
 KILLED = 137
 WARNING = "not a security boundary: actors share this machine's kernel and network; use it for trusted code only"
@@ -276,7 +276,7 @@ class ProcessBackend:
             sandbox.update(Phase.STOPPING, process)
             if frozen:
                 await asyncio.to_thread(namespaces.go_on, process.pid)
-            process.send(signal.SIGTERM)
+            process.send(signal.SIGTERM)  # to its init, which passes the actor's own stop signal on
             try:
                 async with asyncio.timeout(STOP_GRACE_S):
                     await process.ended()

@@ -134,6 +134,7 @@ def _request(mode: str, cls: SandboxClass, env: Mapping[str, str], argv: tuple[s
         # Without root there is only one id inside, and it is the right one from the start.
         "change_user": os.geteuid() == 0,
         "pids": cls.resources.pids,
+        "stop_signal": cls.stop_signal,
     }
 
 

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from greenroom.core.agentapi import AgentCall, Exec, Heartbeat, Hello, Logs, SandboxExited, Welcome
+from greenroom.core.agentapi import AgentCall, Heartbeat, Hello, SandboxExited, StreamingCall, Welcome
 from greenroom.core.errors import GreenroomError, Unavailable, rebuild
 from greenroom.core.records import Record
 from greenroom.engine.workers import CallStream, OnProgress, WorkerListener
@@ -108,7 +108,7 @@ class SimHub:
     def heard(self) -> dict[str, float]:
         return {name: link.hub_heard for name, link in self._links.items()}
 
-    def open(self, worker: str, call: Exec | Logs) -> CallStream:
+    def open(self, worker: str, call: StreamingCall) -> CallStream:
         raise _disconnected(worker)
 
     def acknowledge(self, worker: str) -> None:

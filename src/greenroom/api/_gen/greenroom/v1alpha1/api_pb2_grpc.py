@@ -1122,6 +1122,351 @@ class Workers:
             _registered_method=True)
 
 
+class ImagesStub:
+    """The images that workers have. Workers of one machine may share a store; what is asked for is done once in each store.
+    `workers`: only in the stores of these; empty: of all that are connected. `image`: a reference, a digest, or at least 6
+    of its first digits.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ListImages = channel.unary_unary(
+                '/greenroom.v1alpha1.Images/ListImages',
+                request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ListImagesRequest.SerializeToString,
+                response_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ListImagesResponse.FromString,
+                _registered_method=True)
+        self.InspectImage = channel.unary_unary(
+                '/greenroom.v1alpha1.Images/InspectImage',
+                request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ImageRequest.SerializeToString,
+                response_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.InspectImageResponse.FromString,
+                _registered_method=True)
+        self.PullImage = channel.unary_stream(
+                '/greenroom.v1alpha1.Images/PullImage',
+                request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.PullImageRequest.SerializeToString,
+                response_deserializer=greenroom_dot_v1alpha1_dot_resources__pb2.PullProgress.FromString,
+                _registered_method=True)
+        self.RemoveImage = channel.unary_unary(
+                '/greenroom.v1alpha1.Images/RemoveImage',
+                request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.RemoveImageRequest.SerializeToString,
+                response_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ImageResponse.FromString,
+                _registered_method=True)
+        self.PinImage = channel.unary_unary(
+                '/greenroom.v1alpha1.Images/PinImage',
+                request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.PinImageRequest.SerializeToString,
+                response_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ImageResponse.FromString,
+                _registered_method=True)
+        self.PruneImages = channel.unary_unary(
+                '/greenroom.v1alpha1.Images/PruneImages',
+                request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.PruneImagesRequest.SerializeToString,
+                response_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.PruneImagesResponse.FromString,
+                _registered_method=True)
+        self.ImportImage = channel.stream_unary(
+                '/greenroom.v1alpha1.Images/ImportImage',
+                request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ImportImageRequest.SerializeToString,
+                response_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ImportImageResponse.FromString,
+                _registered_method=True)
+
+
+class ImagesServicer:
+    """The images that workers have. Workers of one machine may share a store; what is asked for is done once in each store.
+    `workers`: only in the stores of these; empty: of all that are connected. `image`: a reference, a digest, or at least 6
+    of its first digits.
+    """
+
+    def ListImages(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def InspectImage(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PullImage(self, request, context):
+        """Has an image prepared; tells how far it is until it is there. Giving up does not cancel it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveImage(self, request, context):
+        """Refused (IMAGE_IN_USE) while an actor runs from it, or while it is pinned.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinImage(self, request, context):
+        """A pinned image is never evicted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PruneImages(self, request, context):
+        """Removes all that nobody uses and that is not pinned.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportImage(self, request_iterator, context):
+        """Takes an image over from an archive (OCI layout or docker archive, as tar). The first message says where to, the
+        others carry it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ImagesServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ListImages': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListImages,
+                    request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ListImagesRequest.FromString,
+                    response_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ListImagesResponse.SerializeToString,
+            ),
+            'InspectImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.InspectImage,
+                    request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ImageRequest.FromString,
+                    response_serializer=greenroom_dot_v1alpha1_dot_api__pb2.InspectImageResponse.SerializeToString,
+            ),
+            'PullImage': grpc.unary_stream_rpc_method_handler(
+                    servicer.PullImage,
+                    request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.PullImageRequest.FromString,
+                    response_serializer=greenroom_dot_v1alpha1_dot_resources__pb2.PullProgress.SerializeToString,
+            ),
+            'RemoveImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveImage,
+                    request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.RemoveImageRequest.FromString,
+                    response_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ImageResponse.SerializeToString,
+            ),
+            'PinImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinImage,
+                    request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.PinImageRequest.FromString,
+                    response_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ImageResponse.SerializeToString,
+            ),
+            'PruneImages': grpc.unary_unary_rpc_method_handler(
+                    servicer.PruneImages,
+                    request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.PruneImagesRequest.FromString,
+                    response_serializer=greenroom_dot_v1alpha1_dot_api__pb2.PruneImagesResponse.SerializeToString,
+            ),
+            'ImportImage': grpc.stream_unary_rpc_method_handler(
+                    servicer.ImportImage,
+                    request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ImportImageRequest.FromString,
+                    response_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ImportImageResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'greenroom.v1alpha1.Images', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('greenroom.v1alpha1.Images', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Images:
+    """The images that workers have. Workers of one machine may share a store; what is asked for is done once in each store.
+    `workers`: only in the stores of these; empty: of all that are connected. `image`: a reference, a digest, or at least 6
+    of its first digits.
+    """
+
+    @staticmethod
+    def ListImages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/greenroom.v1alpha1.Images/ListImages',
+            greenroom_dot_v1alpha1_dot_api__pb2.ListImagesRequest.SerializeToString,
+            greenroom_dot_v1alpha1_dot_api__pb2.ListImagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InspectImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/greenroom.v1alpha1.Images/InspectImage',
+            greenroom_dot_v1alpha1_dot_api__pb2.ImageRequest.SerializeToString,
+            greenroom_dot_v1alpha1_dot_api__pb2.InspectImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PullImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/greenroom.v1alpha1.Images/PullImage',
+            greenroom_dot_v1alpha1_dot_api__pb2.PullImageRequest.SerializeToString,
+            greenroom_dot_v1alpha1_dot_resources__pb2.PullProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/greenroom.v1alpha1.Images/RemoveImage',
+            greenroom_dot_v1alpha1_dot_api__pb2.RemoveImageRequest.SerializeToString,
+            greenroom_dot_v1alpha1_dot_api__pb2.ImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/greenroom.v1alpha1.Images/PinImage',
+            greenroom_dot_v1alpha1_dot_api__pb2.PinImageRequest.SerializeToString,
+            greenroom_dot_v1alpha1_dot_api__pb2.ImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PruneImages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/greenroom.v1alpha1.Images/PruneImages',
+            greenroom_dot_v1alpha1_dot_api__pb2.PruneImagesRequest.SerializeToString,
+            greenroom_dot_v1alpha1_dot_api__pb2.PruneImagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportImage(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/greenroom.v1alpha1.Images/ImportImage',
+            greenroom_dot_v1alpha1_dot_api__pb2.ImportImageRequest.SerializeToString,
+            greenroom_dot_v1alpha1_dot_api__pb2.ImportImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class SnapshotsStub:
     """Missing associated documentation comment in .proto file."""
 

@@ -618,6 +618,7 @@ class TemplateSpec(_message.Message):
     DURABILITY_FIELD_NUMBER: _builtins.int
     EVICTABLE_FIELD_NUMBER: _builtins.int
     WORKER_SELECTOR_FIELD_NUMBER: _builtins.int
+    STOP_SIGNAL_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """OCI reference; required"""
     workdir: _builtins.str
@@ -630,6 +631,8 @@ class TemplateSpec(_message.Message):
     durability: Global___Durability.ValueType
     evictable: _builtins.bool
     """may be suspended, while idle, to make room for another actor; default true"""
+    stop_signal: _builtins.str
+    """"SIGINT", "INT" or "2"; "": the image's, or SIGTERM"""
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """replaces the image's entrypoint; empty: the image's own"""
@@ -644,7 +647,7 @@ class TemplateSpec(_message.Message):
 
     @_builtins.property
     def ports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """1 to 65535; the first is where requests go. Empty: takes no requests"""
+        """the first is where requests go; 0 alone: the image's. Empty: takes no requests"""
 
     @_builtins.property
     def readyz(self) -> Global___Probe: ...
@@ -676,10 +679,11 @@ class TemplateSpec(_message.Message):
         durability: Global___Durability.ValueType = ...,
         evictable: _builtins.bool | None = ...,
         worker_selector: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        stop_signal: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_evictable", b"_evictable", "_pool", b"_pool", "evictable", b"evictable", "idle_timeout", b"idle_timeout", "pool", b"pool", "readyz", b"readyz", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evictable", b"_evictable", "_pool", b"_pool", "args", b"args", "command", b"command", "durability", b"durability", "env", b"env", "evictable", b"evictable", "idle_timeout", b"idle_timeout", "image", b"image", "on_crash", b"on_crash", "pool", b"pool", "ports", b"ports", "readyz", b"readyz", "resources", b"resources", "user", b"user", "workdir", b"workdir", "worker_selector", b"worker_selector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evictable", b"_evictable", "_pool", b"_pool", "args", b"args", "command", b"command", "durability", b"durability", "env", b"env", "evictable", b"evictable", "idle_timeout", b"idle_timeout", "image", b"image", "on_crash", b"on_crash", "pool", b"pool", "ports", b"ports", "readyz", b"readyz", "resources", b"resources", "stop_signal", b"stop_signal", "user", b"user", "workdir", b"workdir", "worker_selector", b"worker_selector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__evictable: _TypeAlias = _typing.Literal["evictable"]  # noqa: Y015
     _WhichOneofArgType__evictable: _TypeAlias = _typing.Literal["_evictable", b"_evictable"]  # noqa: Y015
@@ -710,6 +714,8 @@ class Template(_message.Message):
     GOLDEN_SNAPSHOT_FIELD_NUMBER: _builtins.int
     OPERATION_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     name: _builtins.str
     uid: _builtins.str
@@ -725,12 +731,18 @@ class Template(_message.Message):
     """id of its latest preparation"""
     generation: _builtins.int
     """grows with every process that takes its preparation up"""
+    phase: _builtins.str
+    """while it is PREPARING: resolve, download, unpack, boot, snapshot"""
     @_builtins.property
     def spec(self) -> Global___TemplateSpec: ...
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def state_since(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerProgress]:
+        """of the image that is being pulled"""
+
     def __init__(
         self,
         *,
@@ -748,10 +760,12 @@ class Template(_message.Message):
         golden_snapshot: _builtins.str = ...,
         operation: _builtins.str = ...,
         generation: _builtins.int = ...,
+        phase: _builtins.str = ...,
+        layers: _abc.Iterable[Global___LayerProgress] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "spec", b"spec", "state_since", b"state_since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "generation", b"generation", "golden_snapshot", b"golden_snapshot", "image_digest", b"image_digest", "message", b"message", "name", b"name", "namespace", b"namespace", "operation", b"operation", "reason", b"reason", "spec", b"spec", "state", b"state", "state_since", b"state_since", "uid", b"uid", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "generation", b"generation", "golden_snapshot", b"golden_snapshot", "image_digest", b"image_digest", "layers", b"layers", "message", b"message", "name", b"name", "namespace", b"namespace", "operation", b"operation", "phase", b"phase", "reason", b"reason", "spec", b"spec", "state", b"state", "state_since", b"state_since", "uid", b"uid", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -876,6 +890,8 @@ class Worker(_message.Message):
     IMAGES_FIELD_NUMBER: _builtins.int
     FAILURES_FIELD_NUMBER: _builtins.int
     QUARANTINED_UNTIL_FIELD_NUMBER: _builtins.int
+    IMAGE_BYTES_FIELD_NUMBER: _builtins.int
+    IMAGE_OVER_BYTES_FIELD_NUMBER: _builtins.int
     CORDON_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     pool: _builtins.str
@@ -895,6 +911,10 @@ class Worker(_message.Message):
     version: _builtins.int
     failures: _builtins.int
     """wake-ups in a row that failed there and were its fault"""
+    image_bytes: _builtins.int
+    """what its images take"""
+    image_over_bytes: _builtins.int
+    """of which more than it was told to keep, all in use"""
     cordon: _builtins.str
     """why it is emptied and gets no actors: asked, leaving, retiring; "": it is not"""
     @_builtins.property
@@ -931,17 +951,277 @@ class Worker(_message.Message):
         images: _abc.Iterable[_builtins.str] | None = ...,
         failures: _builtins.int = ...,
         quarantined_until: _timestamp_pb2.Timestamp | None = ...,
+        image_bytes: _builtins.int = ...,
+        image_over_bytes: _builtins.int = ...,
         cordon: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_memory_snapshots", b"_memory_snapshots", "last_seen", b"last_seen", "memory_snapshots", b"memory_snapshots", "quarantined_until", b"quarantined_until", "registered_at", b"registered_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_snapshots", b"_memory_snapshots", "backend", b"backend", "boot_id", b"boot_id", "capacity", b"capacity", "cordon", b"cordon", "failures", b"failures", "fingerprint", b"fingerprint", "images", b"images", "labels", b"labels", "last_seen", b"last_seen", "memory_snapshots", b"memory_snapshots", "message", b"message", "name", b"name", "pool", b"pool", "quarantined_until", b"quarantined_until", "registered_at", b"registered_at", "state", b"state", "used", b"used", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_snapshots", b"_memory_snapshots", "backend", b"backend", "boot_id", b"boot_id", "capacity", b"capacity", "cordon", b"cordon", "failures", b"failures", "fingerprint", b"fingerprint", "image_bytes", b"image_bytes", "image_over_bytes", b"image_over_bytes", "images", b"images", "labels", b"labels", "last_seen", b"last_seen", "memory_snapshots", b"memory_snapshots", "message", b"message", "name", b"name", "pool", b"pool", "quarantined_until", b"quarantined_until", "registered_at", b"registered_at", "state", b"state", "used", b"used", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__memory_snapshots: _TypeAlias = _typing.Literal["memory_snapshots"]  # noqa: Y015
     _WhichOneofArgType__memory_snapshots: _TypeAlias = _typing.Literal["_memory_snapshots", b"_memory_snapshots"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_snapshots) -> _WhichOneofReturnType__memory_snapshots | None: ...
 
 Global___Worker: _TypeAlias = Worker  # noqa: Y015
+
+@_typing.final
+class CachedImage(_message.Message):
+    """--- images on workers -----------------------------------------------------------------------------------------
+
+    An image that a worker has, whole or in part.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    REFERENCES_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
+    LAST_USED_AT_FIELD_NUMBER: _builtins.int
+    USERS_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """of its manifest"""
+    ready: _builtins.bool
+    """unpacked; default true"""
+    size_bytes: _builtins.int
+    """of its compressed layers"""
+    disk_bytes: _builtins.int
+    """that removing it would free now"""
+    pinned: _builtins.bool
+    @_builtins.property
+    def references(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """names that led to it"""
+
+    @_builtins.property
+    def last_used_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def users(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """"namespace/name on worker" """
+
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        references: _abc.Iterable[_builtins.str] | None = ...,
+        ready: _builtins.bool | None = ...,
+        size_bytes: _builtins.int = ...,
+        disk_bytes: _builtins.int = ...,
+        last_used_at: _timestamp_pb2.Timestamp | None = ...,
+        users: _abc.Iterable[_builtins.str] | None = ...,
+        pinned: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ready", b"_ready", "last_used_at", b"last_used_at", "ready", b"ready"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ready", b"_ready", "digest", b"digest", "disk_bytes", b"disk_bytes", "last_used_at", b"last_used_at", "pinned", b"pinned", "ready", b"ready", "references", b"references", "size_bytes", b"size_bytes", "users", b"users"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__ready: _TypeAlias = _typing.Literal["ready"]  # noqa: Y015
+    _WhichOneofArgType__ready: _TypeAlias = _typing.Literal["_ready", b"_ready"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ready) -> _WhichOneofReturnType__ready | None: ...
+
+Global___CachedImage: _TypeAlias = CachedImage  # noqa: Y015
+
+@_typing.final
+class ImageCache(_message.Message):
+    """The image store of one or more workers of a machine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    FREE_BYTES_FIELD_NUMBER: _builtins.int
+    HIGH_BYTES_FIELD_NUMBER: _builtins.int
+    LOW_BYTES_FIELD_NUMBER: _builtins.int
+    OVER_BYTES_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """workers that share a store say the same"""
+    used_bytes: _builtins.int
+    free_bytes: _builtins.int
+    """that the file system still has"""
+    high_bytes: _builtins.int
+    """above this images are evicted, the longest unused first; 0: never"""
+    low_bytes: _builtins.int
+    """until there are this many"""
+    over_bytes: _builtins.int
+    """more than `high_bytes`, all in use"""
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___CachedImage]: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        workers: _abc.Iterable[_builtins.str] | None = ...,
+        used_bytes: _builtins.int = ...,
+        free_bytes: _builtins.int = ...,
+        high_bytes: _builtins.int = ...,
+        low_bytes: _builtins.int = ...,
+        over_bytes: _builtins.int = ...,
+        images: _abc.Iterable[Global___CachedImage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_bytes", b"free_bytes", "high_bytes", b"high_bytes", "id", b"id", "images", b"images", "low_bytes", b"low_bytes", "over_bytes", b"over_bytes", "used_bytes", b"used_bytes", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImageCache: _TypeAlias = ImageCache  # noqa: Y015
+
+@_typing.final
+class ImageDetail(_message.Message):
+    """What an image says about how to run it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class EnvEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    IMAGE_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    ENTRYPOINT_FIELD_NUMBER: _builtins.int
+    CMD_FIELD_NUMBER: _builtins.int
+    ENV_FIELD_NUMBER: _builtins.int
+    WORKDIR_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    EXPOSED_PORTS_FIELD_NUMBER: _builtins.int
+    STOP_SIGNAL_FIELD_NUMBER: _builtins.int
+    workdir: _builtins.str
+    """default "/" """
+    user: _builtins.str
+    stop_signal: _builtins.str
+    @_builtins.property
+    def image(self) -> Global___CachedImage: ...
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """digests, the lowest first"""
+
+    @_builtins.property
+    def entrypoint(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def cmd(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def env(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def exposed_ports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        image: Global___CachedImage | None = ...,
+        layers: _abc.Iterable[_builtins.str] | None = ...,
+        entrypoint: _abc.Iterable[_builtins.str] | None = ...,
+        cmd: _abc.Iterable[_builtins.str] | None = ...,
+        env: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        workdir: _builtins.str | None = ...,
+        user: _builtins.str = ...,
+        exposed_ports: _abc.Iterable[_builtins.int] | None = ...,
+        stop_signal: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_workdir", b"_workdir", "image", b"image", "workdir", b"workdir"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_workdir", b"_workdir", "cmd", b"cmd", "entrypoint", b"entrypoint", "env", b"env", "exposed_ports", b"exposed_ports", "image", b"image", "layers", b"layers", "stop_signal", b"stop_signal", "user", b"user", "workdir", b"workdir"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__workdir: _TypeAlias = _typing.Literal["workdir"]  # noqa: Y015
+    _WhichOneofArgType__workdir: _TypeAlias = _typing.Literal["_workdir", b"_workdir"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__workdir) -> _WhichOneofReturnType__workdir | None: ...
+
+Global___ImageDetail: _TypeAlias = ImageDetail  # noqa: Y015
+
+@_typing.final
+class Evicted(_message.Message):
+    """What an eviction removed, or would."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REMOVED_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    FREED_BYTES_FIELD_NUMBER: _builtins.int
+    OVER_BYTES_FIELD_NUMBER: _builtins.int
+    freed_bytes: _builtins.int
+    over_bytes: _builtins.int
+    @_builtins.property
+    def removed(self) -> _containers.RepeatedCompositeFieldContainer[Global___CachedImage]: ...
+    @_builtins.property
+    def kept(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """"digest: why" """
+
+    def __init__(
+        self,
+        *,
+        removed: _abc.Iterable[Global___CachedImage] | None = ...,
+        kept: _abc.Iterable[_builtins.str] | None = ...,
+        freed_bytes: _builtins.int = ...,
+        over_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["freed_bytes", b"freed_bytes", "kept", b"kept", "over_bytes", b"over_bytes", "removed", b"removed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Evicted: _TypeAlias = Evicted  # noqa: Y015
+
+@_typing.final
+class PullProgress(_message.Message):
+    """How far a worker is with an image; the last one is `done` or has an `error`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    phase: _builtins.str
+    done: _builtins.bool
+    digest: _builtins.str
+    size_bytes: _builtins.int
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerProgress]: ...
+    @_builtins.property
+    def error(self) -> Global___Failure: ...
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        phase: _builtins.str = ...,
+        layers: _abc.Iterable[Global___LayerProgress] | None = ...,
+        done: _builtins.bool = ...,
+        digest: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        error: Global___Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "done", b"done", "error", b"error", "layers", b"layers", "phase", b"phase", "size_bytes", b"size_bytes", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PullProgress: _TypeAlias = PullProgress  # noqa: Y015
 
 @_typing.final
 class Replica(_message.Message):

@@ -1,0 +1,94 @@
+"""Room for an image that is to be prepared: made beforehand as far as it is known, and anew when the disk is full."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import structlog
+
+from greenroom.core.errors import ResourceExhausted
+from greenroom.images.blobs import BlobStore
+from greenroom.images.cache import Cache
+from greenroom.images.config import Descriptor
+from greenroom.images.progress import Progress
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+
+class Guest(NamedTuple):
+    """The image: its reference, digest and layers."""
+
+    reference: str
+    digest: str
+    layers: Sequence[Descriptor]
+
+
+class Room:
+    """In the store below ``root``. ``recent_s``: what was used in the last so many seconds makes room for nobody."""
+
+    def __init__(self, root: Path, cache: Cache, blobs: BlobStore, recent_s: float) -> None:
+        self._root = root
+        self._cache = cache
+        self._blobs = blobs
+        self._recent_s = recent_s
+
+    async def given(self, guest: Guest, progress: Progress, make: Callable[[], Awaitable[T]]) -> T:
+        """What ``make`` returns. When the disk is full all the same, all that nobody uses goes, and it is done again.
+
+        Raises:
+            ResourceExhausted: the disk is full (reason ``DISK_FULL``), and nothing may go; says how much is missing.
+        """
+        await asyncio.to_thread(self._make_room, guest)
+        while True:
+            free = await asyncio.to_thread(self._cache.free_bytes)
+            try:
+                return await make()
+            except ResourceExhausted as full:
+                if full.reason != "DISK_FULL":
+                    raise
+                evicted = await asyncio.to_thread(self._evict, guest, None)
+                if not evicted:
+                    raise self._estimated(guest, progress, free, full) from full
+                log.warning("the disk is full; images were evicted", freed_bytes=evicted)
+
+    def _make_room(self, guest: Guest) -> None:
+        """For the layers that are not here yet; what they unpack to is not known."""
+        layers = {layer.digest: layer for layer in guest.layers}.values()
+        coming = sum(layer.size - self._blobs.done_bytes(layer) for layer in layers)
+        self._cache.trim(coming)
+        missing = coming - self._cache.free_bytes()
+        if missing > 0:
+            freed = self._evict(guest, missing)
+            missing = coming - self._cache.free_bytes()
+            if missing > 0:
+                raise self._full(guest, f"its layers need {_mib(missing)} more", missing, freed)
+
+    def _evict(self, guest: Guest, wanted_bytes: int | None) -> int:
+        return self._cache.evict(wanted_bytes, recent_s=self._recent_s, spare=[guest.digest]).freed_bytes
+
+    def _estimated(self, guest: Guest, progress: Progress, free: int, full: ResourceExhausted) -> ResourceExhausted:
+        """The disk was full in the middle: what is missing can be told from how far it came with what was ``free``."""
+        part = progress.unpacked_part()
+        if not part:
+            return full
+        missing = int(free / part) - free
+        return self._full(guest, f"to unpack it takes about {_mib(missing)} more", missing, 0)
+
+    def _full(self, guest: Guest, why: str, missing: int, freed: int) -> ResourceExhausted:
+        already = f"{_mib(freed)} of unused images were removed already; " if freed else ""
+        return ResourceExhausted(
+            f"the disk of {self._root} is full: image {guest.reference} does not fit, {why}. {already}Remove what "
+            "nobody needs (`greenroom images list`, `greenroom images rm`), or add space",
+            reason="DISK_FULL",
+            metadata={"missing_bytes": str(missing)},
+            retry_after_s=30.0,
+        )
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{max(1, round(size_bytes / (1 << 20)))} MiB"
