@@ -7,8 +7,9 @@
 - killed: the agent is killed (SIGKILL) five times while it pulls, at random places, and started again; the bytes that
   the registry's side sends beyond the image's size. Goal: at most 20 MiB in all. A proxy counts them, and keeps hardly
   any in its own buffers
-- image phase: what the agent does for the image of an actor that is woken, when the image is there, in an agent that
-  was just started (the first call) and in one that knows it. Goal: at most 5 ms, and nothing unpacked
+- image phase: what the agent does for the image of an actor that is woken, when the image is there: in an agent that
+  was just started (once), of a template that is new to it, and of one that it knows. Goal: 99 % of the new ones take at
+  most 5 ms, and nothing is unpacked
 
 The agent is a process with all of the agent's modules that pulls as the agent does.
 
@@ -74,14 +75,19 @@ def child(directory: Path, reference: str, *, wake: str) -> None:
         return {"digest": image.digest}
 
     async def measure() -> dict[str, Any]:
-        spec, seconds = TemplateSpec(image=reference), []
-        classes = Classes(store, needs_image=True)
-        for _ in range(WAKES):
+        spec = TemplateSpec(image=reference)
+
+        async def phase(classes: Classes) -> float:
             began = time.perf_counter()
             with Reports(lambda progress: None) as reports:
                 await classes.of(wake, spec, reports)
-            seconds.append(time.perf_counter() - began)
-        return {"first_ms": seconds[0] * 1e3, "p99_ms": percentile(seconds[1:], 0.99) * 1e3}
+            return (time.perf_counter() - began) * 1e3
+
+        first = await phase(Classes(store, needs_image=True))
+        new = [await phase(Classes(store, needs_image=True)) for _ in range(WAKES)]
+        classes = Classes(store, needs_image=True)
+        known = [await phase(classes) for _ in range(WAKES)][1:]
+        return {"just_started_ms": first, "new_p99_ms": percentile(new, 0.99), "known_p99_ms": percentile(known, 0.99)}
 
     print(json.dumps(uvloop.run(measure() if wake else pull())), flush=True)
 
@@ -340,7 +346,7 @@ def main() -> None:
         "ratio": GOAL_RATIO,
         "peak_bytes": GOAL_MEMORY_BYTES,
         "again_bytes": GOAL_AGAIN_BYTES,
-        "image_phase_first_ms": GOAL_IMAGE_PHASE_MS,
+        "image_phase_new_p99_ms": GOAL_IMAGE_PHASE_MS,
     }
     missed = [name for name, goal in goals.items() if figures[name] > goal]
     if missed:

@@ -108,6 +108,15 @@ def test_a_hard_link_to_a_link_is_one(yard: Yard) -> None:
     assert (root / "a").is_symlink() and (root / "b").read_text() == "evil"
 
 
+def test_whiteouts_said_again_and_again(yard: Yard) -> None:
+    """Not worked through each time: this would take minutes."""
+    files = [file(f"d/{n}", b"") for n in range(3000)]
+    opaque = [file("d/.wh..wh..opq", b""), file(".wh.d", b"")] * 3000
+    root = yard.unpack([archive(file("d/lower", b"")), archive(*files, *opaque)])
+    assert len(list((root / "d").iterdir())) == 3000
+    assert not (root / "d/lower").exists()
+
+
 def test_attributes_of_the_machine_are_left_out(yard: Yard) -> None:
     """overlayfs would take them for its own."""
     names = ("trusted.overlay.opaque", "trusted.overlay.redirect", "user.overlay.opaque", "security.selinux")

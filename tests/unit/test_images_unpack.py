@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 from hostile_archives import Member, archive, directory, file, info, link, symlink
 
 from greenroom.core.errors import DataLoss, FailedPrecondition
@@ -169,6 +171,27 @@ def test_sparse_files(apply: Apply, tmp_path: Path, sparse: str) -> None:
     root = apply(data)
     assert (root / "sparse").read_bytes() == content
     assert (root / "sparse").stat().st_blocks * 512 < 1 << 20
+
+
+@pytest.mark.parametrize("form", ["gzip members", "gzip padded", "zstd frames", "zstd skippable", "zstd long"])
+def test_streams_in_several_pieces(apply: Apply, tmp_path: Path, form: str) -> None:
+    """As eStargz, zstd:chunked and parallel compressors write them."""
+    data = archive(file("a", os.urandom(300_000)), file("b", b"b" * 300_000))
+    halves = data[:200_000], data[200_000:]
+    skippable = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"table"
+    long_window = zstandard.ZstdCompressionParameters.from_level(3, window_log=27, enable_ldm=True)
+    packed = {
+        "gzip members": lambda: b"".join(map(gzip.compress, halves)),
+        "gzip padded": lambda: gzip.compress(data) + bytes(512),
+        "zstd frames": lambda: b"".join(map(zstandard.compress, halves)),
+        "zstd skippable": lambda: skippable + zstandard.compress(data) + skippable,
+        "zstd long": lambda: zstandard.ZstdCompressor(compression_params=long_window).compress(data),
+    }[form]()
+    blob = tmp_path / "blob0"
+    blob.write_bytes(packed)
+    layer = JobLayer(blob=str(blob), digest="layer0", diff_id="sha256:" + hashlib.sha256(data).hexdigest())
+    unpack(Job(target=str(apply()), layers=(layer,)), io.BytesIO())
+    assert (tmp_path / "target/b").read_bytes() == b"b" * 300_000
 
 
 def test_upper_layers_replace(apply: Apply) -> None:

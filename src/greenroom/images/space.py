@@ -14,6 +14,8 @@ GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
 #: Longest header of a zstd frame. Source: RFC 8878, section 3.1.1.1.
 _ZSTD_HEADER_BYTES = 18
+#: Header and trailer of a gzip member, with some room for names. Source: RFC 1952, section 2.3.
+_GZIP_FRAME_BYTES = 64
 #: By what gzip's deflate grows data that it can't compress, at most. Source: RFC 1951, section 3.2.4 (stored blocks).
 _INCOMPRESSIBLE = 1.001
 
@@ -25,17 +27,15 @@ def is_zstd(magic: bytes) -> bool:
 
 def unpacked_bytes(blob: Path) -> int:
     """How many bytes a layer unpacks to, at least, as far as it says so itself: exact when it is not compressed, was
-    compressed by gzip in one piece, or by zstd with the size in its header; otherwise its own size."""
+    compressed by gzip in one piece, or by zstd with the size in its header; otherwise about its own size."""
     fd = os.open(blob, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         size = os.fstat(fd).st_size
         head = os.pread(fd, _ZSTD_HEADER_BYTES, 0)
         if head.startswith(GZIP) and size >= 4:
-            # The size modulo 4 GiB. Source: RFC 1952, section 2.3.1 (ISIZE).
+            # The size of the last member, modulo 4 GiB. Source: RFC 1952, section 2.3.1 (ISIZE).
             (said,) = struct.unpack("<I", os.pread(fd, 4, size - 4))
-            while said * _INCOMPRESSIBLE < size - 64:
-                said += 1 << 32
-            return int(said)
+            return max(int(said), int(size / _INCOMPRESSIBLE) - _GZIP_FRAME_BYTES)
         if head.startswith(_ZSTD):
             try:
                 said = zstandard.get_frame_parameters(head).content_size

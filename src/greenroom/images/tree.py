@@ -80,6 +80,9 @@ class Tree:
         self._directories: dict[Parts, Attributes] = {}
         #: Paths made since `start_layer`, for whiteouts, which only hide what lower layers brought. None: no lower one.
         self._layer: set[Parts] | None = None
+        #: Paths at which nothing of lower layers is left. Said again, a whiteout costs nothing: an archive may say it
+        #: a million times of a directory with a million files.
+        self._hidden: set[Parts] = set()
 
     def __enter__(self) -> Tree:
         return self
@@ -115,6 +118,7 @@ class Tree:
     def start_layer(self, *, lowest: bool) -> None:
         """What comes now is another layer."""
         self._layer = None if lowest else set()
+        self._hidden.clear()
 
     def directory(self, parts: Parts, attributes: Attributes) -> None:
         """Makes a directory, or gives the one that is there these attributes. ``()`` is the root."""
@@ -197,6 +201,9 @@ class Tree:
         """Removes what lower layers have in this directory."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             here = self._resolve(parts, create=False)
+            if here in self._hidden:
+                return
+            self._hidden.add(here)
             for name in _names(self._directory(here)):
                 self._remove_lower(here, name)
 
@@ -314,8 +321,9 @@ class Tree:
     def _remove_lower(self, parent: Parts, name: str) -> None:
         here = (*parent, name)
         mode = self._mode_of(parent, name)
-        if mode is None or self._layer is None:
+        if mode is None or self._layer is None or here in self._hidden:
             return
+        self._hidden.add(here)
         if stat.S_ISDIR(mode):
             for child in _names(self._directory(here)):
                 self._remove_lower(here, child)
