@@ -39,6 +39,7 @@ FAILED_ONCE = {
     290: "the exit of a first try of a wake crashed what the second had woken",
     148: "a worker that wanted to end was not seen off again after the first try had failed",
     278: "the same",
+    1576: "after an outage of the store every worker refused to wake, as none had been answered again yet",
     50001: "the exit of a sandbox whose answer was lost crashed the one that the same call had made since",
     26: "a drained worker's record forgot why, and the worker stayed drained",
 }

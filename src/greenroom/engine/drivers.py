@@ -218,7 +218,10 @@ class Drivers:
         if len(refused) >= self._engine.config.attempts:
             raise error
         await self._discard(actor, op)  # whatever the last one made
-        await asyncio.sleep(self._engine.config.rebind_pause_s * 2 ** (len(refused) - 1))
+        pause_s = self._engine.config.rebind_pause_s * 2 ** (len(refused) - 1)
+        if error.reason == "WORKER_ALONE":  # after an outage of the store all are, until they are answered again
+            pause_s = max(pause_s, self._engine.hub.welcome.heartbeat_s)
+        await asyncio.sleep(pause_s)
         rebind = Rebind(
             key=actor.key,
             now=self._engine.now(),
