@@ -317,8 +317,8 @@ async def test_sizes_beyond_the_disk(refused: Check, upstream: str, proxy: Fault
     }
     proxy.answer(200, body=json.dumps(lying).encode(), headers={"Content-Type": MANIFEST_TYPES[0]}, path="/manifests/")
     proxy.answer(200, body=b"{}", path="2" * 64)
-    if size == 1 << 39:  # the config comes first, and it is not what its digest says
-        await refused(f"{proxy.host}/test/image:1", DataLoss, "DIGEST_MISMATCH", "2" * 64)
+    if size == 1 << 39:
+        await refused(f"{proxy.host}/test/image:1", ResourceExhausted, "DISK_FULL", "does not fit")
     else:
         await refused(f"{proxy.host}/test/image:1", FailedPrecondition, "IMAGE_INVALID", "impossible size")
 
@@ -426,7 +426,7 @@ class TestFull:
         assert contents((await store.prepare(f"{upstream}/test/image:1")).rootfs) == {"data": DATA}
 
     async def _full(self, small: Path, reference: str, at_least: int) -> None:
-        with pytest.raises(ResourceExhausted, match="bytes are missing") as raised:
+        with pytest.raises(ResourceExhausted) as raised:
             await DiskImageStore(small).prepare(reference)
         assert raised.value.reason == "DISK_FULL"
         assert at_least <= int(raised.value.metadata["missing_bytes"]) < 8 << 20

@@ -22,8 +22,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from greenroom.core.errors import DataLoss, GreenroomError, ResourceExhausted
-from greenroom.images import pieces
+from greenroom.core.errors import DataLoss, GreenroomError
+from greenroom.images import pieces, space
 from greenroom.images.config import MAX_JSON_BYTES, Descriptor
 from greenroom.images.download import (
     MAX_FRUITLESS_ATTEMPTS,
@@ -166,16 +166,9 @@ class BlobStore:
             except OSError as error:
                 if error.errno not in _DISK_FULL:
                     raise
-                missing = max(self._lacking(partial), 1)
+                full = space.disk_full(f"blob {descriptor.digest}", self._partial, _left(partial))
                 partial.discard()
-                raise ResourceExhausted(
-                    f"the disk is full while fetching {descriptor.digest}: {missing} bytes are missing on the disk of "
-                    f"{self._partial} ({partial.done_bytes} of {descriptor.size} were here); free space or remove "
-                    "images",
-                    reason="DISK_FULL",
-                    metadata={"missing_bytes": str(missing)},
-                    retry_after_s=30.0,
-                ) from error
+                raise full from error
             finally:
                 partial.close()
 
@@ -214,8 +207,7 @@ class BlobStore:
 
     def _lacking(self, partial: Partial) -> int:
         """Bytes that the blob still needs and the disk does not have; negative: room that is left."""
-        disk = os.statvfs(self._partial)
-        return partial.descriptor.size - partial.done_bytes - disk.f_bavail * disk.f_frsize
+        return _left(partial) - space.free_bytes(self._partial)
 
 
 def try_lock(root: Path, digest: str) -> int | None:
@@ -238,6 +230,11 @@ def _disk_bytes(path: Path) -> int:
         return path.stat().st_blocks * 512
     except FileNotFoundError:
         return 0
+
+
+def _left(partial: Partial) -> int:
+    """Bytes that are still to be written."""
+    return partial.descriptor.size - partial.done_bytes
 
 
 def hex_of(digest: str) -> str:

@@ -63,7 +63,8 @@ def disk_full(what: str, directory: Path, needed_bytes: int) -> ResourceExhauste
     """
     found = os.statvfs(directory)
     free = found.f_bavail * found.f_frsize
-    facts = {"needed_bytes": str(needed_bytes), "free_bytes": str(free)}
+    missing = max(needed_bytes - free, 1)
+    facts = {"missing_bytes": str(missing), "needed_bytes": str(needed_bytes), "free_bytes": str(free)}
     if found.f_files and not found.f_favail:
         why = "it can hold no more files"
     else:
