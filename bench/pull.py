@@ -47,7 +47,9 @@ from _kit import WORK, conditions, percentile, report, say
 
 from greenroom.agent.agent import Agent
 from greenroom.agent.classes import Classes
+from greenroom.agent.images import WorkerImages
 from greenroom.agent.progress import Reports
+from greenroom.core import agentapi as api
 from greenroom.core.records import TemplateSpec
 from greenroom.images.store import DiskImageStore
 from greenroom.testing.oci_layout import push_layout
@@ -76,17 +78,29 @@ def child(directory: Path, reference: str, *, wake: str) -> None:
 
     async def measure() -> dict[str, Any]:
         spec = TemplateSpec(image=reference)
+        images = WorkerImages(store, "w0", directory)
+        await images.open(())
 
-        async def phase(classes: Classes) -> float:
+        async def phase(classes: Classes, uid: str) -> float:
+            identity = api.Identity(namespace="default", name=uid, uid=uid, generation=1)
+            call = api.Start(
+                operation_id=uid, actor_uid=uid, generation=1, identity=identity, spec=spec, image_digest=wake
+            )
             began = time.perf_counter()
             with Reports(lambda progress: None) as reports:
-                await classes.of(wake, spec, reports)
+                await classes.held(call, reports)
             return (time.perf_counter() - began) * 1e3
 
-        first = await phase(Classes(store, needs_image=True))
-        new = [await phase(Classes(store, needs_image=True)) for _ in range(WAKES)]
-        classes = Classes(store, needs_image=True)
-        known = [await phase(classes) for _ in range(WAKES)][1:]
+        def classes() -> Classes:
+            return Classes(images, needs_image=True)
+
+        first = await phase(classes(), "first")
+        new = [await phase(classes(), f"new{n}") for n in range(WAKES)]
+        same = classes()
+        known = [await phase(same, f"known{n}") for n in range(WAKES)][1:]
+        for uid in ("first", *(f"{kind}{n}" for kind in ("new", "known") for n in range(WAKES))):
+            await images.release(uid)
+        await images.close(wipe=True)
         return {"just_started_ms": first, "new_p99_ms": percentile(new, 0.99), "known_p99_ms": percentile(known, 0.99)}
 
     print(json.dumps(uvloop.run(measure() if wake else pull())), flush=True)
