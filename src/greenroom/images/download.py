@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import ParamSpec, Protocol
+from typing import ParamSpec, Protocol, TypeVar
 
 from greenroom.core.errors import GreenroomError, ResourceExhausted, Unavailable
 from greenroom.images.config import Descriptor
 from greenroom.images.pieces import MAX_IN_FLIGHT_BYTES, PIECE_BYTES, Partial
 
 Arguments = ParamSpec("Arguments")
+Done = TypeVar("Done")
 
 #: Attempts in a row that bring no byte before a download is given up; each byte that arrives starts the count anew.
 MAX_FRUITLESS_ATTEMPTS = 5
@@ -191,13 +192,18 @@ class Download:
         self._progress(self._done_bytes)
 
 
-async def to_the_end(work: Callable[Arguments, None], *arguments: Arguments.args, **more: Arguments.kwargs) -> None:
-    """Runs a short piece of work in a thread; a cancelled caller waits for its end, so that nothing works on after."""
+async def to_the_end(work: Callable[Arguments, Done], *arguments: Arguments.args, **more: Arguments.kwargs) -> Done:
+    """Runs a short piece of work in a thread; a caller who is cancelled, however often, waits for its end: what it
+    holds for the work (a lock, a descriptor) must not be let go of before."""
     running = asyncio.ensure_future(asyncio.to_thread(work, *arguments, **more))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        if not running.cancelled():
-            running.exception()  # the next attempt meets the same trouble; now the cancellation counts
-        raise
+    cancelled: asyncio.CancelledError | None = None
+    while not running.done():
+        try:
+            await asyncio.wait([running])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is None:
+        return running.result()
+    if not running.cancelled():
+        running.exception()  # the next attempt meets the same trouble; now the cancellation counts
+    raise cancelled

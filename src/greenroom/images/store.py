@@ -1,7 +1,8 @@
 """The image store on disk: `greenroom.images.catalog` says what lies where, `greenroom.images.uses` who uses it,
 `greenroom.images.cache` how much is kept, `greenroom.images.repair` what becomes of what a killed process left.
 
-Whoever changes something of a digest holds its lock.
+Whoever changes something of a digest holds its lock, and lets go of it when the threads that do so have ended
+(`greenroom.images.download.to_the_end`), also when cancelled.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from greenroom.images.config import (
     parse_config,
     parse_manifest,
 )
-from greenroom.images.download import Interrupted, new_budget
+from greenroom.images.download import Interrupted, new_budget, to_the_end
 from greenroom.images.flight import Flights
 from greenroom.images.incoming import received
 from greenroom.images.origins import Origins, Source
@@ -253,7 +254,7 @@ class DiskImageStore:
     async def remove(self, digest: str) -> None:
         check_digest(digest)
         async with self._blobs.locked(digest):
-            if await asyncio.to_thread(self._cache.remove_locked, digest):
+            if await to_the_end(self._cache.remove_locked, digest):
                 return
             users = await asyncio.to_thread(self._uses.described, digest)
         by = ", ".join(users[:3]) or "nobody, but it is pinned: unpin it first"
@@ -335,8 +336,8 @@ class DiskImageStore:
             layers=tuple(layer.digest for layer in manifest.layers),
             size_bytes=sum(layer.size for layer in manifest.layers),
         )
-        await asyncio.to_thread(self._catalog.write, record)
-        await asyncio.to_thread(self._blobs.write, wanted.data)
+        await to_the_end(self._catalog.write, record)
+        await to_the_end(self._blobs.write, wanted.data)
         try:
             budget = new_budget()
             await self._blobs.fetch(manifest.config, origins.sources, budget, lambda done: None)
@@ -372,7 +373,7 @@ class DiskImageStore:
         self, record: ImageRecord, manifest: Manifest, diff_ids: Sequence[str], progress: Progress, lock_fd: int
     ) -> None:
         staged = self._catalog.staged(record.digest)
-        await asyncio.to_thread(_make_empty, staged)
+        await to_the_end(_make_empty, staged)
         job = Job(
             target=str(staged),
             layers=tuple(
@@ -386,13 +387,13 @@ class DiskImageStore:
             await run_unpacker(
                 job, lambda number, done: progress.update("unpack", manifest.layers[number].digest, done), lock_fd
             )
-            await asyncio.to_thread(self._commit, record)
+            await to_the_end(self._commit, record)
         except BaseException as error:
-            await asyncio.shield(asyncio.to_thread(shutil.rmtree, staged, ignore_errors=True))
+            await to_the_end(shutil.rmtree, staged, ignore_errors=True)
             if isinstance(error, (DataLoss, FailedPrecondition)):
                 # Either the image is wrong, or a blob has rotted since it was verified, which must not last.
                 for layer in manifest.layers:
-                    await asyncio.to_thread(self._blobs.remove_if_damaged, layer.digest)
+                    await to_the_end(self._blobs.remove_if_damaged, layer.digest)
             raise
 
     def _commit(self, record: ImageRecord) -> None:
