@@ -81,7 +81,7 @@ class Download:
     Args:
         budget: from `new_budget`.
         progress: called with the bytes that are here or have at least arrived. It only falls when it turns out that the
-            source knows no ranges, and so what is half there has to come again.
+            source knows no ranges, and so all has to come again: then it says how much has.
         patience: attempts in a row without a byte before it is given up.
     """
 
@@ -153,13 +153,15 @@ class Download:
         await to_the_end(self._partial.write, number, data)
 
     async def _in_one_stream(self) -> None:
-        """All from the start; pieces that are here pass by."""
+        """All from the start; pieces that are here pass by, which is progress for whoever looks whether anything moves,
+        but none for `_patiently`."""
         number, data = 0, bytearray()
         size = self._partial.descriptor.size
         async with self._source.open_blob(self._partial.descriptor, 0, size) as (begin, chunks):
             assert begin == 0
             async for chunk in chunks:
                 data += chunk
+                self._progress(min(number * PIECE_BYTES + len(data), size))
                 while number * PIECE_BYTES < size:
                     start, end = self._partial.bounds(number)
                     if len(data) < end - start:
@@ -168,7 +170,7 @@ class Download:
                     del data[: end - start]
                     if not self._partial.has(number):
                         await to_the_end(self._partial.write, number, piece)
-                        self._arrived(len(piece))
+                        self._done_bytes += len(piece)
                     number += 1
                 else:
                     return

@@ -357,10 +357,8 @@ class DiskImageStore:
         turns = asyncio.Semaphore(PARALLEL_LAYERS)
 
         async def fetch(layer: Descriptor) -> None:
-            async with turns, progress.watched(layer, self._blobs.done_bytes):
-                await self._blobs.fetch(
-                    layer, origins.sources, budget, lambda done: progress.update("download", layer.digest, done)
-                )
+            async with turns, progress.watched(layer, self._blobs.done_bytes) as tell:
+                await self._blobs.fetch(layer, origins.sources, budget, tell)
 
         try:
             async with asyncio.TaskGroup() as group:
