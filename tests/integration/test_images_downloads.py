@@ -266,6 +266,7 @@ async def test_ten_at_once_pull_once(upstream: str, pushed: str, store: DiskImag
         images = await asyncio.gather(*(store.prepare(f"{proxy.host}/{pushed}") for _ in range(10)))
         assert len({image.digest for image in images}) == 1
         assert proxy.blob_bytes < SIZE + 10_000
+        assert sum("/manifests/" in request for request in proxy.requests) == 1
 
 
 async def test_a_silent_registry_takes_nothing_from_others(upstream: str, pushed: str, store: DiskImageStore) -> None:

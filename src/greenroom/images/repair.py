@@ -53,9 +53,10 @@ def repair(
     there |= {f"sha256:{path.name}" for path in catalog.rootfs.iterdir()} | set(uses.digests())
     for digest in sorted(there):
         with_lock(digest, lambda digest=digest: _settle(catalog, uses, cache, digest))  # type: ignore[misc]
-    for digest in sorted(blobs.digests()):
-        if not catalog.needs(digest):
-            done += cache.remove_unneeded(digest)
+    # Records are read once for all blobs; what seems to be nobody's is looked up again under its lock.
+    needed = {blob for record in catalog.records() for blob in record.blobs}
+    for digest in sorted(blobs.digests() - needed):
+        done += cache.remove_unneeded(digest)
     for path in (root / "progress").glob("[0-9a-f]*"):
         with_lock(f"sha256:{path.name}", lambda path=path: _unlink(path))  # type: ignore[misc]
     known = {record.digest for record in catalog.records()}

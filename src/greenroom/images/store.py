@@ -29,7 +29,7 @@ from greenroom.core.errors import (
 )
 from greenroom.core.records import Evicted, ImageCache
 from greenroom.images.archive import local_source
-from greenroom.images.blobs import BlobStore, write_atomically
+from greenroom.images.blobs import BlobStore, private, write_atomically
 from greenroom.images.cache import LOW_PART, RECENT_S, Cache, Marks
 from greenroom.images.catalog import Catalog, ImageRecord, disk_bytes
 from greenroom.images.client import Client
@@ -75,7 +75,8 @@ class DiskImageStore:
     """`greenroom.images.port.ImageStore` below the directory ``root``, which several processes may share.
 
     Args:
-        root: made if it is not there.
+        root: made if it is not there, for this user alone: images bring programs that are root's whoever runs them
+            (set-user-id), which nobody of this machine must be able to.
         registries: accounts, mirrors and certificates; by default there are none.
         peers: base URLs of agents that are asked before a registry (`greenroom.images.peers`), beside those that
             `prepare` is given; called for each image, so that they may come and go.
@@ -100,6 +101,7 @@ class DiskImageStore:
         recent_s: float = RECENT_S,
     ) -> None:
         self._root = root.absolute()
+        private(self._root)
         self._registries = registries or Registries()
         self._peers = peers
         self._peer_token = peer_token
@@ -112,6 +114,7 @@ class DiskImageStore:
         self._cache = Cache(self._root, self._catalog, self._blobs, self._uses, marks, recent_s=recent_s)
         self._room = Room(self._root, self._cache, self._blobs, recent_s)
         self._shared = SharedProgress(self._root)
+        self._resolving: Flights[None, tuple[str, bytes, Manifest]] = Flights()
         self._flights: Flights[OnProgress, Image] = Flights()
 
     async def open(self) -> None:
@@ -135,8 +138,12 @@ class DiskImageStore:
         on_progress: OnProgress | None,
         peers: Sequence[str] = (),
     ) -> Image:
-        async with self._open(parsed, peers) as origins:
-            digest, data, manifest = await self._resolve(reference, parsed.digest, origins)
+        async def resolve(_: Sequence[None]) -> tuple[str, bytes, Manifest]:
+            async with self._open(parsed, peers) as origins:
+                return await self._resolve(reference, parsed.digest, origins)
+
+        # Who wants the same at the same time asks once. (An archive that is imported may have the name of another.)
+        digest, data, manifest = await self._resolving.join(repr((reference, parsed)), None, resolve)
 
         mine = False
 
