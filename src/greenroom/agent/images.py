@@ -75,10 +75,10 @@ class WorkerImages:
         """
         digest, actor_uid = call.image_digest, call.actor_uid
         who = f"{call.identity.namespace}/{call.identity.name}"
+        self._held.setdefault(actor_uid, set()).add(digest)  # before it is: cut short, it is released all the same
         for attempt in range(_ATTEMPTS):
             try:
                 await self._store.hold(digest, self._holder, actor_uid, who)
-                self._held.setdefault(actor_uid, set()).add(digest)
                 return await self._store.get(digest)
             except NotFound:
                 if attempt + 1 == _ATTEMPTS:
@@ -105,8 +105,12 @@ class WorkerImages:
             await self._store.release(digest, self._holder, WARM)
             held.discard(digest)
         for digest in set(digests) - held:
-            await self._store.hold(digest, self._holder, WARM)
             held.add(digest)
+            try:
+                await self._store.hold(digest, self._holder, WARM)
+            except NotFound:
+                held.discard(digest)
+                raise
 
     # --- what people and the control plane ask for -------------------------------------------------------
 

@@ -205,7 +205,8 @@ class DiskImageStore:
     # --- use ---------------------------------------------------------------------------------------------
 
     async def hold(self, digest: str, holder: str, actor_uid: str, who: str = "") -> None:
-        if not await asyncio.to_thread(self._hold, check_digest(digest), user_of(holder, actor_uid), who):
+        # A caller who is cancelled has it, or does not, when that is over, so that a release that follows is the last.
+        if not await to_the_end(self._hold, check_digest(digest), user_of(holder, actor_uid), who):
             raise _not_here(digest)
 
     def _hold(self, digest: str, user: str, who: str) -> bool:
