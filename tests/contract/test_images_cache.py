@@ -113,6 +113,19 @@ async def test_what_is_being_prepared_stays(tmp_path: Path) -> None:
     assert (await shelf.store.cache()).used_bytes < 100_000
 
 
+async def test_who_removes_what_is_being_prepared_is_told_so(tmp_path: Path) -> None:
+    """It may take hours; nobody is held for that."""
+    shelf = Shelf(tmp_path)
+    image = await shelf.add("a")
+    lock = try_lock(tmp_path / "store", image.digest)
+    assert lock is not None
+    async with asyncio.timeout(10):
+        with pytest.raises(FailedPrecondition, match="is being prepared or removed just now"):
+            await shelf.store.remove(image.digest)
+    os.close(lock)
+    await shelf.store.remove(image.digest)
+
+
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A disk of 14 MiB."""

@@ -112,7 +112,9 @@ class TarFiles:
                 raise invalid(f"{self._path} has more than {MAX_MEMBERS} files, so it is no archive of images")
             names += len(entry.name) + len(entry.linkname)
             if names > MAX_NAMES:
-                raise invalid(f"{self._path} has names of more than {MAX_NAMES >> 20} MiB, so it is no archive of images")
+                raise invalid(
+                    f"{self._path} has names of more than {MAX_NAMES >> 20} MiB, so it is no archive of images"
+                )
             name = posixpath.normpath(entry.name)
             self._found.pop(name, None)
             self._links.pop(name, None)

@@ -120,7 +120,7 @@ class ImageStore(Protocol):
         """Removes the tree and the blobs that no other image needs. Idempotent.
 
         Raises:
-            FailedPrecondition: it is in use or pinned (reason ``IMAGE_IN_USE``); names by whom.
+            FailedPrecondition: it is in use or pinned, by whom is said, or being prepared (reason ``IMAGE_IN_USE``).
         """
 
     async def take_in(self, name: str, tag: str, archive: AsyncIterator[bytes]) -> Image:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 import shutil
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -29,7 +30,7 @@ from greenroom.core.errors import (
 )
 from greenroom.core.records import Evicted, ImageCache
 from greenroom.images.archive import local_source
-from greenroom.images.blobs import BlobStore, private, write_atomically
+from greenroom.images.blobs import BlobStore, private, try_lock, write_atomically
 from greenroom.images.cache import LOW_PART, RECENT_S, Cache, Marks
 from greenroom.images.catalog import Catalog, ImageRecord, disk_bytes
 from greenroom.images.client import Client
@@ -261,10 +262,19 @@ class DiskImageStore:
 
     async def remove(self, digest: str) -> None:
         check_digest(digest)
-        async with self._blobs.locked(digest):
+        lock_fd = try_lock(self._root, digest)
+        if lock_fd is None:  # a preparation may take hours; who wants to remove something is not held for that
+            raise FailedPrecondition(
+                f"image {digest} is being prepared or removed just now: try again when that is over, or end it "
+                "(`greenroom get operations --state=running`)",
+                reason="IMAGE_IN_USE",
+            )
+        try:
             if await to_the_end(self._cache.remove_locked, digest):
                 return
-            users = await asyncio.to_thread(self._uses.described, digest)
+        finally:
+            os.close(lock_fd)
+        users = await asyncio.to_thread(self._uses.described, digest)
         by = ", ".join(users[:3]) or "nobody, but it is pinned: unpin it first"
         raise FailedPrecondition(f"image {digest} is used by {by}", reason="IMAGE_IN_USE")
 
