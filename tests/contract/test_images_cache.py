@@ -184,6 +184,22 @@ async def test_of_a_worker_that_comes_back_only_what_lives(tmp_path: Path) -> No
     assert await shelf.store.keep_only("w.1", ["old"]) == {"old": tuple(sorted((a.digest, b.digest)))}
 
 
+async def test_of_a_worker_that_is_gone_for_good_nothing(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    image = await shelf.add("a", age_s=50)
+    for holder in ("w.1", "w.2"):
+        (tmp_path / holder).mkdir()
+        await shelf.store.keep_only(holder, [], tmp_path / holder)
+        await shelf.store.hold(image.digest, holder, "1")
+    (tmp_path / "w.1").rmdir()
+    with pytest.raises(FailedPrecondition, match="is used by actor 1 on w$"):
+        await shelf.store.remove(image.digest)
+    assert [path.name for path in (tmp_path / "store/holders").iterdir()] == ["w.2"]
+    (tmp_path / "w.2").rmdir()
+    assert [gone.digest for gone in (await shelf.store.prune()).removed] == [image.digest]
+    assert not list((tmp_path / "store/holders").iterdir())
+
+
 async def test_a_name_that_is_nobodys_is_not_used(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
     with pytest.raises(NotFound):

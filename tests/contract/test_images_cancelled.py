@@ -18,7 +18,6 @@ from greenroom.images.catalog import Catalog
 from greenroom.images.store import DiskImageStore
 from greenroom.testing.contracts.images import contents, make_image
 
-
 #: So that a test that fails ends.
 _GIVES_UP_S = 10.0
 #: Enough for whoever does not wait.

@@ -297,7 +297,7 @@ def test_registries_that_refuse(served: tuple[Kit, Shell], pushed: Pushed) -> No
     ):
         bad = {
             f"{private}/app/one:1": (4, "REGISTRY_AUTH", f"registry {private} wants a login for app/one"),
-            f"{limited}/app/one:1": (1, "REGISTRY_RATE_LIMIT", f"{limited} wants to be left alone for 3600 s"),
+            f"{limited}/app/one:1": (6, "REGISTRY_RATE_LIMIT", f"{limited} wants to be left alone for 3600 s"),
             f"{old}/app/one:1": (4, "IMAGE_INVALID", f"{old}/app/one:1 has a manifest of Docker's old schema 1"),
             push_index(pushed): (4, "IMAGE_INVALID", "app/one:foreign is not made for linux/"),
         }

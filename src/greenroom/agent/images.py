@@ -35,6 +35,7 @@ class WorkerImages:
     def __init__(self, store: ImageStore, worker: str, state_dir: Path) -> None:
         self._store = store
         self._holder = holder_of(worker, state_dir)
+        self._state_dir = state_dir
         self._held: dict[str, set[str]] = {}  # by actor uid, or `WARM`
         self._pulls: dict[str, asyncio.Future[Image]] = {}
         self._trimmer: asyncio.Task[None] | None = None
@@ -47,7 +48,7 @@ class WorkerImages:
     async def open(self, actor_uids: Collection[str]) -> None:
         """``actor_uids``: whose sandboxes were found alive."""
         await self._store.open()
-        held = await self._store.keep_only(self._holder, actor_uids)
+        held = await self._store.keep_only(self._holder, actor_uids, self._state_dir)
         self._held = {uid: set(digests) for uid, digests in held.items()}
         await self._look()
         self._trimmer = asyncio.create_task(self._trim(), name="image-trimmer")

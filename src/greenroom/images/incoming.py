@@ -7,7 +7,6 @@ Below the store's root::
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import fcntl
 import os

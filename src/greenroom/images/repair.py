@@ -44,7 +44,7 @@ def repair(
 
     uses.drop_stale()
     done += clear_incoming(root)
-    for directory in (catalog.images, catalog.refs, root / "blobs" / "sha256", root / "progress"):
+    for directory in (catalog.images, catalog.refs, root / "blobs" / "sha256", root / "progress", root / "holders"):
         done += _remove_unfinished(directory, unfinished_s)
     for path in catalog.unpacking.iterdir():
         digest = f"sha256:{path.name}"

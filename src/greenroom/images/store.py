@@ -220,8 +220,10 @@ class DiskImageStore:
     async def release(self, digest: str, holder: str, actor_uid: str) -> None:
         await asyncio.to_thread(self._uses.drop, check_digest(digest), user_of(holder, actor_uid))
 
-    async def keep_only(self, holder: str, actor_uids: Collection[str]) -> dict[str, tuple[str, ...]]:
-        return await asyncio.to_thread(self._uses.keep_only, holder, actor_uids)
+    async def keep_only(
+        self, holder: str, actor_uids: Collection[str], state_dir: Path | None = None
+    ) -> dict[str, tuple[str, ...]]:
+        return await asyncio.to_thread(self._uses.keep_only, holder, actor_uids, state_dir)
 
     async def pin(self, digest: str, *, undo: bool = False) -> None:
         if undo:
@@ -270,6 +272,7 @@ class DiskImageStore:
                 reason="IMAGE_IN_USE",
             )
         try:
+            await to_the_end(self._uses.drop_stale)
             if await to_the_end(self._cache.remove_locked, digest):
                 return
         finally:
