@@ -164,6 +164,22 @@ async def test_no_archive_of_images(store: DiskImageStore, tmp_path: Path) -> No
     await refused(store, f"oci:{path}", "neither a directory nor a plain file", FailedPrecondition)
 
 
+async def test_names_of_an_archive_are_bounded(store: DiskImageStore, tmp_path: Path) -> None:
+    """They are kept in the agent's memory."""
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        for number in range(20):
+            archive.addfile(tarfile.TarInfo(f"{number}{'x' * 900_000}"))
+    await refused(store, f"oci:{path}", "names of more than 16 MiB", FailedPrecondition)
+
+
+async def test_a_pipe_in_a_layout_holds_up_nobody(store: DiskImageStore, tmp_path: Path) -> None:
+    (tmp_path / "layout").mkdir()
+    os.mkfifo(tmp_path / "layout/index.json")
+    async with asyncio.timeout(10):
+        await refused(store, f"oci:{tmp_path / 'layout'}", r"index\.json is no plain file", FailedPrecondition)
+
+
 async def test_archive_that_contradicts_itself(store: DiskImageStore, tmp_path: Path) -> None:
     path = tmp_path / "saved.tar"
     good = docker_members()

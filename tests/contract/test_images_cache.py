@@ -113,6 +113,19 @@ async def test_what_is_being_prepared_stays(tmp_path: Path) -> None:
     assert (await shelf.store.cache()).used_bytes < 100_000
 
 
+async def test_who_removes_what_is_being_prepared_is_told_so(tmp_path: Path) -> None:
+    """It may take hours; nobody is held for that."""
+    shelf = Shelf(tmp_path)
+    image = await shelf.add("a")
+    lock = try_lock(tmp_path / "store", image.digest)
+    assert lock is not None
+    async with asyncio.timeout(10):
+        with pytest.raises(FailedPrecondition, match="is being prepared or removed just now"):
+            await shelf.store.remove(image.digest)
+    os.close(lock)
+    await shelf.store.remove(image.digest)
+
+
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A disk of 14 MiB."""
@@ -169,6 +182,22 @@ async def test_of_a_worker_that_comes_back_only_what_lives(tmp_path: Path) -> No
     assert users == {a.digest: ("actor 2 on w", "actor 1 on w"), b.digest: ()}
     # One that was made before uses were written down: it may be any image's.
     assert await shelf.store.keep_only("w.1", ["old"]) == {"old": tuple(sorted((a.digest, b.digest)))}
+
+
+async def test_of_a_worker_that_is_gone_for_good_nothing(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    image = await shelf.add("a", age_s=50)
+    for holder in ("w.1", "w.2"):
+        (tmp_path / holder).mkdir()
+        await shelf.store.keep_only(holder, [], tmp_path / holder)
+        await shelf.store.hold(image.digest, holder, "1")
+    (tmp_path / "w.1").rmdir()
+    with pytest.raises(FailedPrecondition, match="is used by actor 1 on w$"):
+        await shelf.store.remove(image.digest)
+    assert [path.name for path in (tmp_path / "store/holders").iterdir()] == ["w.2"]
+    (tmp_path / "w.2").rmdir()
+    assert [gone.digest for gone in (await shelf.store.prune()).removed] == [image.digest]
+    assert not list((tmp_path / "store/holders").iterdir())
 
 
 async def test_a_name_that_is_nobodys_is_not_used(tmp_path: Path) -> None:

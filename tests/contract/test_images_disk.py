@@ -86,6 +86,16 @@ class TestDisk(ImageStoreContract):
             await store.prepare(reference)
         assert contents((await store.prepare(reference)).rootfs) == {"a": b"1" * 5000}
 
+    async def test_nobody_else_of_this_machine_gets_at_it(self, tmp_path: Path) -> None:
+        """Images bring set-user-id programs of root."""
+        before = os.umask(0o022)
+        try:
+            store = DiskImageStore(tmp_path / "some" / "where")
+        finally:
+            os.umask(before)
+        await store.prepare(make_image(tmp_path / "layout", {"a": b"1"}))
+        assert (tmp_path / "some/where").stat().st_mode & 0o777 == 0o700
+
     async def test_limits_are_the_stores(self, tmp_path: Path) -> None:
         small = DiskImageStore(tmp_path / "store", max_entries=2, max_unpacked_bytes=100_000)
         with pytest.raises(FailedPrecondition, match="more than 2 files"):

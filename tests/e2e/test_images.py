@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import msgspec
@@ -19,14 +23,14 @@ import pytest
 from kit import Kit, until
 from shell import Shell, template
 
-from greenroom.images.config import Manifest
+from greenroom.images.config import INDEX_TYPES, MANIFEST_TYPES, Manifest
 from greenroom.testing import counter_app
-from greenroom.testing.live import LiveServer
+from greenroom.testing.live import GREENROOM, LiveServer
 from greenroom.testing.oci_layout import Layout, push_layout
 from greenroom.testing.python_image import build_python_image
 
 sys.path.append(str(Path(__file__).parents[1] / "integration"))
-from registry_kit import docker_registry, find_registry
+from registry_kit import docker_registry, find_registry, find_tool, put_manifest
 
 pytestmark = [
     pytest.mark.xdist_group("sandboxes"),
@@ -245,6 +249,86 @@ def test_bad_images(served: tuple[Kit, Shell], pushed: Pushed, tmp_path: Path) -
         assert says in shell("describe", "template", "bad").ok()
         shell("delete", "template", "bad").ok()
     shell("apply", "-f", "-", stdin=template("good", f"{pushed.registry}/app/one:1")).ok()
+
+
+def push_index(pushed: Pushed) -> str:
+    """An image that is not for this machine; returns its reference."""
+    one = Layout(pushed.layout).index().manifests[0]
+    entry = {"mediaType": MANIFEST_TYPES[0], "digest": one.digest, "size": one.size}
+    foreign = entry | {"platform": {"os": "linux", "architecture": "riscv64"}}
+    index = {"schemaVersion": 2, "mediaType": INDEX_TYPES[0], "manifests": [foreign]}
+    put_manifest(pushed.registry, "app/one:foreign", msgspec.json.encode(index), INDEX_TYPES[0])
+    return f"{pushed.registry}/app/one:foreign"
+
+
+@contextmanager
+def registry_that_answers(status: int, headers: dict[str, str], body: bytes = b"") -> Iterator[str]:
+    """The same to every request; yields ``host:port``."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_registries_that_refuse(served: tuple[Kit, Shell], pushed: Pushed) -> None:
+    """A clear error on the template and in its operation, whatever is wrong; and what is asked for next works."""
+    kit, shell = served
+    schema_1 = {"Content-Type": "application/vnd.docker.distribution.manifest.v1+prettyjws"}
+    with (
+        registry_that_answers(401, {"WWW-Authenticate": 'Basic realm="test"'}) as private,
+        registry_that_answers(429, {"Retry-After": "3600"}) as limited,
+        registry_that_answers(200, schema_1, b'{"schemaVersion": 1, "name": "app/one"}') as old,
+    ):
+        bad = {
+            f"{private}/app/one:1": (4, "REGISTRY_AUTH", f"registry {private} wants a login for app/one"),
+            f"{limited}/app/one:1": (6, "REGISTRY_RATE_LIMIT", f"{limited} wants to be left alone for 3600 s"),
+            f"{old}/app/one:1": (4, "IMAGE_INVALID", f"{old}/app/one:1 has a manifest of Docker's old schema 1"),
+            push_index(pushed): (4, "IMAGE_INVALID", "app/one:foreign is not made for linux/"),
+        }
+        for reference, (code, reason, says) in bad.items():
+            shell("apply", "-f", "-", stdin=template("bad", reference)).failed(code, says)
+            failed = kit.template("bad")
+            assert (failed.state, failed.reason, failed.phase) == ("Failed", reason, "")
+            assert says in failed.message
+            operations = shell("get", "operations", "-o", "json").ok()
+            assert reason in operations and says in operations
+            shell("delete", "template", "bad").ok()
+    shell("apply", "-f", "-", stdin=template("good", f"{pushed.registry}/app/one:1")).ok()
+
+
+@pytest.mark.skipif(find_tool("skopeo") is None, reason="no skopeo: run scripts/setup.sh --test")
+def test_an_archive_as_docker_saves_it(served: tuple[Kit, Shell], pushed: Pushed, tmp_path: Path) -> None:
+    kit, shell = served
+    layout = build_python_image(tmp_path / "layout", app=Path(counter_app.__file__), compression="gzip")
+    archive = tmp_path / "saved.tar"
+    copy = ("copy", "--insecure-policy", layout, f"docker-archive:{archive}:app/one:1")
+    subprocess.run([str(find_tool("skopeo")), *copy], check=True, capture_output=True)
+    shell("images", "import", str(archive), "--name=imported/one:1", "--tag=2").failed(
+        3, "has no image '2'", "app/one:1"
+    )
+    piped = f"gzip -1 < {archive} | {shlex.join(GREENROOM)} images import - --name imported/one:1"
+    environment = {**os.environ, "GREENROOM_HOME": str(shell.home)}
+    said = subprocess.run(piped, shell=True, env=environment, check=True, capture_output=True, text=True)
+    assert "imported on default-0,default-1" in said.stdout
+    shell("apply", "-f", "-", stdin=template("one", "imported/one:1")).ok()
+    kit.create("a", template="one")
+    assert kit.get("a")["ram"] == 1
 
 
 def test_what_runs_keeps_its_image_whoever_dies(served: tuple[Kit, Shell], pushed: Pushed) -> None:

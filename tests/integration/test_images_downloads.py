@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import signal
@@ -14,7 +15,8 @@ import pytest
 from registry_kit import docker_registry, find_registry
 
 from greenroom.core.errors import DataLoss, Unavailable
-from greenroom.images import download
+from greenroom.core.records import LayerProgress
+from greenroom.images import download, progress
 from greenroom.images.pieces import MAX_IN_FLIGHT_BYTES, PIECE_BYTES
 from greenroom.images.store import DiskImageStore
 from greenroom.testing.contracts.images import contents, make_image
@@ -118,6 +120,27 @@ async def test_ranges_that_are_ignored(upstream: str, pushed: str, store: DiskIm
             await store.prepare(f"{proxy.host}/{pushed}")
         proxy.before_chunk = heal
         check((await store.prepare(f"{proxy.host}/{pushed}")).rootfs)
+
+
+async def test_what_has_to_come_again_is_seen_to_move(
+    upstream: str, pushed: str, store: DiskImageStore, soon: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a slow link it takes longer than anything may that does not move."""
+    monkeypatch.setattr(progress, "PROGRESS_PERIOD_S", 0.0)
+    seen: list[int] = []
+
+    def heard(phase: str, layers: tuple[LayerProgress, ...]) -> None:
+        if phase == "download":
+            seen.append(max(layer.done_bytes for layer in layers))
+
+    async with FaultProxy(upstream).running() as proxy:
+        proxy.cut_after_bytes, proxy.ignore_ranges = SIZE // 2, True
+        with pytest.raises(Unavailable):
+            await store.prepare(f"{proxy.host}/{pushed}")
+        proxy.cut_after_bytes = None
+        check((await store.prepare(f"{proxy.host}/{pushed}", heard)).rootfs)
+    steps = sorted({0, SIZE, *seen})
+    assert max(after - before for before, after in itertools.pairwise(steps)) <= 4 * PIECE_BYTES
 
 
 async def test_gives_up_when_nothing_comes(upstream: str, pushed: str, store: DiskImageStore, soon: None) -> None:
@@ -243,6 +266,7 @@ async def test_ten_at_once_pull_once(upstream: str, pushed: str, store: DiskImag
         images = await asyncio.gather(*(store.prepare(f"{proxy.host}/{pushed}") for _ in range(10)))
         assert len({image.digest for image in images}) == 1
         assert proxy.blob_bytes < SIZE + 10_000
+        assert sum("/manifests/" in request for request in proxy.requests) == 1
 
 
 async def test_a_silent_registry_takes_nothing_from_others(upstream: str, pushed: str, store: DiskImageStore) -> None:

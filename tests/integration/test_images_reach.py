@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from registry_kit import WebProxy, docker_registry, find_registry, make_authority
+from yarl import URL
 
 from greenroom.core.errors import FailedPrecondition, GreenroomError, Unavailable
 from greenroom.images import download, registry
@@ -134,6 +135,32 @@ async def test_credentials_do_not_follow_a_redirect(upstream: str, pushed: str, 
         check((await DiskImageStore(tmp_path / "store").prepare(f"{front.host}/{pushed}")).rootfs)
         assert storage.blob_bytes >= SIZE
         assert leaked == []
+
+
+async def test_whoever_is_redirected_to_gets_no_account(upstream: str, pushed: str, tmp_path: Path) -> None:
+    """It may ask for one, and say where to send it to."""
+    leaked: list[str] = []
+
+    async def credentials(host: str, repository: str) -> Login | None:
+        return Login(username="ada", password="secret")
+
+    async with FaultProxy(upstream).running() as storage, FaultProxy(upstream).running() as front:
+
+        async def ask(request: web.Request) -> web.StreamResponse | None:
+            leaked.extend(request.headers.getall("Authorization", []))
+            realm = f'Bearer realm="http://{storage.host}/token",service="x"'
+            return web.Response(status=401, headers={"WWW-Authenticate": realm})
+
+        async def redirect(request: web.Request) -> web.StreamResponse | None:
+            if "/blobs/" in request.path:
+                raise web.HTTPTemporaryRedirect(f"http://{storage.host}{request.path_qs}")
+            return None
+
+        storage.intercept, front.intercept = ask, redirect
+        images = DiskImageStore(tmp_path / "store", registries=Registries(credentials=credentials))
+        with pytest.raises(Unavailable, match=f"{storage.host}, where {front.host} redirects to, answers 401"):
+            await images.prepare(f"{front.host}/{pushed}")
+    assert leaked == []
 
 
 async def test_a_login_as_docker_keeps_it(tmp_path: Path, pushed: str) -> None:
@@ -332,6 +359,20 @@ async def test_a_proxy_that_wants_an_account(tmp_path: Path) -> None:
 
 
 @needs_openssl
+@pytest.mark.parametrize("proxy", ["socks5://ada:secret@127.0.0.1:1", "http://ada:secret@[bad:1", "http://"])
+def test_a_proxy_that_is_none(proxy: str) -> None:
+    with pytest.raises(FailedPrecondition, match="HTTPS_PROXY") as refused:
+        Registries.from_environment({"HOME": "/nowhere", "HTTPS_PROXY": proxy})
+    assert refused.value.reason == "REGISTRY_CONFIG"
+    assert "secret" not in refused.value.message
+
+
+def test_a_proxy_without_a_scheme() -> None:
+    """As other tools take it."""
+    proxied = Registries.from_environment({"HOME": "/nowhere", "https_proxy": "proxy.example:3128"})
+    assert proxied.proxy(URL("https://registry.example/v2/")) == "http://proxy.example:3128"
+
+
 async def test_nothing_goes_on_without_tls(upstream: str, pushed: str, tmp_path: Path) -> None:
     """A registry behind TLS sends its readers to plain http."""
     tls = make_authority(tmp_path)

@@ -282,6 +282,9 @@ CORPUS: dict[str, Case] = {
     "map of negative fragments": Case(_plain(_sparse_1_0(b"-1\n")), "'holes'.*map can't be read"),
     "map without an end": Case(_plain(_endless_old_sparse()), "'holes'.*more than 65536 fragments"),
     # Bombs, and streams that are none
+    "directories that no entry speaks of": Case(
+        _members([file("/".join("d" * 200), b"")]), "more than 100 files", {"max_entries": 100}
+    ),
     "too many entries": Case(
         _members([file(f"f{n}", b"") for n in range(20)]), "more than 10 files", {"max_entries": 10}
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from greenroom.core import agentapi as api
 from greenroom.core.errors import FailedPrecondition, NotFound
 from greenroom.core.records import TemplateSpec
 from greenroom.images.store import DiskImageStore
-from greenroom.images.uses import WARM
+from greenroom.images.uses import WARM, Uses
 from greenroom.testing.contracts.images import make_image
 
 
@@ -111,3 +113,26 @@ async def test_warm_sandboxes_give_way_when_there_is_too_much(shop: Shop) -> Non
     assert (agent.used_bytes < 10_000, agent.over_bytes) == (True, 0)
     assert WARM in agent._held
     await agent.close(wipe=True)
+
+
+async def test_a_wake_that_is_cancelled_leaves_no_use(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = await shop.agent()
+    writing, go = threading.Event(), threading.Event()
+    add = Uses.add
+
+    def held_up(*arguments: Any) -> bool:
+        writing.set()
+        go.wait(10)
+        return add(*arguments)
+
+    monkeypatch.setattr(Uses, "add", held_up)
+    wake = asyncio.create_task(agent.hold(shop.start("1"), quiet))
+    await asyncio.to_thread(writing.wait)
+    wake.cancel()
+    asyncio.get_running_loop().call_later(0.1, go.set)
+    with pytest.raises(asyncio.CancelledError):
+        await wake
+    await agent.release("1")  # as whoever wakes actors does when it fails
+    assert await asyncio.to_thread(go.wait, 10)
+    await asyncio.get_running_loop().shutdown_default_executor()
+    assert Uses(shop.root / "store").users(shop.digest) == []

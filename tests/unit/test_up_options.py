@@ -148,3 +148,10 @@ def test_without_workers(up: Up) -> None:
 )
 def test_what_is_refused_says_what_to_write(up: Up, args: list[str], says: str) -> None:
     assert says in up.refused(*args)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0"])
+def test_peers_are_told_an_address_that_they_can_ask(address: str) -> None:
+    result = CliRunner().invoke(cli, ["up", f"--peers={address}"])
+    assert result.exit_code == 2
+    assert "each would ask itself" in result.output

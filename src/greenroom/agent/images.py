@@ -35,6 +35,7 @@ class WorkerImages:
     def __init__(self, store: ImageStore, worker: str, state_dir: Path) -> None:
         self._store = store
         self._holder = holder_of(worker, state_dir)
+        self._state_dir = state_dir
         self._held: dict[str, set[str]] = {}  # by actor uid, or `WARM`
         self._pulls: dict[str, asyncio.Future[Image]] = {}
         self._trimmer: asyncio.Task[None] | None = None
@@ -47,7 +48,7 @@ class WorkerImages:
     async def open(self, actor_uids: Collection[str]) -> None:
         """``actor_uids``: whose sandboxes were found alive."""
         await self._store.open()
-        held = await self._store.keep_only(self._holder, actor_uids)
+        held = await self._store.keep_only(self._holder, actor_uids, self._state_dir)
         self._held = {uid: set(digests) for uid, digests in held.items()}
         await self._look()
         self._trimmer = asyncio.create_task(self._trim(), name="image-trimmer")
@@ -75,10 +76,10 @@ class WorkerImages:
         """
         digest, actor_uid = call.image_digest, call.actor_uid
         who = f"{call.identity.namespace}/{call.identity.name}"
+        self._held.setdefault(actor_uid, set()).add(digest)  # before it is: cut short, it is released all the same
         for attempt in range(_ATTEMPTS):
             try:
                 await self._store.hold(digest, self._holder, actor_uid, who)
-                self._held.setdefault(actor_uid, set()).add(digest)
                 return await self._store.get(digest)
             except NotFound:
                 if attempt + 1 == _ATTEMPTS:
@@ -105,8 +106,12 @@ class WorkerImages:
             await self._store.release(digest, self._holder, WARM)
             held.discard(digest)
         for digest in set(digests) - held:
-            await self._store.hold(digest, self._holder, WARM)
             held.add(digest)
+            try:
+                await self._store.hold(digest, self._holder, WARM)
+            except NotFound:
+                held.discard(digest)
+                raise
 
     # --- what people and the control plane ask for -------------------------------------------------------
 

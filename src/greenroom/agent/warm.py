@@ -130,9 +130,9 @@ class WarmPool:
                 self._changed.set()
 
     async def _hold(self) -> None:
+        """The images of what is ready, and of what is about to be made."""
         if self._making:
             self._image_of[self._making] = self._classes[self._making].image_digest
-        """The images of what is ready, and of what is about to be made."""
         ready = {digest for digest, count in self._warmer.warm_counts().items() if count} | {self._making}
         self._image_of = {digest: image for digest, image in self._image_of.items() if digest in ready}
         if self._keep_images is not None:

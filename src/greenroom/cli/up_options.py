@@ -93,7 +93,7 @@ def check_marks(high: int, low: int) -> None:
 
 
 def listen_address(value: str | tuple[str, int]) -> tuple[str, int] | None:
-    """``host:port``, port 0 for any; "" for None."""
+    """``host:port`` where others are to come to, port 0 for any; "" for None."""
     if not value:
         return None
     if isinstance(value, tuple):  # what was returned before is asked about again
@@ -101,7 +101,12 @@ def listen_address(value: str | tuple[str, int]) -> tuple[str, int] | None:
     host, colon, port = value.rpartition(":")
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
         raise click.BadParameter(f"{value!r} is not host:port, for example 10.0.0.5:0 for any port")
-    return host.strip("[]"), int(port)
+    host = host.strip("[]")
+    if host in ("0.0.0.0", "::"):
+        raise click.BadParameter(
+            f"{value!r} is no address that others can ask: each would ask itself; write one of this machine's own"
+        )
+    return host, int(port)
 
 
 def replica_name(value: str) -> str:

@@ -7,12 +7,14 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+import structlog
 from msgspec.structs import replace
 
 from greenroom.core import agentapi as api
 from greenroom.core.errors import (
     DeadlineExceeded,
     GreenroomError,
+    Internal,
     InvalidArgument,
     NotFound,
     Unavailable,
@@ -25,6 +27,8 @@ from greenroom.images.uses import is_warm
 
 if TYPE_CHECKING:
     from greenroom.engine.engine import Engine
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)
@@ -144,6 +148,9 @@ class Images:
                 )
             except GreenroomError as error:
                 last = PullProgress(worker=worker, error=_failure(error))
+            except Exception as bug:  # whoever listens must hear of an end, also of one that nobody thought of
+                log.exception("a pull failed in a way nobody thought of", image=reference, worker=worker)
+                last = PullProgress(worker=worker, error=_failure(Internal(f"{type(bug).__name__}: {bug}")))
             finally:
                 call.cancel()
             reports.put_nowait(last)

@@ -41,6 +41,8 @@ from greenroom.images.stream import FileSource, Malformed
 
 #: Files in an archive: three for each layer and a few more for each image.
 MAX_MEMBERS = 100_000
+#: Names of all of them together, in characters: the agent keeps them in memory, and one may be a MiB long.
+MAX_NAMES = 16 << 20
 #: Links followed from one name; Docker links a layer that is there twice, once.
 _MAX_LINKS = 8
 _LAYER = "application/vnd.oci.image.layer.v1.tar"
@@ -104,9 +106,15 @@ class TarFiles:
             if magic.startswith(begins):
                 raise invalid(f"{self._path} is compressed as a whole: unpack it first ({command})")
         source = FileSource(fd)
+        names = 0
         for number, (entry, data) in enumerate(tar.entries(source)):
             if number >= MAX_MEMBERS:
                 raise invalid(f"{self._path} has more than {MAX_MEMBERS} files, so it is no archive of images")
+            names += len(entry.name) + len(entry.linkname)
+            if names > MAX_NAMES:
+                raise invalid(
+                    f"{self._path} has names of more than {MAX_NAMES >> 20} MiB, so it is no archive of images"
+                )
             name = posixpath.normpath(entry.name)
             self._found.pop(name, None)
             self._links.pop(name, None)

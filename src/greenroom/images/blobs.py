@@ -44,6 +44,7 @@ class BlobStore:
     """The blobs, partial downloads and locks below ``root``, which is made if it is not there."""
 
     def __init__(self, root: Path) -> None:
+        private(root)
         self._blobs = root / "blobs" / "sha256"
         self._partial = root / "partial"
         self._locks = root / "locks"
@@ -208,6 +209,12 @@ class BlobStore:
     def _lacking(self, partial: Partial) -> int:
         """Bytes that the blob still needs and the disk does not have; negative: room that is left."""
         return _left(partial) - space.free_bytes(self._partial)
+
+
+def private(root: Path) -> None:
+    """Makes the directory of a store, for this user alone, if it is not there."""
+    root.parent.mkdir(parents=True, exist_ok=True)
+    root.mkdir(mode=0o700, exist_ok=True)
 
 
 def try_lock(root: Path, digest: str) -> int | None:

@@ -136,6 +136,7 @@ class Cache:
         with self._alone() as alone:
             if not alone:
                 return Evicted(kept=("another process is evicting just now",))
+            self._uses.drop_stale()
             records = sorted(self._catalog.records(), key=lambda record: self._last_used_at(record.digest))
             needed = Counter(blob for record in records for blob in record.blobs)
             references = self._catalog.references()

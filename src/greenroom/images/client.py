@@ -94,7 +94,7 @@ class Client:
                 async with await self._send(method, url, sent, data) as response:
                     if response.status in _REDIRECTS and method == "GET" and "Location" in response.headers:
                         target = _target(first, url, response.headers["Location"])
-                        if _origin(target) != _origin(url):
+                        if origin(target) != origin(url):
                             sent.pop("Authorization", None)
                         url = target
                         continue
@@ -187,7 +187,8 @@ def _bad_redirect(first: URL, how: str) -> Unavailable:
     )
 
 
-def _origin(url: URL) -> tuple[str, str]:
+def origin(url: URL) -> tuple[str, str]:
+    """Scheme, and host with port: what an account is for."""
     return url.scheme, authority(url)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import ParamSpec, Protocol
+from typing import ParamSpec, Protocol, TypeVar
 
 from greenroom.core.errors import GreenroomError, ResourceExhausted, Unavailable
 from greenroom.images.config import Descriptor
 from greenroom.images.pieces import MAX_IN_FLIGHT_BYTES, PIECE_BYTES, Partial
 
 Arguments = ParamSpec("Arguments")
+Done = TypeVar("Done")
 
 #: Attempts in a row that bring no byte before a download is given up; each byte that arrives starts the count anew.
 MAX_FRUITLESS_ATTEMPTS = 5
@@ -80,7 +81,7 @@ class Download:
     Args:
         budget: from `new_budget`.
         progress: called with the bytes that are here or have at least arrived. It only falls when it turns out that the
-            source knows no ranges, and so what is half there has to come again.
+            source knows no ranges, and so all has to come again: then it says how much has.
         patience: attempts in a row without a byte before it is given up.
     """
 
@@ -152,13 +153,15 @@ class Download:
         await to_the_end(self._partial.write, number, data)
 
     async def _in_one_stream(self) -> None:
-        """All from the start; pieces that are here pass by."""
+        """All from the start; pieces that are here pass by, which is progress for whoever looks whether anything moves,
+        but none for `_patiently`."""
         number, data = 0, bytearray()
         size = self._partial.descriptor.size
         async with self._source.open_blob(self._partial.descriptor, 0, size) as (begin, chunks):
             assert begin == 0
             async for chunk in chunks:
                 data += chunk
+                self._progress(min(number * PIECE_BYTES + len(data), size))
                 while number * PIECE_BYTES < size:
                     start, end = self._partial.bounds(number)
                     if len(data) < end - start:
@@ -167,7 +170,7 @@ class Download:
                     del data[: end - start]
                     if not self._partial.has(number):
                         await to_the_end(self._partial.write, number, piece)
-                        self._arrived(len(piece))
+                        self._done_bytes += len(piece)
                     number += 1
                 else:
                     return
@@ -191,13 +194,18 @@ class Download:
         self._progress(self._done_bytes)
 
 
-async def to_the_end(work: Callable[Arguments, None], *arguments: Arguments.args, **more: Arguments.kwargs) -> None:
-    """Runs a short piece of work in a thread; a cancelled caller waits for its end, so that nothing works on after."""
+async def to_the_end(work: Callable[Arguments, Done], *arguments: Arguments.args, **more: Arguments.kwargs) -> Done:
+    """Runs a short piece of work in a thread; a caller who is cancelled, however often, waits for its end: what it
+    holds for the work (a lock, a descriptor) must not be let go of before."""
     running = asyncio.ensure_future(asyncio.to_thread(work, *arguments, **more))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        if not running.cancelled():
-            running.exception()  # the next attempt meets the same trouble; now the cancellation counts
-        raise
+    cancelled: asyncio.CancelledError | None = None
+    while not running.done():
+        try:
+            await asyncio.wait([running])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is None:
+        return running.result()
+    if not running.cancelled():
+        running.exception()  # the next attempt meets the same trouble; now the cancellation counts
+    raise cancelled

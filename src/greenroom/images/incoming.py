@@ -7,7 +7,6 @@ Below the store's root::
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import fcntl
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from greenroom.core.errors import ResourceExhausted
 from greenroom.images.config import invalid
+from greenroom.images.download import to_the_end
 
 #: Largest archive that is taken: as much as one image may unpack to.
 MAX_ARCHIVE_BYTES = 64 << 30
@@ -58,7 +58,11 @@ def clear_incoming(root: Path) -> int:
     """Removes what killed processes left; returns how many archives. Blocks."""
     count = 0
     for path in (root / "incoming").glob("*"):
-        with path.open("rb") as file:
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            continue  # another process that starts was quicker, or whoever worked with it is done
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -74,7 +78,7 @@ async def _save(fd: int, archive: AsyncIterator[bytes]) -> None:
         size += len(chunk)
         if size > MAX_ARCHIVE_BYTES:
             raise invalid(f"the archive is larger than {MAX_ARCHIVE_BYTES} bytes")
-        await asyncio.to_thread(_write_all, fd, chunk)
+        await to_the_end(_write_all, fd, chunk)
 
 
 def _write_all(fd: int, data: bytes) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import stat
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -42,6 +43,7 @@ class Files(Protocol):
     def open(self, path: str) -> Extent:
         """Raises:
         FileNotFoundError: there is no such file.
+        FailedPrecondition: it can't be read (reason ``IMAGE_INVALID``).
         """
 
 
@@ -56,8 +58,18 @@ class DirectoryFiles:
         return str(self._directory)
 
     def open(self, path: str) -> Extent:
-        fd = os.open(self._directory / path, os.O_RDONLY | os.O_CLOEXEC)
-        return Extent(fd, 0, os.fstat(fd).st_size)
+        try:
+            # Without blocking: it may be a pipe, which is refused.
+            fd = os.open(self._directory / path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError as error:
+            raise invalid(f"{self._directory / path} can't be read: {error.strerror}") from error
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            os.close(fd)
+            raise invalid(f"{self._directory / path} is no plain file")
+        return Extent(fd, 0, info.st_size)
 
 
 def read_small(files: Files, path: str) -> bytes:

@@ -110,8 +110,11 @@ class ImageStore(Protocol):
     async def release(self, digest: str, holder: str, actor_uid: str) -> None:
         """Idempotent."""
 
-    async def keep_only(self, holder: str, actor_uids: Collection[str]) -> dict[str, tuple[str, ...]]:
-        """At a worker's start: of its uses only those of these actors are left; returns the digests that each uses."""
+    async def keep_only(
+        self, holder: str, actor_uids: Collection[str], state_dir: Path | None = None
+    ) -> dict[str, tuple[str, ...]]:
+        """At a worker's start: of its uses only those of these actors are left; returns the digests that each uses.
+        Once the directory ``state_dir`` is gone, so are all of them."""
 
     async def pin(self, digest: str, *, undo: bool = False) -> None:
         """Somebody wants to keep it. Raises `NotFound`."""
@@ -120,7 +123,7 @@ class ImageStore(Protocol):
         """Removes the tree and the blobs that no other image needs. Idempotent.
 
         Raises:
-            FailedPrecondition: it is in use or pinned (reason ``IMAGE_IN_USE``); names by whom.
+            FailedPrecondition: it is in use or pinned, by whom is said, or being prepared (reason ``IMAGE_IN_USE``).
         """
 
     async def take_in(self, name: str, tag: str, archive: AsyncIterator[bytes]) -> Image:

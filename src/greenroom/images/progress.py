@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -60,9 +59,11 @@ class Progress:
         return done / total if total else 0.0
 
     @asynccontextmanager
-    async def watched(self, layer: Descriptor, arrived: Callable[[Descriptor], int]) -> AsyncIterator[None]:
-        """Around the fetching of a layer, which may be a wait for somebody else who fetches it for another image: what
-        has ``arrived`` of it is looked at."""
+    async def watched(
+        self, layer: Descriptor, arrived: Callable[[Descriptor], int]
+    ) -> AsyncIterator[Callable[[int], None]]:
+        """Around the fetching of a layer; yields what is to be told how many bytes are here. Until then it may be a
+        wait for somebody else who fetches it for another image: what has ``arrived`` of it is looked at."""
 
         async def work() -> None:
             while True:
@@ -72,12 +73,16 @@ class Progress:
                     self.update("download", layer.digest, here)
 
         task = asyncio.create_task(work())
+
+        def tell(done_bytes: int) -> None:
+            task.cancel()
+            self.update("download", layer.digest, done_bytes)
+
         try:
-            yield
+            yield tell
         finally:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.gather(task, return_exceptions=True)
+            await asyncio.gather(task, return_exceptions=True)
 
     def _tell(self) -> None:
         for listener in self._listeners:

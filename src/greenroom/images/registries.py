@@ -102,7 +102,8 @@ class Registries:
         """As the files and variables of this machine say.
 
         Raises:
-            FailedPrecondition: ``registries.conf`` can't be read (reason ``REGISTRY_CONFIG``).
+            FailedPrecondition: ``registries.conf`` can't be read, or a proxy can't be used (reason
+                ``REGISTRY_CONFIG``).
         """
         home = Path(environment.get("HOME") or "/root")
         user = Path(environment.get("XDG_CONFIG_HOME") or home / ".config") / "containers"
@@ -193,11 +194,24 @@ def read_conf(path: Path) -> tuple[Registry, ...]:
 
 def _proxies(environment: Mapping[str, str]) -> dict[str, str]:
     """Small letters count more, as everywhere."""
-    found = {
-        scheme: environment.get(f"{scheme}_proxy") or environment.get(f"{scheme.upper()}_PROXY") or ""
-        for scheme in ("http", "https", "no")
-    }
-    return {scheme: value for scheme, value in found.items() if value}
+    found: dict[str, str] = {}
+    for scheme in ("http", "https", "no"):
+        name = next((n for n in (f"{scheme}_proxy", f"{scheme}_proxy".upper()) if environment.get(n)), "")
+        if name:
+            found[scheme] = environment[name] if scheme == "no" else _proxy(name, environment[name])
+    return found
+
+
+def _proxy(name: str, value: str) -> str:
+    """The URL of a proxy; without a scheme it is http. What is wrong is not shown: it may hold a password."""
+    url = value if "://" in value else f"http://{value}"
+    try:
+        parsed = URL(url)
+    except ValueError:
+        parsed = URL()
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise _config_error(f"${name} is no proxy that can be used: write http://host:port (or https://)")
+    return url
 
 
 def _matched(entry: Registry, name: str) -> int | None:

@@ -18,7 +18,7 @@ from yarl import URL
 
 from greenroom.core.errors import DataLoss, FailedPrecondition, NotFound, Unavailable
 from greenroom.core.records import Record
-from greenroom.images.client import Client, authority, message
+from greenroom.images.client import Client, authority, message, origin
 from greenroom.images.config import INDEX_TYPES, MANIFEST_TYPES, MAX_JSON_BYTES, Descriptor, invalid
 from greenroom.images.credentials import Login
 from greenroom.images.download import (
@@ -116,7 +116,8 @@ class RegistrySource:
         used = self._authorization
         try:
             async with self._client.request("GET", url, headers=_with(headers, used)) as response:
-                if response.status != 401:
+                # A challenge is the registry's own: whoever it redirects to must not learn an account by one.
+                if response.status != 401 or origin(response.url) != origin(url):
                     yield response
                     return
                 challenges = response.headers.getall("WWW-Authenticate", [])
@@ -135,6 +136,8 @@ class RegistrySource:
         if status in (200, 206):
             return
         said = await message(response)
+        if authority(response.url) != (there := authority(URL(self._endpoint.base_url))) and status in (401, 403):
+            raise Interrupted(f"{authority(response.url)}, where {there} redirects to, answers {status} for {what}")
         if status == 404:
             raise NotFound(f"{what} is not in registry {host}{said}; check the name", reason="IMAGE_NOT_FOUND")
         if status == 401:

@@ -44,7 +44,7 @@ def repair(
 
     uses.drop_stale()
     done += clear_incoming(root)
-    for directory in (catalog.images, catalog.refs, root / "blobs" / "sha256", root / "progress"):
+    for directory in (catalog.images, catalog.refs, root / "blobs" / "sha256", root / "progress", root / "holders"):
         done += _remove_unfinished(directory, unfinished_s)
     for path in catalog.unpacking.iterdir():
         digest = f"sha256:{path.name}"
@@ -53,9 +53,10 @@ def repair(
     there |= {f"sha256:{path.name}" for path in catalog.rootfs.iterdir()} | set(uses.digests())
     for digest in sorted(there):
         with_lock(digest, lambda digest=digest: _settle(catalog, uses, cache, digest))  # type: ignore[misc]
-    for digest in sorted(blobs.digests()):
-        if not catalog.needs(digest):
-            done += cache.remove_unneeded(digest)
+    # Records are read once for all blobs; what seems to be nobody's is looked up again under its lock.
+    needed = {blob for record in catalog.records() for blob in record.blobs}
+    for digest in sorted(blobs.digests() - needed):
+        done += cache.remove_unneeded(digest)
     for path in (root / "progress").glob("[0-9a-f]*"):
         with_lock(f"sha256:{path.name}", lambda path=path: _unlink(path))  # type: ignore[misc]
     known = {record.digest for record in catalog.records()}

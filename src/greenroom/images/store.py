@@ -1,7 +1,8 @@
 """The image store on disk: `greenroom.images.catalog` says what lies where, `greenroom.images.uses` who uses it,
 `greenroom.images.cache` how much is kept, `greenroom.images.repair` what becomes of what a killed process left.
 
-Whoever changes something of a digest holds its lock.
+Whoever changes something of a digest holds its lock, and lets go of it when the threads that do so have ended
+(`greenroom.images.download.to_the_end`), also when cancelled.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 import shutil
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -28,7 +30,7 @@ from greenroom.core.errors import (
 )
 from greenroom.core.records import Evicted, ImageCache
 from greenroom.images.archive import local_source
-from greenroom.images.blobs import BlobStore, write_atomically
+from greenroom.images.blobs import BlobStore, private, try_lock, write_atomically
 from greenroom.images.cache import LOW_PART, RECENT_S, Cache, Marks
 from greenroom.images.catalog import Catalog, ImageRecord, disk_bytes
 from greenroom.images.client import Client
@@ -40,7 +42,7 @@ from greenroom.images.config import (
     parse_config,
     parse_manifest,
 )
-from greenroom.images.download import Interrupted, new_budget
+from greenroom.images.download import Interrupted, new_budget, to_the_end
 from greenroom.images.flight import Flights
 from greenroom.images.incoming import received
 from greenroom.images.origins import Origins, Source
@@ -74,7 +76,8 @@ class DiskImageStore:
     """`greenroom.images.port.ImageStore` below the directory ``root``, which several processes may share.
 
     Args:
-        root: made if it is not there.
+        root: made if it is not there, for this user alone: images bring programs that are root's whoever runs them
+            (set-user-id), which nobody of this machine must be able to.
         registries: accounts, mirrors and certificates; by default there are none.
         peers: base URLs of agents that are asked before a registry (`greenroom.images.peers`), beside those that
             `prepare` is given; called for each image, so that they may come and go.
@@ -99,6 +102,7 @@ class DiskImageStore:
         recent_s: float = RECENT_S,
     ) -> None:
         self._root = root.absolute()
+        private(self._root)
         self._registries = registries or Registries()
         self._peers = peers
         self._peer_token = peer_token
@@ -111,6 +115,7 @@ class DiskImageStore:
         self._cache = Cache(self._root, self._catalog, self._blobs, self._uses, marks, recent_s=recent_s)
         self._room = Room(self._root, self._cache, self._blobs, recent_s)
         self._shared = SharedProgress(self._root)
+        self._resolving: Flights[None, tuple[str, bytes, Manifest]] = Flights()
         self._flights: Flights[OnProgress, Image] = Flights()
 
     async def open(self) -> None:
@@ -134,8 +139,12 @@ class DiskImageStore:
         on_progress: OnProgress | None,
         peers: Sequence[str] = (),
     ) -> Image:
-        async with self._open(parsed, peers) as origins:
-            digest, data, manifest = await self._resolve(reference, parsed.digest, origins)
+        async def resolve(_: Sequence[None]) -> tuple[str, bytes, Manifest]:
+            async with self._open(parsed, peers) as origins:
+                return await self._resolve(reference, parsed.digest, origins)
+
+        # Who wants the same at the same time asks once. (An archive that is imported may have the name of another.)
+        digest, data, manifest = await self._resolving.join(repr((reference, parsed)), None, resolve)
 
         mine = False
 
@@ -197,7 +206,8 @@ class DiskImageStore:
     # --- use ---------------------------------------------------------------------------------------------
 
     async def hold(self, digest: str, holder: str, actor_uid: str, who: str = "") -> None:
-        if not await asyncio.to_thread(self._hold, check_digest(digest), user_of(holder, actor_uid), who):
+        # A caller who is cancelled has it, or does not, when that is over, so that a release that follows is the last.
+        if not await to_the_end(self._hold, check_digest(digest), user_of(holder, actor_uid), who):
             raise _not_here(digest)
 
     def _hold(self, digest: str, user: str, who: str) -> bool:
@@ -210,8 +220,10 @@ class DiskImageStore:
     async def release(self, digest: str, holder: str, actor_uid: str) -> None:
         await asyncio.to_thread(self._uses.drop, check_digest(digest), user_of(holder, actor_uid))
 
-    async def keep_only(self, holder: str, actor_uids: Collection[str]) -> dict[str, tuple[str, ...]]:
-        return await asyncio.to_thread(self._uses.keep_only, holder, actor_uids)
+    async def keep_only(
+        self, holder: str, actor_uids: Collection[str], state_dir: Path | None = None
+    ) -> dict[str, tuple[str, ...]]:
+        return await asyncio.to_thread(self._uses.keep_only, holder, actor_uids, state_dir)
 
     async def pin(self, digest: str, *, undo: bool = False) -> None:
         if undo:
@@ -252,10 +264,20 @@ class DiskImageStore:
 
     async def remove(self, digest: str) -> None:
         check_digest(digest)
-        async with self._blobs.locked(digest):
-            if await asyncio.to_thread(self._cache.remove_locked, digest):
+        lock_fd = try_lock(self._root, digest)
+        if lock_fd is None:  # a preparation may take hours; who wants to remove something is not held for that
+            raise FailedPrecondition(
+                f"image {digest} is being prepared or removed just now: try again when that is over, or end it "
+                "(`greenroom get operations --state=running`)",
+                reason="IMAGE_IN_USE",
+            )
+        try:
+            await to_the_end(self._uses.drop_stale)
+            if await to_the_end(self._cache.remove_locked, digest):
                 return
-            users = await asyncio.to_thread(self._uses.described, digest)
+        finally:
+            os.close(lock_fd)
+        users = await asyncio.to_thread(self._uses.described, digest)
         by = ", ".join(users[:3]) or "nobody, but it is pinned: unpin it first"
         raise FailedPrecondition(f"image {digest} is used by {by}", reason="IMAGE_IN_USE")
 
@@ -335,8 +357,8 @@ class DiskImageStore:
             layers=tuple(layer.digest for layer in manifest.layers),
             size_bytes=sum(layer.size for layer in manifest.layers),
         )
-        await asyncio.to_thread(self._catalog.write, record)
-        await asyncio.to_thread(self._blobs.write, wanted.data)
+        await to_the_end(self._catalog.write, record)
+        await to_the_end(self._blobs.write, wanted.data)
         try:
             budget = new_budget()
             await self._blobs.fetch(manifest.config, origins.sources, budget, lambda done: None)
@@ -356,10 +378,8 @@ class DiskImageStore:
         turns = asyncio.Semaphore(PARALLEL_LAYERS)
 
         async def fetch(layer: Descriptor) -> None:
-            async with turns, progress.watched(layer, self._blobs.done_bytes):
-                await self._blobs.fetch(
-                    layer, origins.sources, budget, lambda done: progress.update("download", layer.digest, done)
-                )
+            async with turns, progress.watched(layer, self._blobs.done_bytes) as tell:
+                await self._blobs.fetch(layer, origins.sources, budget, tell)
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -372,7 +392,7 @@ class DiskImageStore:
         self, record: ImageRecord, manifest: Manifest, diff_ids: Sequence[str], progress: Progress, lock_fd: int
     ) -> None:
         staged = self._catalog.staged(record.digest)
-        await asyncio.to_thread(_make_empty, staged)
+        await to_the_end(_make_empty, staged)
         job = Job(
             target=str(staged),
             layers=tuple(
@@ -386,13 +406,13 @@ class DiskImageStore:
             await run_unpacker(
                 job, lambda number, done: progress.update("unpack", manifest.layers[number].digest, done), lock_fd
             )
-            await asyncio.to_thread(self._commit, record)
+            await to_the_end(self._commit, record)
         except BaseException as error:
-            await asyncio.shield(asyncio.to_thread(shutil.rmtree, staged, ignore_errors=True))
+            await to_the_end(shutil.rmtree, staged, ignore_errors=True)
             if isinstance(error, (DataLoss, FailedPrecondition)):
                 # Either the image is wrong, or a blob has rotted since it was verified, which must not last.
                 for layer in manifest.layers:
-                    await asyncio.to_thread(self._blobs.remove_if_damaged, layer.digest)
+                    await to_the_end(self._blobs.remove_if_damaged, layer.digest)
             raise
 
     def _commit(self, record: ImageRecord) -> None:

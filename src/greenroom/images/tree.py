@@ -75,9 +75,11 @@ class Tree:
         self._owner = os.geteuid() == 0
         self._open: OrderedDict[Parts, int] = OrderedDict()
         self._resolved: dict[Parts, Parts] = {}
-        #: Modes and times of directories wait until all is written: writing into a directory changes its time, and
+        #: Modes and times (ns) of directories wait until all is written: writing into a directory changes its time, and
         #: a read-only one could not be written to without root.
-        self._directories: dict[Parts, Attributes] = {}
+        self._directories: dict[Parts, tuple[int, int]] = {}
+        #: Directories that no entry speaks of, made because something lies below them: up to `MAX_DEPTH` for an entry.
+        self.implied = 0
         #: Paths made since `start_layer`, for whiteouts, which only hide what lower layers brought. None: no lower one.
         self._layer: set[Parts] | None = None
         #: Paths at which nothing of lower layers is left. Said again, a whiteout costs nothing: an archive may say it
@@ -136,7 +138,7 @@ class Tree:
         if self._owner:
             os.fchown(fd, attributes.uid, attributes.gid)
         self._set_xattrs(fd, attributes)
-        self._directories[here] = attributes
+        self._directories[here] = (attributes.mode, attributes.mtime_ns)
         self._made(here)
 
     def new_file(self, parts: Parts) -> int:
@@ -210,15 +212,15 @@ class Tree:
     def finish(self) -> None:
         """Gives the directories their modes and times, the deepest first."""
         for here in sorted(self._directories, key=len, reverse=True):
-            attributes = self._directories[here]
+            mode, mtime_ns = self._directories[here]
             try:
                 fd = self._directory(here)
             except OSError as error:
                 if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                     continue  # a later layer took it away
                 raise
-            os.fchmod(fd, attributes.mode)
-            os.utime(fd, ns=(attributes.mtime_ns, attributes.mtime_ns))
+            os.fchmod(fd, mode)
+            os.utime(fd, ns=(mtime_ns, mtime_ns))
 
     # --- parts -----------------------------------------------------------------------------------------------
 
@@ -244,7 +246,8 @@ class Tree:
                 self._check_depth((*here, name))
                 os.mkdir(name, 0o700, dir_fd=self._directory(here))
                 here = (*here, name)
-                self._directories[here] = Attributes(0o755)
+                self._directories[here] = (0o755, 0)
+                self.implied += 1
                 self._made(here)
             elif stat.S_ISLNK(mode):
                 links += 1

@@ -123,8 +123,8 @@ class _Budget:
         self._entries = job.max_entries
         self.unpacked_bytes = 0
 
-    def entry(self) -> None:
-        self._entries -= 1
+    def entries(self, count: int) -> None:
+        self._entries -= count
         if self._entries < 0:
             raise Refused(f"the image has more than {self._job.max_entries} files")
 
@@ -184,8 +184,9 @@ def _apply_layer(tree: Tree, number: int, layer: JobLayer, budget: _Budget, repo
             source = Source(ahead.more)
             for entry, data in tar.entries(source):
                 name = entry.name
-                budget.entry()
+                implied = tree.implied
                 _apply(tree, entry, data)
+                budget.entries(1 + tree.implied - implied)
             source.drain()
     except (Refused, Malformed) as error:
         name = getattr(error, "name", "") or name
@@ -338,7 +339,14 @@ def main() -> int:
     os.umask(0)
     os.nice(_NICENESS)
     try:
-        unpack(job, sys.stdout.buffer)
+        try:
+            unpack(job, sys.stdout.buffer)
+        except MemoryError:
+            raise FailedPrecondition(
+                f"the image takes more than {_ADDRESS_SPACE_BYTES >> 20} MiB of memory to unpack: it has too many "
+                "files in too long paths",
+                reason="IMAGE_INVALID",
+            ) from None
     except GreenroomError as error:
         message = error.message.encode(errors="backslashreplace").decode()  # names in archives are bytes
         _send(

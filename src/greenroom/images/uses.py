@@ -5,13 +5,15 @@ Below the store's root::
     uses/<hex>/          one for each image that is there; when it was changed last is when the image was used last
     uses/<hex>/<user>    somebody uses it: an actor's sandbox (``<holder>~<actor uid>``), the warm sandboxes of a worker
                          (``<holder>~warm``), or a person who pinned it (``pin``)
+    holders/<holder>     where a worker has its state directory
 
 A holder is a worker, by its name and its state directory: servers that share a store may each have a ``default-0``.
 
 A sandbox outlives the agent that made it, so a use can't be a lock that ends with its process. It is a file; and the
 directory is what makes counting safe without a lock: whoever removes an image begins with ``rmdir``, which fails while
 there is a user; from then on nobody becomes one, because there is no directory to write into. A use that was
-written before a restart of the machine means nothing any more: no sandbox outlives that.
+written before a restart of the machine means nothing any more: no sandbox outlives that. Nor does one of a worker whose
+state directory is gone (``holders/<holder>`` says where it was): whoever takes a worker away for good removes that.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from urllib.parse import quote, unquote
 import msgspec
 
 from greenroom.core.records import Record
-from greenroom.images.blobs import hex_of
+from greenroom.images.blobs import hex_of, write_atomically
 
 #: The user that stands for a person's wish to keep the image.
 PIN = "pin"
@@ -65,7 +67,9 @@ class Uses:
 
     def __init__(self, root: Path) -> None:
         self._root = root / "uses"
-        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._holders = root / "holders"
+        for directory in (self._root, self._holders):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._boot = _BOOT_ID.read_text().strip()
 
     # --- the image comes and goes ------------------------------------------------------------------------
@@ -143,12 +147,16 @@ class Uses:
 
     # --- what is left of those that are gone -------------------------------------------------------------
 
-    def keep_only(self, holder: str, actor_uids: Collection[str]) -> dict[str, tuple[str, ...]]:
-        """Of this holder only these use anything. One of them of which nothing is known uses everything that is there:
+    def keep_only(
+        self, holder: str, actor_uids: Collection[str], state_dir: Path | None = None
+    ) -> dict[str, tuple[str, ...]]:
+        """Of this holder, whose ``state_dir`` is written down, only these use anything. One of them of which nothing is known uses everything that is there:
         it was made before uses were written down.
 
         Returns: for each of them the digests that it uses.
         """
+        if state_dir is not None:
+            write_atomically(self._holders / holder, os.fsencode(state_dir.absolute()))
         held: dict[str, list[str]] = {uid: [] for uid in actor_uids}
         digests = self.digests()
         for digest in digests:
@@ -163,15 +171,28 @@ class Uses:
         return {uid: tuple(found) for uid, found in held.items()}
 
     def drop_stale(self) -> None:
-        """Drops the uses from before the machine was started; pins stay."""
+        """Drops the uses from before the machine was started, and those of workers that are gone for good; pins
+        stay."""
+        gone = {path for path in self._holders.glob("[!.]*") if not self._is_there(path)}
+        names = {path.name for path in gone}
         for digest in self.digests():
             used_at = self.last_used_at(digest)
             for user in self.users(digest):
                 use = self._read(digest, user)
-                if user != PIN and use is not None and use.boot != self._boot:
+                before = user != PIN and use is not None and use.boot != self._boot
+                if before or user.rpartition(_SEPARATOR)[0] in names:
                     self.drop(digest, user)
                     with contextlib.suppress(FileNotFoundError):
                         os.utime(self._path(digest), (used_at, used_at))  # to be tidied up is no use
+        for path in gone:
+            path.unlink(missing_ok=True)
+
+    @staticmethod
+    def _is_there(holder: Path) -> bool:
+        try:
+            return Path(os.fsdecode(holder.read_bytes())).is_dir()
+        except FileNotFoundError:
+            return True  # somebody else found out first
 
     def _read(self, digest: str, user: str) -> _Use | None:
         """None for one that can't be read: just being written, or left by a killed process. Its owner drops it."""
