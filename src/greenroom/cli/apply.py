@@ -119,8 +119,8 @@ def _follow(client: Client, options: Settings, one: Manifest, template: Template
             template = _next_state(client, options, one, end)
     except KeyboardInterrupt:
         click.echo(
-            f"{ref}: no longer waiting; its preparation goes on, watch it with "
-            f"`greenroom wait template {one.name} -n {one.namespace}`",
+            f"{ref}: no longer waiting; its preparation goes on: watch it with `greenroom wait template {one.name} -n "
+            f"{one.namespace}`, or give it up with `greenroom cancel operation/{template.operation}`",
             err=True,
         )
         raise SystemExit(INTERRUPTED) from None
