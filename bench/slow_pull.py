@@ -71,7 +71,6 @@ GOALS = f"""time: {TIME_GOAL:g} times the link's own, {CUT_GOAL_S:g} s for the s
 each kill; fetched again: {MAX_IN_FLIGHT_BYTES >> 20} MiB for each; memory: {MEMORY_GOAL_MIB} MiB, {GROWTH_GOAL_MIB} MiB
 more at the end than at the beginning; silence: {SILENCE_GOAL_S:g} s, and {KILL_GOAL_S:g} s across a kill"""
 SAMPLE_PERIOD_S = 0.05
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 OF_IMAGE = ("resolve", "download", "unpack")
 
 
@@ -150,7 +149,8 @@ async def watch(address: str, template: Course, waking: Course, operations: dict
 
 
 class Memory:
-    """Samples what the agents take, each with its unpacker. Sandboxes are not the agent's memory."""
+    """Samples what the agents take, each with its unpacker. Sandboxes are not the agent's memory. Pages that processes
+    share are divided among them (PSS): the two agents and the unpackers run the same Python."""
 
     def __init__(self, live: LiveServer, link: Link) -> None:
         self._live, self._link = live, link
@@ -173,9 +173,10 @@ class Memory:
 
 def _resident(pid: int) -> float:
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES / (1 << 20)
-    except (OSError, IndexError):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:  # it has just ended
         return 0.0
+    return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:"))
 
 
 def _children(pid: int) -> list[int]:
