@@ -426,7 +426,7 @@ class TestFull:
         assert contents((await store.prepare(f"{upstream}/test/image:1")).rootfs) == {"data": DATA}
 
     async def _full(self, small: Path, reference: str, at_least: int) -> None:
-        with pytest.raises(ResourceExhausted, match="MiB more|bytes are missing") as raised:
+        with pytest.raises(ResourceExhausted, match=r"MiB more|bytes are missing") as raised:
             await DiskImageStore(small).prepare(reference)
         assert raised.value.reason == "DISK_FULL"
         assert at_least <= int(raised.value.metadata["missing_bytes"]) < 8 << 20

@@ -84,7 +84,7 @@ def list_(workers: tuple[str, ...], output: str) -> None:
 def _row(cache: ImageCache, image: CachedImage, *, wide: bool) -> list[str]:
     users = ", ".join(image.users) if wide else f"{len(image.users)}" if image.users else ""
     return [
-        ", ".join(image.references),
+        ", ".join(image.references) if wide else _names(image),
         image.digest if wide else _short(image.digest),
         "Pinned" if image.pinned else "Ready" if image.ready else "Partial",
         human_bytes(image.size_bytes),
@@ -270,7 +270,7 @@ def prune(dry_run: bool, workers: tuple[str, ...]) -> None:
     for there in answer.there:
         evicted = convert.from_message(Evicted, there.evicted)
         for image in evicted.removed:
-            name = ", ".join(image.references)
+            name = _names(image)
             what = "would be removed" if dry_run else "removed"
             click.echo(f"{clean(name)} {_short(image.digest)} {what} ({human_bytes(image.disk_bytes)})")
         for why in evicted.kept:
@@ -330,6 +330,11 @@ def _caches(client: Client, options: Settings, workers: tuple[str, ...]) -> list
     request = pb.ListImagesRequest(workers=workers)
     answer = client.images.ListImages(request, timeout=options.read_timeout_s)
     return [convert.from_message(ImageCache, message) for message in answer.caches]
+
+
+def _names(image: CachedImage) -> str:
+    """What it is called; the digest that a template holds it to has a column of its own."""
+    return ", ".join(dict.fromkeys(reference.partition("@")[0] for reference in image.references))
 
 
 def _on(caches: Iterable[Any]) -> str:

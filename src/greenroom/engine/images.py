@@ -83,11 +83,11 @@ class Images:
         """
         there = await self._find(name, workers)
         for _, image in there:
-            if not is_digest(image, name) and len(image.references) > 1:
-                others = ", ".join(one for one in image.references if one != name)
+            others = [one for one in image.references if _meant(one) != _meant(name)]
+            if others and not is_digest(image, name):
                 raise FailedPrecondition(
-                    f"image {name} is also called {others}; to remove it under all its names, say its digest: "
-                    f"{image.digest.removeprefix('sha256:')[:SHOWN_DIGITS]}",
+                    f"image {name} is also called {', '.join(others)}; to remove it under all its names, say its "
+                    f"digest: {image.digest.removeprefix('sha256:')[:SHOWN_DIGITS]}",
                     reason="IMAGE_HAS_NAMES",
                 )
         await self._cool(there)
@@ -213,7 +213,10 @@ class Images:
                     reason="WORKER_DISCONNECTED",
                 )
         if not connected:
-            raise Unavailable("no worker is connected; start a server with workers", reason="NO_WORKER")
+            raise Unavailable(
+                "no worker is connected: one that starts takes some seconds; else start a server with workers",
+                reason="NO_WORKER",
+            )
         return sorted(set(wanted) or connected)
 
     async def _ask(
@@ -265,12 +268,11 @@ def is_called(image: CachedImage, name: str) -> bool:
     """Whether ``name`` is a reference that led to the image, its digest, or the first digits of that."""
     if is_digest(image, name) or name in image.references:
         return True
-    meant, _, digest = name.partition("@")
+    digest = name.partition("@")[2]
     if digest and digest != image.digest:
         return False
     # An image that was fetched by its digest is what its name meant when the template was made from it.
-    names = {_normal(reference.partition("@")[0]) for reference in image.references}
-    return _normal(meant) in names
+    return _meant(name) in map(_meant, image.references)
 
 
 def is_digest(image: CachedImage, name: str) -> bool:
@@ -279,12 +281,14 @@ def is_digest(image: CachedImage, name: str) -> bool:
     return len(digits) >= MIN_PREFIX and set(digits) <= set("0123456789abcdef") and image.digest[7:].startswith(digits)
 
 
-def _normal(reference: str) -> object:
-    """Equal for two references that mean the same, as ``nginx`` and ``docker.io/library/nginx:latest``."""
+def _meant(reference: str) -> object:
+    """Equal for two references that mean the same, but for the digest, as ``nginx`` and
+    ``docker.io/library/nginx:latest``."""
+    name = reference.partition("@")[0]
     try:
-        return parse(reference)
+        return parse(name)
     except InvalidArgument:
-        return reference
+        return name
 
 
 def _failure(error: GreenroomError) -> Failure:

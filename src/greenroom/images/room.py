@@ -72,8 +72,8 @@ class Room:
         return self._cache.evict(wanted_bytes, recent_s=self._recent_s, spare=[guest.digest]).freed_bytes
 
     def _estimated(self, guest: Guest, progress: Progress, free: int, full: ResourceExhausted) -> ResourceExhausted:
-        """The disk was full in the middle: what is missing can be told from how far it came with what was ``free``, unless
-        the unpacker knows of more."""
+        """The disk was full in the middle: what is missing can be told from how far it came with what was ``free``,
+        unless the unpacker knows of more."""
         part = progress.unpacked_part()
         if not part:
             return full
