@@ -37,12 +37,23 @@ def build(directory: Path, compression: Compression, *, scale: float = 1.0) -> P
     if not target.is_dir():
         staged = target.with_name(f".{target.name}.new")
         shutil.rmtree(staged, ignore_errors=True)
-        layout, pool = Layout(staged), _pool()
-        layers = [_layer(layout, pool, number, compression, scale) for number in range(len(LAYERS))]
+        layout = Layout(staged)
+        layers = ballast(layout, compression, scale=scale)
         config = {"Entrypoint": ["/srv/app/start"], "Env": ["PATH=/usr/bin"], "ExposedPorts": {"8080/tcp": {}}}
         layout.add_image(layers, config, _TAG)
         staged.rename(target)
     return target
+
+
+def ballast(layout: Layout, compression: Compression, *, scale: float = 1.0) -> list[Layer]:
+    """The five layers alone, added to a layout; for an image with something to run below them."""
+    pool = _pool()
+    return [_layer(layout, pool, number, compression, scale) for number in range(len(LAYERS))]
+
+
+def files(scale: float) -> int:
+    """Regular files in the five layers."""
+    return sum(round(FILES * share * scale) for _, share in LAYERS)
 
 
 def _pool() -> bytes:

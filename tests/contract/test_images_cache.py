@@ -105,7 +105,7 @@ async def test_what_is_being_prepared_stays(tmp_path: Path) -> None:
     image = await shelf.add("a")
     fd = try_lock(tmp_path / "store", image.digest)
     assert fd is not None
-    assert (await shelf.store.prune()).kept == (f"{image.digest}: it is being prepared",)
+    assert (await shelf.store.prune()).kept == (f"{image.reference}: it is being prepared",)
     os.close(fd)
     assert len((await shelf.store.prune(dry_run=True)).removed) == 1
     assert shelf.there() == {image.digest}

@@ -189,6 +189,11 @@ def test_commands(served: tuple[Kit, Shell], pushed: Pushed, tmp_path: Path) -> 
         assert "imported on default-0,default-1" in shell("images", "import", path, "--name=imported/one:1").ok()
         assert "Pinned" in shell("images", "list").ok()
         shell("images", "rm", "--unpin", "imported/one:1").ok()
+    for name in ("imported/one:1", "imported/again:1"):
+        shell("images", "import", str(archive), f"--name={name}").ok()
+    assert "imported/again:1, imported/one:1" in shell("images", "list").ok()
+    said = shell("images", "rm", "--unpin", "imported/one:1").failed(4, "is also called imported/again:1")
+    shell("images", "rm", "--unpin", said.rpartition(" ")[2].strip()).ok()
     shell("images", "import", str(archive), "--name=imported/one:1").ok()
     shell("apply", "-f", "-", stdin=template("imported", "imported/one:1")).ok()
     kit.create("b", template="imported")

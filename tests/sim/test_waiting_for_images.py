@@ -73,6 +73,27 @@ async def test_no_deadline_passes_while_bytes_move(world: SimWorld, monkeypatch:
     assert time.monotonic() - started > 2.5 * DEADLINE_S
 
 
+async def test_a_worker_may_go_away_more_than_once_meanwhile(world: SimWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time it has as long to come back as the first time."""
+    return_s = 1.0
+    world.configure(worker_return_s=return_s)
+    key = await world.create("a")
+    pull = Pull(world, monkeypatch)
+    resuming = asyncio.create_task(world.engine.resume(key))
+    for _ in range(2):
+        await pull.begun.wait()
+        pull.begun.clear()
+        await asyncio.sleep(1.5 * return_s)
+        worker = (await the_resume(world)).worker
+        await world.kill_agent(worker)
+        await world.start_agent(worker)
+        world.agents[worker]._classes._needs_image = True
+    await pull.begun.wait()
+    pull.done.set()
+    resumed = await resuming
+    assert (resumed.state, resumed.attempts) == (OperationState.DONE, 1)
+
+
 async def test_what_does_not_move_ends(make_world: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     async with make_world() as world:
         await world.apply()

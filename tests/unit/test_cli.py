@@ -240,7 +240,7 @@ def test_apply(shell: Shell, tmp_path: Path) -> None:
     path.write_text(TEMPLATE)
     done = shell("apply", "-f", str(path))
     assert done.stdout.splitlines() == ["pool/extra created", "template/web applied", "template/web ready"]
-    assert "layer abababababab download 3.0 MiB done" in done.stderr and "pull 1500 ms" in done.stderr
+    assert "pull 100% of 3.0 MiB" in done.stderr and "pull 1500 ms" in done.stderr
     again = shell("apply", "-f", "-", stdin=TEMPLATE)
     assert again.stdout.splitlines() == ["pool/extra unchanged", "template/web unchanged", "template/web ready"]
     shown = shell("get", "template", "web", "-o", "yaml").stdout

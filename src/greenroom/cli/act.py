@@ -71,8 +71,9 @@ def _waiting(command: Any) -> Any:
         "--timeout",
         type=duration,
         metavar="DURATION",
-        default=300.0,
-        show_default="5m",
+        # Operations end by themselves, and one that waits for its image may take this long.
+        default=3600.0,
+        show_default="1h",
         help="How long to wait; it goes on after that.",
     )(command)
     return click.option("--wait/--no-wait", "wait", default=True, help="Wait until it is done [default: wait].")(

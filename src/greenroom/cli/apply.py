@@ -26,10 +26,14 @@ from greenroom.core.records import OperationState, Pool, PoolSpec, Template, Tem
 )
 @click.option("--wait/--no-wait", default=True, help="Wait until templates are Ready [default: wait].")
 @click.option(
-    "--timeout", type=duration, metavar="DURATION", default=600.0, show_default="10m", help="How long to wait for each."
+    "--timeout",
+    type=duration,
+    metavar="DURATION",
+    default=None,
+    help="How long to wait for each; it goes on after that  [default: as long as something moves].",
 )
 @common
-def apply(files: tuple[str, ...], wait: bool, timeout: float) -> None:
+def apply(files: tuple[str, ...], wait: bool, timeout: float | None) -> None:
     """Creates or changes the templates and pools that YAML files describe.
 
     Nothing is applied if any document is wrong. A template can't be changed once it is there: give a changed one a new
@@ -102,9 +106,10 @@ def _with_operation(template: Template, operation: str) -> Template:
     return msgspec.structs.replace(template, operation=operation)
 
 
-def _follow(client: Client, options: Settings, one: Manifest, template: Template, timeout_s: float) -> None:
+def _follow(client: Client, options: Settings, one: Manifest, template: Template, timeout_s: float | None) -> None:
     """Shows the preparation of a template until it is Ready."""
-    ref, end = f"template/{one.name}", time.monotonic() + timeout_s
+    ref = f"template/{one.name}"
+    end = None if timeout_s is None else time.monotonic() + timeout_s
     try:
         while template.state is not TemplateState.READY:
             if template.state is TemplateState.FAILED:
@@ -114,13 +119,13 @@ def _follow(client: Client, options: Settings, one: Manifest, template: Template
             template = _next_state(client, options, one, end)
     except KeyboardInterrupt:
         click.echo(
-            f"{ref}: no longer waiting; its preparation goes on, watch it with "
-            f"`greenroom wait template {one.name} -n {one.namespace}`",
+            f"{ref}: no longer waiting; its preparation goes on: watch it with `greenroom wait template {one.name} -n "
+            f"{one.namespace}`, or give it up with `greenroom cancel operation/{template.operation}`",
             err=True,
         )
         raise SystemExit(INTERRUPTED) from None
     except DeadlineExceeded as error:
-        if error.reason != "REQUEST_TIMEOUT":
+        if timeout_s is None or error.reason != "REQUEST_TIMEOUT":
             raise
         raise DeadlineExceeded(
             f"{ref} is not Ready after {timeout_s:g} s; its preparation goes on, watch it with "
@@ -129,7 +134,7 @@ def _follow(client: Client, options: Settings, one: Manifest, template: Template
     click.echo(f"{ref} ready")
 
 
-def _follow_operation(client: Client, ref: str, operation_id: str, end: float) -> None:
+def _follow_operation(client: Client, ref: str, operation_id: str, end: float | None) -> None:
     operation = follow(client, operation_id, _left(end), display(ref))
     if operation is not None and operation.error is not None:
         failure = operation.error
@@ -139,7 +144,7 @@ def _follow_operation(client: Client, ref: str, operation_id: str, end: float) -
         click.echo(f"{ref}: {phases}", err=True)
 
 
-def _next_state(client: Client, options: Settings, one: Manifest, end: float) -> Template:
+def _next_state(client: Client, options: Settings, one: Manifest, end: float | None) -> Template:
     """The template once it is ready or failed (the operation's row may be a moment ahead of it)."""
     request = pb.WatchRequest(kinds=["template"], namespace=one.namespace)
     with client.system.Watch(request, timeout=_left(end)) as stream:
@@ -154,5 +159,5 @@ def _next_state(client: Client, options: Settings, one: Manifest, end: float) ->
     raise NotFound(f"template/{one.name} was deleted while it was being prepared")
 
 
-def _left(end: float) -> float:
-    return max(0.001, end - time.monotonic())
+def _left(end: float | None) -> float | None:
+    return None if end is None else max(0.001, end - time.monotonic())

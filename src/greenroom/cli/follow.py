@@ -24,9 +24,9 @@ POLL_S = 0.5
 POLL_TIMEOUT_S = 5.0
 
 
-def follow(client: Client, operation_id: str, timeout_s: float, shown: Display) -> Operation | None:
-    """Shows an operation until it has ended; returns it as it was last seen (still RUNNING: it was dropped), None when
-    nothing was seen at all.
+def follow(client: Client, operation_id: str, timeout_s: float | None, shown: Display) -> Operation | None:
+    """Shows an operation until it has ended, if ``timeout_s`` is None however long that takes; returns it as it was
+    last seen (still RUNNING: it was dropped), None when nothing was seen at all.
 
     Raises:
         DeadlineExceeded: it did not end in time (reason ``REQUEST_TIMEOUT``).

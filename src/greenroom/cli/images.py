@@ -52,7 +52,7 @@ def images() -> None:
     """Shows, fetches, keeps and removes the images that workers have.
 
     Workers of one machine share a store. What nobody uses goes by itself when there is too much (`greenroom up
-    --images-max`), the longest unused first.
+    --images-high`), the longest unused first.
     """
 
 
@@ -84,7 +84,7 @@ def list_(workers: tuple[str, ...], output: str) -> None:
 def _row(cache: ImageCache, image: CachedImage, *, wide: bool) -> list[str]:
     users = ", ".join(image.users) if wide else f"{len(image.users)}" if image.users else ""
     return [
-        ", ".join(image.references) if wide else image.references[0] if image.references else "",
+        ", ".join(image.references) if wide else _names(image),
         image.digest if wide else _short(image.digest),
         "Pinned" if image.pinned else "Ready" if image.ready else "Partial",
         human_bytes(image.size_bytes),
@@ -152,7 +152,7 @@ def _inspect(workers: tuple[str, ...], detail: ImageDetail) -> None:
 # --- pull -------------------------------------------------------------------------------------------------------
 
 
-@images.command()
+@images.command(short_help="Fetches an image before a template needs it.")
 @click.argument("reference")
 @click.option("--pin", is_flag=True, help="Never evict it.")
 @on_workers
@@ -247,7 +247,8 @@ def _pin(names: tuple[str, ...], workers: tuple[str, ...], *, undo: bool) -> Non
 @on_workers
 @common
 def rm(names: tuple[str, ...], unpin_: bool, workers: tuple[str, ...]) -> None:
-    """Removes images; one that is in use is refused. What a template needs is fetched again when an actor wakes."""
+    """Removes images; one that is in use is refused. What a template needs is fetched again when an actor wakes.
+    IMAGE: a reference, or (the first digits of) its digest."""
     options = settings()
     with options.connect() as client:
         for name in names:
@@ -261,7 +262,7 @@ def rm(names: tuple[str, ...], unpin_: bool, workers: tuple[str, ...]) -> None:
 @on_workers
 @common
 def prune(dry_run: bool, workers: tuple[str, ...]) -> None:
-    """Removes all images that nobody uses and that are not pinned, half fetched ones too."""
+    """Removes all images that are neither used nor pinned, half fetched ones too."""
     options = settings()
     with options.connect() as client:
         request = pb.PruneImagesRequest(dry_run=dry_run, workers=workers)
@@ -269,7 +270,7 @@ def prune(dry_run: bool, workers: tuple[str, ...]) -> None:
     for there in answer.there:
         evicted = convert.from_message(Evicted, there.evicted)
         for image in evicted.removed:
-            name = image.references[0] if image.references else ""
+            name = _names(image)
             what = "would be removed" if dry_run else "removed"
             click.echo(f"{clean(name)} {_short(image.digest)} {what} ({human_bytes(image.disk_bytes)})")
         for why in evicted.kept:
@@ -281,7 +282,7 @@ def prune(dry_run: bool, workers: tuple[str, ...]) -> None:
 # --- import -----------------------------------------------------------------------------------------------------
 
 
-@images.command("import")
+@images.command("import", short_help="Brings an image to the workers without a registry.")
 @click.argument("path", metavar="PATH|-")
 @click.option("--name", required=True, help="What it is called from then on, as imported/counter:1; for templates.")
 @click.option("--tag", default="", help="Which image of several in the archive.")
@@ -329,6 +330,11 @@ def _caches(client: Client, options: Settings, workers: tuple[str, ...]) -> list
     request = pb.ListImagesRequest(workers=workers)
     answer = client.images.ListImages(request, timeout=options.read_timeout_s)
     return [convert.from_message(ImageCache, message) for message in answer.caches]
+
+
+def _names(image: CachedImage) -> str:
+    """What it is called; the digest that a template holds it to has a column of its own."""
+    return ", ".join(dict.fromkeys(reference.partition("@")[0] for reference in image.references))
 
 
 def _on(caches: Iterable[Any]) -> str:

@@ -53,7 +53,7 @@ class Silent:
 
 
 class Lines(Silent):
-    """One line for each phase and each layer that is complete."""
+    """A line for each phase, and for each tenth of its bytes: somebody reads it in a log, perhaps while it grows."""
 
     def __init__(self, ref: str) -> None:
         self._ref = ref
@@ -62,9 +62,9 @@ class Lines(Silent):
     def update(self, operation: Operation) -> None:
         if operation.phase:
             self._say(f"phase {operation.phase}")
-        for layer in operation.layers:
-            if layer.total_bytes and layer.done_bytes >= layer.total_bytes:
-                self._say(f"layer {short(layer)} {layer.phase} {human_bytes(layer.total_bytes)} done")
+        done, total = bytes_of(operation)
+        if tenths := done * 10 // total if total else 0:
+            self._say(f"{operation.phase} {tenths * 10}% of {human_bytes(total)}")
 
     def _say(self, text: str) -> None:
         if text not in self._said:

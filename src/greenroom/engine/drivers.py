@@ -457,6 +457,7 @@ class Drivers:
         """
         until: float | None = None
         while True:
+            asked = clock.monotonic()
             try:
                 async with self._step(op, call, undo) as moved:
                     result = await self._engine.hub.call(op.worker, call, self._on_progress(op, moved, deadline))
@@ -465,10 +466,12 @@ class Drivers:
             except Unavailable as error:
                 if error.reason != "WORKER_DISCONNECTED":
                     raise
-                # From when it went, not from when it was asked; and anew when it has been back in between.
-                if until is None or op.worker in self._engine.hub.connected():
-                    until = clock.monotonic() + self._engine.config.worker_return_s
-                elif clock.monotonic() >= until:
+                # From when it went, not from when it was asked; and anew when it has been back in between: unless it
+                # always goes again at once, which may be this call's doing.
+                now, return_s = clock.monotonic(), self._engine.config.worker_return_s
+                if until is None or now - asked > return_s or op.worker in self._engine.hub.connected():
+                    until = now + return_s
+                elif now >= until:
                     await self._hand_over_if_alive(op)
                     raise
             except GreenroomError:

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from greenroom.core import agentapi as api
 from greenroom.core.errors import (
     DeadlineExceeded,
+    FailedPrecondition,
     GreenroomError,
     Internal,
     InvalidArgument,
@@ -37,6 +38,8 @@ R = TypeVar("R", bound=Record)
 LIST_TIMEOUT_S = 30.0
 #: Digits of a digest that stand for all of it.
 MIN_PREFIX = 6
+#: Digits of it that are said; as many as docker shows.
+SHOWN_DIGITS = 12
 #: Reports of a pull that may wait for a slow reader; older ones are dropped, each is the whole truth.
 MAX_REPORTS = 64
 
@@ -79,9 +82,18 @@ class Images:
 
         Raises:
             NotFound: none has it.
-            FailedPrecondition: it is in use somewhere (reason ``IMAGE_IN_USE``); elsewhere it is removed.
+            FailedPrecondition: it is in use somewhere (reason ``IMAGE_IN_USE``); elsewhere it is removed. Or it has
+                other names that would go with this one (reason ``IMAGE_HAS_NAMES``); nothing is removed.
         """
         there = await self._find(name, workers)
+        for _, image in there:
+            others = [one for one in image.references if _meant(one) != _meant(name)]
+            if others and not is_digest(image, name):
+                raise FailedPrecondition(
+                    f"image {name} is also called {', '.join(others)}; to remove it under all its names, say its "
+                    f"digest: {image.digest.removeprefix('sha256:')[:SHOWN_DIGITS]}",
+                    reason="IMAGE_HAS_NAMES",
+                )
         await self._cool(there)
         call = {image.digest: api.RemoveImage(digest=image.digest, unpin=unpin) for _, image in there}
         await self._each(
@@ -208,7 +220,10 @@ class Images:
                     reason="WORKER_DISCONNECTED",
                 )
         if not connected:
-            raise Unavailable("no worker is connected; start a server with workers", reason="NO_WORKER")
+            raise Unavailable(
+                "no worker is connected: one that starts takes some seconds; else start a server with workers",
+                reason="NO_WORKER",
+            )
         return sorted(set(wanted) or connected)
 
     async def _ask(
@@ -258,25 +273,29 @@ class Images:
 
 def is_called(image: CachedImage, name: str) -> bool:
     """Whether ``name`` is a reference that led to the image, its digest, or the first digits of that."""
-    digits = name.removeprefix("sha256:")
-    if len(digits) >= MIN_PREFIX and set(digits) <= set("0123456789abcdef") and image.digest[7:].startswith(digits):
+    if is_digest(image, name) or name in image.references:
         return True
-    if name in image.references:
-        return True
-    meant, _, digest = name.partition("@")
+    digest = name.partition("@")[2]
     if digest and digest != image.digest:
         return False
     # An image that was fetched by its digest is what its name meant when the template was made from it.
-    names = {_normal(reference.partition("@")[0]) for reference in image.references}
-    return _normal(meant) in names
+    return _meant(name) in map(_meant, image.references)
 
 
-def _normal(reference: str) -> object:
-    """Equal for two references that mean the same, as ``nginx`` and ``docker.io/library/nginx:latest``."""
+def is_digest(image: CachedImage, name: str) -> bool:
+    """Whether ``name`` is the image's digest or its first digits."""
+    digits = name.removeprefix("sha256:")
+    return len(digits) >= MIN_PREFIX and set(digits) <= set("0123456789abcdef") and image.digest[7:].startswith(digits)
+
+
+def _meant(reference: str) -> object:
+    """Equal for two references that mean the same, but for the digest, as ``nginx`` and
+    ``docker.io/library/nginx:latest``."""
+    name = reference.partition("@")[0]
     try:
-        return parse(reference)
+        return parse(name)
     except InvalidArgument:
-        return reference
+        return name
 
 
 def _failure(error: GreenroomError) -> Failure:

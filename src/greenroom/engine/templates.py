@@ -322,7 +322,7 @@ class Preparer:
             scope.reschedule(clock.monotonic() + self._engine.config.prepare_deadline_s)
         template = await self._change(template, op, image_digest=digest, phase="boot", layers=())
 
-        await self._note(op, phase="boot")
+        await self._note(op, phase="boot", layers=())
         await self._engine.create_actor(golden, template.name, golden=True)
         _succeeded(await self._engine.resume(golden, cause="template", wait_s=spec.readyz.timeout_s + 60))
         phases.end("boot")

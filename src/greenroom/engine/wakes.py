@@ -140,7 +140,7 @@ class Wakes:
         far = f", {done * 100 // total} % of {total / (1 << 20):.1f} MiB" if total else ""
         waking.told = Unavailable(
             f"actor {key} waits for its image ({progress.phase.removeprefix(WAITS_FOR_IMAGE)}{far}); it goes on to "
-            f"wake, ask again. `greenroom get operations --state=running` tells how far it is",
+            f"wake, ask again. `greenroom resume {key.name} -n {key.namespace}` waits for it and shows how far it is",
             reason="IMAGE_PREPARING",
             retry_after_s=IMAGE_RETRY_S,
         )

@@ -145,7 +145,7 @@ class Cache:
                     break
                 image = self._cached(record, needed, references.get(record.digest, ()))
                 if (why := _why_kept(image, recent_s, spare, warm_too=dry_run)) or (why := self._take(image, dry_run)):
-                    kept.append(f"{image.digest}: {why}")
+                    kept.append(f"{image.references[0] if image.references else image.digest}: {why}")
                     continue
                 removed.append(image)
                 freed += image.disk_bytes

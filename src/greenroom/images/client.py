@@ -205,4 +205,6 @@ def _pause_s(text: str) -> float:
 def _words(error: Exception) -> str:
     if isinstance(error, aiohttp.ClientResponseError):  # its words have the whole URL; this one comes from a proxy
         return f"{error.status} {error.message}"
+    if isinstance(error, aiohttp.ClientConnectorError):  # its words name the host again, and objects of ours
+        return error.strerror or str(error.os_error)
     return str(error) or ("it takes too long" if isinstance(error, TimeoutError) else type(error).__name__)

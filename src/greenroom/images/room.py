@@ -72,11 +72,12 @@ class Room:
         return self._cache.evict(wanted_bytes, recent_s=self._recent_s, spare=[guest.digest]).freed_bytes
 
     def _estimated(self, guest: Guest, progress: Progress, free: int, full: ResourceExhausted) -> ResourceExhausted:
-        """The disk was full in the middle: what is missing can be told from how far it came with what was ``free``."""
+        """The disk was full in the middle: what is missing can be told from how far it came with what was ``free``,
+        unless the unpacker knows of more."""
         part = progress.unpacked_part()
         if not part:
             return full
-        missing = int(free / part) - free
+        missing = max(int(free / part) - free, int(full.metadata.get("missing_bytes", "1")))
         return self._full(guest, f"to unpack it takes about {_mib(missing)} more", missing, 0)
 
     def _full(self, guest: Guest, why: str, missing: int, freed: int) -> ResourceExhausted:

@@ -31,7 +31,7 @@ from greenroom.core.errors import (
 from greenroom.core.records import Evicted, ImageCache
 from greenroom.images.archive import local_source
 from greenroom.images.blobs import BlobStore, private, try_lock, write_atomically
-from greenroom.images.cache import LOW_PART, RECENT_S, Cache, Marks
+from greenroom.images.cache import LOW_PART, MAX_NAMED, RECENT_S, Cache, Marks
 from greenroom.images.catalog import Catalog, ImageRecord, disk_bytes
 from greenroom.images.client import Client
 from greenroom.images.config import (
@@ -278,8 +278,9 @@ class DiskImageStore:
         finally:
             os.close(lock_fd)
         users = await asyncio.to_thread(self._uses.described, digest)
-        by = ", ".join(users[:3]) or "nobody, but it is pinned: unpin it first"
-        raise FailedPrecondition(f"image {digest} is used by {by}", reason="IMAGE_IN_USE")
+        names = (await asyncio.to_thread(self._catalog.references)).get(digest, (digest,))
+        why = f"used by {', '.join(users[:MAX_NAMED])}" if users else "pinned: unpin it first"
+        raise FailedPrecondition(f"image {names[0]} is {why}", reason="IMAGE_IN_USE")
 
     # --- preparing -------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import stat
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +24,7 @@ def build_python_image(
     tag: str = "latest",
     compression: Compression = "zstd",
     env: dict[str, str] | None = None,
+    ballast: Iterable[Layer] = (),
 ) -> str:
     """Adds an image to the layout in the directory ``layout`` (made if it is not there).
 
@@ -33,6 +35,7 @@ def build_python_image(
     Args:
         app: the program's file; becomes ``/app/<its name>``.
         env: further environment of the image.
+        ballast: further layers, which are in the layout already; they come last.
 
     Returns:
         The reference, ``oci:<layout>:<tag>``.
@@ -53,7 +56,7 @@ def build_python_image(
         "WorkingDir": "/",
         "ExposedPorts": {f"{_PORT}/tcp": {}},
     }
-    target.add_image(layers, config, tag)
+    target.add_image([*layers, *ballast], config, tag)
     return f"oci:{layout}:{tag}"
 
 
