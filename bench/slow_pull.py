@@ -9,7 +9,8 @@ template was made over a good link, and the image was removed since).
 
 Measured: how long the download takes over what the link needs for the bytes alone; bytes that crossed the link more
 than once; the longest time in which the template's status said nothing new; the peak of memory of an agent with its
-unpacker, over all and at the beginning and end of the download; and what happened to the actor.
+unpacker, over all and at the beginning and end of the download; and what happened to the actor, of which every request
+is to be refused with 503 and a time to come back until it is served, and whose one operation is to end DONE.
 
     python bench/slow_pull.py [--scale 0.04] [--cuts 5] [--kills 2] [--bits-per-s 10e6] [--latency-s 0.4]
 
@@ -320,7 +321,6 @@ async def people(
     for error in ended:
         if isinstance(error, Exception):
             raise error
-    (work.parent / "slow-pull-screen.txt").write_text(applied.screen)
     silences = template.silences(OF_IMAGE)
     across = [(until - since, phase) for since, until, phase in silences if any(since < k < until for k in killed)]
     others = [(until - since, phase) for since, until, phase in silences if not any(since < k < until for k in killed)]
@@ -348,7 +348,7 @@ async def people(
         "agent_late_mib": round(memory.late_mib, 1),
         "actor": {
             "resume_status": resumed.status,
-            "resume_said": resumed.screen.strip().splitlines()[-1] if resumed.screen.strip() else "",
+            "resume_said": re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", resumed.screen).strip().splitlines()[-1:],
             "operations": [f"{one.state}, attempt {one.attempts}" for one in operations.values()],
             "phases": list(dict.fromkeys(phase for _, phase, _ in waking.told)),
             "longest_silence_s": round(max((u - s for s, u, _ in waking.silences(waits)), default=0.0), 2),
