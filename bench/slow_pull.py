@@ -9,7 +9,8 @@ template was made over a good link, and the image was removed since).
 
 Measured: how long the download takes over what the link needs for the bytes alone; bytes that crossed the link more
 than once; the longest time in which the template's status said nothing new; the peak of memory of an agent with its
-unpacker, over all and at the beginning and end of the download; and what happened to the actor.
+unpacker, over all and at the beginning and end of the download; and what happened to the actor, of which every request
+is to be refused with 503 and a time to come back until it is served, and whose one operation is to end DONE.
 
     python bench/slow_pull.py [--scale 0.04] [--cuts 5] [--kills 2] [--bits-per-s 10e6] [--latency-s 0.4]
 
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import json
 import os
 import pty
@@ -33,12 +33,13 @@ import sys
 import tempfile
 import time
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import _image
 from _kit import WORK, conditions, report, say
+from _slow_watch import Course, Link, Memory
 
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
 from greenroom.api.client import AioClient
@@ -70,7 +71,6 @@ SILENCE_GOAL_S = 5.0
 GOALS = f"""time: {TIME_GOAL:g} times the link's own, {CUT_GOAL_S:g} s for the start and each cut, {KILL_GOAL_S:g} s for
 each kill; fetched again: {MAX_IN_FLIGHT_BYTES >> 20} MiB for each; memory: {MEMORY_GOAL_MIB} MiB, {GROWTH_GOAL_MIB} MiB
 more at the end than at the beginning; silence: {SILENCE_GOAL_S:g} s, and {KILL_GOAL_S:g} s across a kill"""
-SAMPLE_PERIOD_S = 0.05
 OF_IMAGE = ("resolve", "download", "unpack")
 
 
@@ -84,52 +84,6 @@ def make_image(scale: float) -> Path:
         build_python_image(staged, app=Path(counter_app.__file__), ballast=ballast)
         staged.rename(target)
     return target
-
-
-class Link:
-    """Tells when so many bytes of blobs have crossed it, since it became a bad one."""
-
-    def __init__(self, proxy: FaultProxy, arguments: argparse.Namespace, size: int) -> None:
-        self._proxy = proxy
-        self._before = proxy.blob_bytes
-        self._marks: list[tuple[int, asyncio.Event]] = []
-        self.size = size
-        proxy.bits_per_s, proxy.latency_s = arguments.bits_per_s, arguments.latency_s
-        proxy.cut_every_bytes = size // (arguments.cuts + 1) if arguments.cuts else None
-        proxy.before_chunk = self._look
-
-    @property
-    def blob_bytes(self) -> int:
-        return self._proxy.blob_bytes - self._before
-
-    async def reached(self, blob_bytes: int) -> None:
-        event = asyncio.Event()
-        self._marks.append((blob_bytes, event))
-        await event.wait()
-
-    async def _look(self) -> None:
-        for at, event in self._marks:
-            if self.blob_bytes >= at:
-                event.set()
-
-
-@dataclass
-class Course:
-    """What was told of something: for each change when, in which phase, and the bytes done."""
-
-    told: list[tuple[float, str, int]] = field(default_factory=list)
-
-    def add(self, phase: str, done_bytes: int) -> None:
-        if not self.told or self.told[-1][1:] != (phase, done_bytes):
-            self.told.append((time.monotonic(), phase, done_bytes))
-
-    def silences(self, phases: tuple[str, ...]) -> list[tuple[float, float, str]]:
-        """From, until, and the phase, of each pause between two changes that began in one of ``phases``."""
-        pairs = itertools.pairwise(self.told)
-        return [(at, then, phase) for (at, phase, _), (then, _, _) in pairs if phase in phases]
-
-    def seconds(self, phase: str) -> float:
-        return sum(until - since for since, until, _ in self.silences((phase,)))
 
 
 async def watch(address: str, template: Course, waking: Course, operations: dict[str, Operation]) -> None:
@@ -146,52 +100,6 @@ async def watch(address: str, template: Course, waking: Course, operations: dict
                 case Operation(name="sleeper", kind=OperationKind.RESUME) as record:
                     operations[record.id] = record
                     waking.add(record.phase or record.state, bytes_of(record)[0])
-
-
-class Memory:
-    """Samples what the agents take, each with its unpacker. Sandboxes are not the agent's memory. Pages that processes
-    share are divided among them (PSS): the two agents and the unpackers run the same Python."""
-
-    def __init__(self, live: LiveServer, link: Link) -> None:
-        self._live, self._link = live, link
-        self.agent_mib = self.unpacker_mib = self.tree_mib = self.early_mib = self.late_mib = 0.0
-
-    async def sample(self) -> None:
-        while True:
-            for agent in self._live.pids()[1:]:
-                own = _resident(agent)
-                below = sum(_resident(child) for child in _children(agent) if _is_ours(child))
-                self.agent_mib, self.unpacker_mib = max(self.agent_mib, own), max(self.unpacker_mib, below)
-                self.tree_mib = max(self.tree_mib, own + below)
-                share = self._link.blob_bytes / self._link.size
-                if share < 0.1:
-                    self.early_mib = max(self.early_mib, own)
-                elif share > 0.9:
-                    self.late_mib = max(self.late_mib, own)
-            await asyncio.sleep(SAMPLE_PERIOD_S)
-
-
-def _resident(pid: int) -> float:
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:  # it has just ended
-        return 0.0
-    return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:"))
-
-
-def _children(pid: int) -> list[int]:
-    try:
-        tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        return [int(one) for task in tasks for one in (task / "children").read_text().split()]
-    except OSError:
-        return []
-
-
-def _is_ours(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/exe").samefile(sys.executable)
-    except OSError:
-        return False
 
 
 # --- what people do -----------------------------------------------------------------------------------------------
@@ -281,7 +189,7 @@ async def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         await asyncio.to_thread(make_sleeper, live, reference)
         size = sum(path.stat().st_size for path in (layout / "blobs/sha256").iterdir()) - _manifest_bytes(layout)
         say(f"{size / 1e6:.0f} MB over {arguments.bits_per_s / 1e6:g} Mbit/s, {arguments.latency_s:g} s a round trip")
-        link = Link(proxy, arguments, size)
+        link = Link(proxy, size, bits_per_s=arguments.bits_per_s, latency_s=arguments.latency_s, cuts=arguments.cuts)
         cuts = proxy.cuts
         figures = await people(arguments, live, link, reference, work)
         figures["cuts"] = proxy.cuts - cuts
@@ -320,7 +228,6 @@ async def people(
     for error in ended:
         if isinstance(error, Exception):
             raise error
-    (work.parent / "slow-pull-screen.txt").write_text(applied.screen)
     silences = template.silences(OF_IMAGE)
     across = [(until - since, phase) for since, until, phase in silences if any(since < k < until for k in killed)]
     others = [(until - since, phase) for since, until, phase in silences if not any(since < k < until for k in killed)]
@@ -348,7 +255,7 @@ async def people(
         "agent_late_mib": round(memory.late_mib, 1),
         "actor": {
             "resume_status": resumed.status,
-            "resume_said": resumed.screen.strip().splitlines()[-1] if resumed.screen.strip() else "",
+            "resume_said": re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", resumed.screen).strip().splitlines()[-1:],
             "operations": [f"{one.state}, attempt {one.attempts}" for one in operations.values()],
             "phases": list(dict.fromkeys(phase for _, phase, _ in waking.told)),
             "longest_silence_s": round(max((u - s for s, u, _ in waking.silences(waits)), default=0.0), 2),

@@ -235,6 +235,23 @@ def test_ctrl_c_leaves_the_operation_running(mine: Shell) -> None:
 # --- apply ------------------------------------------------------------------------------------------------------
 
 
+def test_ctrl_c_leaves_the_preparation_running(shell: Shell, tmp_path: Path) -> None:
+    path = tmp_path / "all.yaml"
+    path.write_text(TEMPLATE)
+    shell.server.call(shell.control.gate.clear)
+    applying = process("apply", "-f", str(path))
+    assert applying.stderr is not None
+    assert applying.stderr.readline() == "template/web: phase pull\n"
+    applying.send_signal(signal.SIGINT)
+    _, err = applying.communicate(timeout=30)
+    assert applying.returncode == 130 and "Traceback" not in err
+    template = shell.server.run(shell.control.store.get(Template, "default/web"))
+    assert "goes on: watch it with `greenroom wait template web -n default`" in err
+    assert f"give it up with `greenroom cancel operation/{template.operation}`" in err
+    shell.server.call(shell.control.gate.set)
+    assert shell("wait", "template", "web").stdout == "template/web ready\n"
+
+
 def test_apply(shell: Shell, tmp_path: Path) -> None:
     path = tmp_path / "all.yaml"
     path.write_text(TEMPLATE)

@@ -149,7 +149,9 @@ def layer_bytes(layers: Sequence[LayerProgress]) -> tuple[int, int]:
 
 
 def template_progress(template: Template) -> str:
-    """``download 25% of 48.0 MiB``; "" for one that is not being prepared."""
+    """``download 25% of 48.0 MiB``; of one that failed why, as ``IMAGE_NOT_FOUND``; else ""."""
+    if template.state is TemplateState.FAILED:
+        return template.reason
     if template.state is not TemplateState.PREPARING:
         return ""
     done, total = layer_bytes(template.layers)
