@@ -102,11 +102,15 @@ async def test_a_preparation_that_is_cancelled_fails_its_template(world: SimWorl
     script(world, start=MethodScript(latency_s=NEVER_S))
     applying = asyncio.ensure_future(world.apply("slow"))
 
+    async def preparations() -> list[Operation]:  # that of the world's own template may not have ended yet
+        running = await world.store.list(Operation, where={"kind": "Prepare", "state": "Running"})
+        return [op for op in running if op.name == "slow"]
+
     async def prepared() -> bool:
-        return bool(await world.store.list(Operation, where={"kind": "Prepare", "state": "Running"}))
+        return bool(await preparations())
 
     await until(prepared)
-    [op] = await world.store.list(Operation, where={"kind": "Prepare", "state": "Running"})
+    [op] = await preparations()
 
     async def boots() -> bool:
         return bool(await world.store.list(Actor, where={"state": "Resuming"}))

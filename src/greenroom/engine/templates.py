@@ -318,7 +318,8 @@ class Preparer:
         await self._drop_golden(template)
         digest = await self._pull(template, op, phases)
         phases.end("image")
-        if not scope.expired():  # else it is being cancelled
+        running = self._ops.running.get(op.id)
+        if not scope.expired() and not (running is not None and running.cancel_requested):
             scope.reschedule(clock.monotonic() + self._engine.config.prepare_deadline_s)
         template = await self._change(template, op, image_digest=digest, phase="boot", layers=())
 
