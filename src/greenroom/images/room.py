@@ -60,6 +60,9 @@ class Room:
         """For the layers that are not here yet; what they unpack to is not known."""
         layers = {layer.digest: layer for layer in guest.layers}.values()
         coming = sum(layer.size - self._blobs.done_bytes(layer) for layer in layers)
+        missing = coming - self._cache.free_bytes()
+        if missing > 0 and self._could_evict(guest, missing) < missing:  # nor is anything removed for what can't fit
+            raise self._full(guest, f"its layers need {_mib(missing)} more", missing, 0)
         self._cache.trim(coming)
         missing = coming - self._cache.free_bytes()
         if missing > 0:
@@ -67,6 +70,10 @@ class Room:
             missing = coming - self._cache.free_bytes()
             if missing > 0:
                 raise self._full(guest, f"its layers need {_mib(missing)} more", missing, freed)
+
+    def _could_evict(self, guest: Guest, wanted_bytes: int) -> int:
+        recent_s, spare = self._recent_s, [guest.digest]
+        return self._cache.evict(wanted_bytes, recent_s=recent_s, spare=spare, dry_run=True).freed_bytes
 
     def _evict(self, guest: Guest, wanted_bytes: int | None) -> int:
         return self._cache.evict(wanted_bytes, recent_s=self._recent_s, spare=[guest.digest]).freed_bytes

@@ -150,8 +150,8 @@ class Uses:
     def keep_only(
         self, holder: str, actor_uids: Collection[str], state_dir: Path | None = None
     ) -> dict[str, tuple[str, ...]]:
-        """Of this holder, whose ``state_dir`` is written down, only these use anything. One of them of which nothing is known uses everything that is there:
-        it was made before uses were written down.
+        """Of this holder, whose ``state_dir`` is written down, only these use anything. One of them of which nothing is
+        known uses everything that is there: it was made before uses were written down.
 
         Returns: for each of them the digests that it uses.
         """
