@@ -170,6 +170,19 @@ async def test_a_full_disk_lets_go_of_what_nobody_uses(small: Path, tmp_path: Pa
     assert (await store.prepare(make_image(tmp_path / "old", {"a": os.urandom(5 * MIB)}))).digest != old.digest
 
 
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+async def test_an_image_that_is_here_is_used_also_when_the_disk_is_full(small: Path, tmp_path: Path) -> None:
+    store = DiskImageStore(small)
+    image = await store.prepare(make_image(tmp_path / "layout", {"a": b"1"}))
+    with pytest.raises(OSError, match="No space"):
+        (small / "filler").write_bytes(bytes(64 << 20))
+    await store.hold(image.digest, "w.1", "1")
+    (small / "filler").unlink()
+    with pytest.raises(FailedPrecondition, match="used by actor 1 on w"):
+        await store.remove(image.digest)
+
+
 async def test_a_shared_layer_stays_as_long_as_one_needs_it(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
     shared = os.urandom(MIB)

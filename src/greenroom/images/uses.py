@@ -108,6 +108,10 @@ class Uses:
             return False
         try:
             os.write(fd, data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            # Its name is what counts: an actor whose image is here wakes also when the disk is full.
         finally:
             os.close(fd)
         return True
