@@ -172,6 +172,23 @@ async def test_a_full_disk_lets_go_of_what_nobody_uses(small: Path, tmp_path: Pa
 
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+async def test_nothing_goes_for_a_layer_that_says_too_much_of_itself(small: Path, tmp_path: Path) -> None:
+    store = DiskImageStore(small, recent_s=0.0)
+    image = await store.prepare(make_image(tmp_path / "a", {"a": b"1"}))
+    make_image(tmp_path / "layout", {"b": b"b"}, compression="gzip")
+    layout = Layout(tmp_path / "layout")
+    manifest = msgspec.json.decode(layout.blob(layout.index().manifests[0]).read_bytes())
+    packed = (tmp_path / "layout/blobs/sha256" / manifest["layers"][0]["digest"][7:]).read_bytes()
+    lying = layout.add_blob(packed[:-4] + b"\xff" * 4, manifest["layers"][0]["mediaType"])  # 4 GiB, says gzip's trailer
+    manifest["layers"][0] |= {"digest": lying.digest}
+    layout.tag(layout.add_blob(msgspec.json.encode(manifest), manifest["mediaType"]), "lies")
+    with pytest.raises(ResourceExhausted, match=r"at least 4295\.0 MB are still to be written"):
+        await store.prepare(f"oci:{tmp_path / 'layout'}:lies")
+    assert store.digests() == (image.digest,)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 async def test_an_image_that_is_here_is_used_also_when_the_disk_is_full(small: Path, tmp_path: Path) -> None:
     store = DiskImageStore(small)
     image = await store.prepare(make_image(tmp_path / "layout", {"a": b"1"}))
