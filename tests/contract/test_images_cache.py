@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from greenroom.core.errors import FailedPrecondition, NotFound, ResourceExhausted
@@ -73,6 +74,21 @@ async def test_room_is_made_for_what_is_about_to_come(tmp_path: Path) -> None:
     other = await shelf.add("other")  # of whose layer it is known before that it does not fit beside the two
     assert shelf.there() == {new.digest, other.digest}
     assert old.digest not in [image.digest for image in (await shelf.store.cache()).images]
+
+
+async def test_nothing_goes_for_what_can_not_fit(tmp_path: Path) -> None:
+    """Or a manifest that only says that it is large would empty the store."""
+    shelf = Shelf(tmp_path)
+    image = await shelf.add("a", age_s=100)
+    shelf.limit(10 * MIB, 6 * MIB)
+    make_image(tmp_path / "layout", {"b": b"b"})
+    layout = Layout(tmp_path / "layout")
+    manifest = msgspec.json.decode(layout.blob(layout.index().manifests[0]).read_bytes())
+    manifest["layers"][0]["size"] = 1 << 40
+    layout.tag(layout.add_blob(msgspec.json.encode(manifest), manifest["mediaType"]), "lies")
+    with pytest.raises(ResourceExhausted, match="does not fit"):
+        await shelf.store.prepare(f"oci:{tmp_path / 'layout'}:lies")
+    assert image.digest in shelf.there()
 
 
 async def test_what_is_used_or_pinned_stays_and_the_rest_is_said(tmp_path: Path) -> None:
@@ -154,6 +170,36 @@ async def test_a_full_disk_lets_go_of_what_nobody_uses(small: Path, tmp_path: Pa
     assert (await store.prepare(make_image(tmp_path / "old", {"a": os.urandom(5 * MIB)}))).digest != old.digest
 
 
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+async def test_nothing_goes_for_a_layer_that_says_too_much_of_itself(small: Path, tmp_path: Path) -> None:
+    store = DiskImageStore(small, recent_s=0.0)
+    image = await store.prepare(make_image(tmp_path / "a", {"a": b"1"}))
+    make_image(tmp_path / "layout", {"b": b"b"}, compression="gzip")
+    layout = Layout(tmp_path / "layout")
+    manifest = msgspec.json.decode(layout.blob(layout.index().manifests[0]).read_bytes())
+    packed = (tmp_path / "layout/blobs/sha256" / manifest["layers"][0]["digest"][7:]).read_bytes()
+    lying = layout.add_blob(packed[:-4] + b"\xff" * 4, manifest["layers"][0]["mediaType"])  # 4 GiB, says gzip's trailer
+    manifest["layers"][0] |= {"digest": lying.digest}
+    layout.tag(layout.add_blob(msgspec.json.encode(manifest), manifest["mediaType"]), "lies")
+    with pytest.raises(ResourceExhausted, match=r"at least 4295\.0 MB are still to be written"):
+        await store.prepare(f"oci:{tmp_path / 'layout'}:lies")
+    assert store.digests() == (image.digest,)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+async def test_an_image_that_is_here_is_used_also_when_the_disk_is_full(small: Path, tmp_path: Path) -> None:
+    store = DiskImageStore(small)
+    image = await store.prepare(make_image(tmp_path / "layout", {"a": b"1"}))
+    with pytest.raises(OSError, match="No space"):
+        (small / "filler").write_bytes(bytes(64 << 20))
+    await store.hold(image.digest, "w.1", "1")
+    (small / "filler").unlink()
+    with pytest.raises(FailedPrecondition, match="used by actor 1 on w"):
+        await store.remove(image.digest)
+
+
 async def test_a_shared_layer_stays_as_long_as_one_needs_it(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
     shared = os.urandom(MIB)
@@ -192,7 +238,7 @@ async def test_of_a_worker_that_is_gone_for_good_nothing(tmp_path: Path) -> None
         await shelf.store.keep_only(holder, [], tmp_path / holder)
         await shelf.store.hold(image.digest, holder, "1")
     (tmp_path / "w.1").rmdir()
-    with pytest.raises(FailedPrecondition, match="is used by actor 1 on w$"):
+    with pytest.raises(FailedPrecondition, match=r"is used by actor 1 on w$"):
         await shelf.store.remove(image.digest)
     assert [path.name for path in (tmp_path / "store/holders").iterdir()] == ["w.2"]
     (tmp_path / "w.2").rmdir()

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from greenroom.core.errors import FailedPrecondition, ResourceExhausted
-from greenroom.images.port import ImageStore
+from greenroom.core.errors import FailedPrecondition, NotFound, ResourceExhausted
+from greenroom.images.port import Image, ImageStore
 from greenroom.images.store import DiskImageStore
 from greenroom.testing.contracts.images import ImageStoreContract, contents, make_image
 from greenroom.testing.oci_layout import Layout
@@ -95,6 +95,17 @@ class TestDisk(ImageStoreContract):
             os.umask(before)
         await store.prepare(make_image(tmp_path / "layout", {"a": b"1"}))
         assert (tmp_path / "some/where").stat().st_mode & 0o777 == 0o700
+
+    async def test_what_is_wrong_elsewhere_is_nothing_to_others(self, store: ImageStore, tmp_path: Path) -> None:
+        """The same image from two places at once, of which one lacks a layer."""
+        good = make_image(tmp_path / "good", {"a": b"1"}, {"b": b"2"})
+        shutil.copytree(tmp_path / "good", tmp_path / "bad")
+        image = await DiskImageStore(tmp_path / "other").prepare(good)
+        (tmp_path / "bad/blobs/sha256" / image.layers[1].removeprefix("sha256:")).unlink()
+        references = [good.replace("/good:", "/bad:"), good]
+        bad, found = await asyncio.gather(*map(store.prepare, references), return_exceptions=True)
+        assert isinstance(bad, NotFound | Image), "the other may have brought the layer by then"
+        assert isinstance(found, Image) and contents(found.rootfs) == {"a": b"1", "b": b"2"}
 
     async def test_limits_are_the_stores(self, tmp_path: Path) -> None:
         small = DiskImageStore(tmp_path / "store", max_entries=2, max_unpacked_bytes=100_000)

@@ -204,6 +204,14 @@ async def test_429_for_long(refused: Check, proxy: FaultProxy) -> None:
     assert len(proxy.requests) == 6
 
 
+async def test_429_again_and_again(refused: Check, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses that add up to more than a preparation may stand still end it, and that is what is said."""
+    monkeypatch.setattr(download, "MAX_PAUSE_S", 1.5)
+    proxy.answer(429, times=100, path="/blobs/", headers={"Retry-After": "1"})
+    await refused(f"{proxy.host}/test/image:1", ResourceExhausted, "REGISTRY_RATE_LIMIT", "log in")
+    assert sum("/blobs/" in request for request in proxy.requests) == 2
+
+
 async def test_retry_after_is_a_date(refused: Check, proxy: FaultProxy) -> None:
     proxy.answer(503, headers={"Retry-After": "Fri, 31 Dec 2100 23:59:59 GMT"})
     error = await refused(f"{proxy.host}/test/image:1", ResourceExhausted, "REGISTRY_RATE_LIMIT")
@@ -318,7 +326,7 @@ async def test_sizes_beyond_the_disk(refused: Check, upstream: str, proxy: Fault
     }
     proxy.answer(200, body=json.dumps(lying).encode(), headers={"Content-Type": MANIFEST_TYPES[0]}, path="/manifests/")
     if size == 1 << 40:  # as large as a blob may be, and there are 16 of them
-        await refused(f"{proxy.host}/test/image:1", ResourceExhausted, "DISK_FULL", "does not fit", "more")
+        await refused(f"{proxy.host}/test/image:1", ResourceExhausted, "DISK_FULL", "its layers need")
     else:
         await refused(f"{proxy.host}/test/image:1", FailedPrecondition, "IMAGE_INVALID", "impossible size")
 
@@ -426,7 +434,7 @@ class TestFull:
         assert contents((await store.prepare(f"{upstream}/test/image:1")).rootfs) == {"data": DATA}
 
     async def _full(self, small: Path, reference: str, at_least: int) -> None:
-        with pytest.raises(ResourceExhausted, match=r"MiB more|bytes are missing") as raised:
+        with pytest.raises(ResourceExhausted, match=r"its layers need|are still to be written") as raised:
             await DiskImageStore(small).prepare(reference)
         assert raised.value.reason == "DISK_FULL"
         assert at_least <= int(raised.value.metadata["missing_bytes"]) < 8 << 20

@@ -32,6 +32,7 @@ class Shop:
         self.digest = ""
 
     async def agent(self, worker: str = "w0", alive: tuple[str, ...] = ()) -> WorkerImages:
+        (self.root / worker).mkdir(exist_ok=True)
         agent = WorkerImages(self.store, worker, self.root / worker)
         await agent.open(alive)
         self.digest = (await agent.prepare(self.reference, quiet)).digest

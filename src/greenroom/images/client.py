@@ -20,15 +20,13 @@ from yarl import URL
 
 from greenroom.core.errors import FailedPrecondition, Unavailable
 from greenroom.core.records import Record
-from greenroom.images.download import Interrupted, Throttled
+from greenroom.images.download import MAX_PAUSE_S, Interrupted, Throttled
 from greenroom.images.registries import Registries
 
 #: A registry that has not accepted a connection after this long, or sends nothing for the second, is taken for gone;
 #: both are above any delay of a bad link (a transfer itself may take as long as it likes).
 CONNECT_TIMEOUT_S = 15.0
 SILENCE_TIMEOUT_S = 30.0
-#: A server that wants to be left alone for longer than this is not waited for: whoever asked is told when to try again.
-MAX_PAUSE_S = 60.0
 #: Read ahead of what is taken, for a connection.
 READ_BUFFER_BYTES = 256 << 10
 _MAX_REDIRECTS = 5
@@ -84,7 +82,8 @@ class Client:
             Interrupted: no connection, or it broke, also while the answer is read.
             Throttled: the server wants to be asked less often; the next request to it waits for as long as it said.
             FailedPrecondition: its certificate is not trusted (reason ``REGISTRY_TLS``).
-            ResourceExhausted: it wants to be left alone for longer than `MAX_PAUSE_S` (reason ``REGISTRY_RATE_LIMIT``).
+            ResourceExhausted: it wants to be left alone for longer than `greenroom.images.download.MAX_PAUSE_S` (reason
+                ``REGISTRY_RATE_LIMIT``).
             Unavailable: it redirects in circles or to where it must not (reason ``REGISTRY_REDIRECT``).
         """
         first, sent = url, dict(headers)

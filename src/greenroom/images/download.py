@@ -21,6 +21,9 @@ MAX_FRUITLESS_ATTEMPTS = 5
 MAX_FRUITLESS_ATTEMPTS_OF_MANY = 2
 #: Pause before attempt n is this times 2**n, so about 8 s in all: a registry that restarts is back by then.
 RETRY_BASE_S = 0.25
+#: What pauses that a server asks for may come to, from one byte to the next: below the stall timeout of preparations
+#: (60 s), which would end them with less to say. Whoever asked is told when to try again.
+MAX_PAUSE_S = 40.0
 
 
 class Interrupted(Exception):
@@ -177,15 +180,16 @@ class Download:
         raise Interrupted(f"a blob ended after {number * PIECE_BYTES + len(data)} of {size} bytes")
 
     async def _patiently(self, attempt: Callable[[], Awaitable[None]]) -> None:
-        fruitless = 0
+        fruitless, paused_s = 0, 0.0
         while True:
             before = self._done_bytes
             try:
                 return await attempt()
             except Interrupted as error:
                 # Whatever brought a byte counts: while others get through, this one will.
-                fruitless = 0 if self._done_bytes > before else fruitless + 1
-                if fruitless >= self._patience:
+                fruitless, paused_s = (0, 0.0) if self._done_bytes > before else (fruitless + 1, paused_s)
+                paused_s += error.retry_after_s
+                if fruitless >= self._patience or paused_s > MAX_PAUSE_S:
                     raise
                 await asyncio.sleep(max(RETRY_BASE_S * 2**fruitless, error.retry_after_s))
 

@@ -24,6 +24,7 @@ from greenroom.images.credentials import Login
 from greenroom.images.download import (
     MAX_FRUITLESS_ATTEMPTS,
     MAX_FRUITLESS_ATTEMPTS_OF_MANY,
+    MAX_PAUSE_S,
     RETRY_BASE_S,
     Interrupted,
 )
@@ -92,7 +93,7 @@ class RegistrySource:
     async def _manifest(self, name: str) -> tuple[bytes, str]:
         what = f"image {self._reference.host}/{self._reference.repository}:{name}"
         attempts = MAX_FRUITLESS_ATTEMPTS_OF_MANY if self._endpoint.is_mirror else MAX_FRUITLESS_ATTEMPTS
-        attempt = 0
+        attempt, paused_s = 0, 0.0
         while True:
             attempt += 1
             try:
@@ -103,7 +104,8 @@ class RegistrySource:
                     known = media_type if media_type.startswith("application/vnd.") else ""
                     return await _body(response, what), known
             except Interrupted as error:
-                if attempt == attempts:
+                paused_s += error.retry_after_s
+                if attempt == attempts or paused_s > MAX_PAUSE_S:
                     raise
                 await asyncio.sleep(max(RETRY_BASE_S * 2**attempt, error.retry_after_s))
 

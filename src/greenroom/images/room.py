@@ -38,7 +38,7 @@ class Room:
         self._recent_s = recent_s
 
     async def given(self, guest: Guest, progress: Progress, make: Callable[[], Awaitable[T]]) -> T:
-        """What ``make`` returns. When the disk is full all the same, all that nobody uses goes, and it is done again.
+        """What ``make`` returns. When the disk is full all the same, what nobody uses goes, and it is done again.
 
         Raises:
             ResourceExhausted: the disk is full (reason ``DISK_FULL``), and nothing may go; says how much is missing.
@@ -51,7 +51,7 @@ class Room:
             except ResourceExhausted as full:
                 if full.reason != "DISK_FULL":
                     raise
-                evicted = await asyncio.to_thread(self._evict, guest, None)
+                evicted = await asyncio.to_thread(self._evict_for, guest, full)
                 if not evicted:
                     raise self._estimated(guest, progress, free, full) from full
                 log.warning("the disk is full; images were evicted", freed_bytes=evicted)
@@ -60,6 +60,9 @@ class Room:
         """For the layers that are not here yet; what they unpack to is not known."""
         layers = {layer.digest: layer for layer in guest.layers}.values()
         coming = sum(layer.size - self._blobs.done_bytes(layer) for layer in layers)
+        missing = coming - self._cache.free_bytes()
+        if missing > 0 and self._could_evict(guest, missing) < missing:  # nor is anything removed for what can't fit
+            raise self._full(guest, f"its layers need {_mib(missing)} more", missing, 0)
         self._cache.trim(coming)
         missing = coming - self._cache.free_bytes()
         if missing > 0:
@@ -67,6 +70,17 @@ class Room:
             missing = coming - self._cache.free_bytes()
             if missing > 0:
                 raise self._full(guest, f"its layers need {_mib(missing)} more", missing, freed)
+
+    def _evict_for(self, guest: Guest, full: ResourceExhausted) -> int:
+        """What is needed is what the layers say of themselves, so nothing is removed if it could not be had anyway."""
+        wanted = int(full.metadata.get("needed_bytes", "0")) - self._cache.free_bytes()
+        if wanted <= 0:  # not known; or it is files that there are too many of
+            return self._evict(guest, None)
+        return self._evict(guest, wanted) if self._could_evict(guest, wanted) >= wanted else 0
+
+    def _could_evict(self, guest: Guest, wanted_bytes: int) -> int:
+        recent_s, spare = self._recent_s, [guest.digest]
+        return self._cache.evict(wanted_bytes, recent_s=recent_s, spare=spare, dry_run=True).freed_bytes
 
     def _evict(self, guest: Guest, wanted_bytes: int | None) -> int:
         return self._cache.evict(wanted_bytes, recent_s=self._recent_s, spare=[guest.digest]).freed_bytes

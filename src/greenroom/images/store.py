@@ -26,7 +26,6 @@ from greenroom.core.errors import (
     GreenroomError,
     InvalidArgument,
     NotFound,
-    Unavailable,
 )
 from greenroom.core.records import Evicted, ImageCache
 from greenroom.images.archive import local_source
@@ -146,23 +145,15 @@ class DiskImageStore:
         # Who wants the same at the same time asks once. (An archive that is imported may have the name of another.)
         digest, data, manifest = await self._resolving.join(repr((reference, parsed)), None, resolve)
 
-        mine = False
-
         async def work(listeners: Sequence[OnProgress | None]) -> Image:
-            nonlocal mine
-            mine = True
             # With connections of its own: whoever began may give up before the others.
             async with self._open(parsed, peers) as origins:
                 return await self._prepare(_Wanted(reference, digest, data, manifest), origins, listeners)
 
-        while True:
-            try:
-                image = await self._flights.join(digest, on_progress, work)
-                return msgspec.structs.replace(image, reference=reference)
-            except Unavailable:
-                if mine:
-                    raise
-                # Somebody else's, who wanted it from elsewhere, where nobody answers.
+        # Who wants the same image from elsewhere waits for its lock, as another process does: what is wrong with the
+        # one place is not wrong with the other.
+        image = await self._flights.join(repr((digest, parsed)), on_progress, work)
+        return msgspec.structs.replace(image, reference=reference)
 
     async def take_in(self, name: str, tag: str, archive: AsyncIterator[bytes]) -> Image:
         called = parse(name)

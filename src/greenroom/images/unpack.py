@@ -145,7 +145,15 @@ def unpack(job: Job, report: BinaryIO) -> None:
     """
     budget = _Budget(job)
     target = Path(job.target)
-    expected = sum(space.unpacked_bytes(Path(layer.blob)) for layer in job.layers)
+    expected = 0
+    for layer in job.layers:
+        expected += space.unpacked_bytes(Path(layer.blob))
+        if expected > job.max_unpacked_bytes:  # before anything is removed to make room for it
+            raise FailedPrecondition(
+                f"layer {layer.digest} is refused: by what it says of itself the image unpacks to more than "
+                f"{job.max_unpacked_bytes} bytes",
+                reason="IMAGE_INVALID",
+            )
     if expected > space.free_bytes(target):
         raise space.disk_full("unpacking the image", target, expected)
     with Tree(target) as tree:

@@ -108,6 +108,10 @@ class Uses:
             return False
         try:
             os.write(fd, data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            # Its name is what counts: an actor whose image is here wakes also when the disk is full.
         finally:
             os.close(fd)
         return True
@@ -150,8 +154,8 @@ class Uses:
     def keep_only(
         self, holder: str, actor_uids: Collection[str], state_dir: Path | None = None
     ) -> dict[str, tuple[str, ...]]:
-        """Of this holder, whose ``state_dir`` is written down, only these use anything. One of them of which nothing is known uses everything that is there:
-        it was made before uses were written down.
+        """Of this holder, whose ``state_dir`` is written down, only these use anything. One of them of which nothing is
+        known uses everything that is there: it was made before uses were written down.
 
         Returns: for each of them the digests that it uses.
         """
