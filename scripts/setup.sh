@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes everything that Greenroom needs, inside this directory where it can:
 #   .venv        virtual environment with the pinned, hash-checked packages of requirements/
-#   .tools/bin   runsc (gVisor), and with --test the Docker registry that the tests pull from
+#   .tools/bin   runsc (gVisor), and with --test the Docker registry that the tests pull from, and kubectl
 #   .tools/postgres  with --test the PostgreSQL server that the tests start
 #
 # usage: scripts/setup.sh [--test]
@@ -61,6 +61,15 @@ runsc_done() {
 }
 
 registry_done() { [ -x "$TOOLS/bin/docker-registry" ] || command -v docker-registry >/dev/null; }
+
+# Of release 1.25 or newer, whose "version" prints this: an older one asks for what the fake API server does not have.
+kubectl_done() {
+  local found
+  for found in "$TOOLS/bin/kubectl" "$(command -v kubectl || true)"; do
+    [ -x "$found" ] && "$found" version --client 2>/dev/null | grep -qE '^Client Version: v1\.(2[5-9]|[3-9][0-9])' && return
+  done
+  return 1
+}
 
 # A server of PostgreSQL 15 or newer: Debian's package, installed or unpacked by this script, or another one on PATH.
 postgres_done() {
@@ -174,7 +183,7 @@ fetch_tool() { # $1: package, $2: file in it, $3...: suites
 
 # Not the one of .venv itself, which is first on PATH for whoever followed the README, and about to be removed.
 python=${PYTHON:-$(PATH=${PATH//$ROOT\/.venv\/bin:/} command -v python3 || true)}
-plan=() skipped=() do_apt='' do_venv='' do_runsc='' do_registry='' do_postgres=''
+plan=() skipped=() do_apt='' do_venv='' do_runsc='' do_registry='' do_kubectl='' do_postgres=''
 
 if ! venv_done; then
   do_venv=1
@@ -197,6 +206,10 @@ fi
 if [ "$want" = dev ] && ! registry_done; then
   if is_debian; then do_registry=1; plan+=("docker-registry from Debian $codename, signature-checked, into .tools/bin (tests only)")
   else skipped+=("docker-registry: this is not Debian; tests of registries need one on PATH"); fi
+fi
+if [ "$want" = dev ] && ! kubectl_done; then
+  if is_debian; then do_kubectl=1; plan+=("kubectl from Debian trixie, signature-checked, into .tools/bin (tests only)")
+  else skipped+=("kubectl: this is not Debian; tests of the fake API server need one on PATH"); fi
 fi
 if [ "$want" = dev ] && ! postgres_done; then
   if is_debian; then do_postgres=1; plan+=("PostgreSQL's server from Debian $codename, signature-checked, into .tools/postgres (tests only)")
@@ -235,5 +248,7 @@ if [ -n "$do_venv" ] && ! venv_done; then
 fi
 if [ -n "$do_runsc" ] && ! runsc_done; then fetch_tool runsc usr/bin/runsc "$codename-backports" trixie; fi
 if [ -n "$do_registry" ] && ! registry_done; then fetch_tool docker-registry usr/bin/docker-registry "$codename"; fi
+# Debian 12's is of 2020; trixie's runs on it too.
+if [ -n "$do_kubectl" ] && ! kubectl_done; then fetch_tool kubectl usr/bin/kubectl trixie; fi
 if [ -n "$do_postgres" ] && ! postgres_done; then fetch_postgres; fi
 say "done"
