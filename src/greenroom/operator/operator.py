@@ -76,13 +76,17 @@ class Operator:
         term = Term(self, election)
         electing = asyncio.create_task(election.run(), name="election")
         acting = asyncio.create_task(self._lead(election, term), name="term")
+        cancelled: asyncio.CancelledError | None = None
         try:
             await asyncio.wait({electing, acting}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            electing.cancel()
-            acting.cancel()
-            outcomes = await asyncio.gather(electing, acting, return_exceptions=True)
-            await election.resign()
+        except asyncio.CancelledError as error:
+            cancelled = error
+        electing.cancel()
+        acting.cancel()
+        outcomes = await asyncio.gather(electing, acting, return_exceptions=True)
+        await election.resign()
+        if cancelled is not None:
+            raise cancelled
         for outcome in outcomes:
             if isinstance(outcome, Exception) and not isinstance(outcome, LeaseLost):
                 raise outcome

@@ -130,7 +130,7 @@ class Reflector(Generic[T]):
             )
         before, self.found = self.found, {item.metadata.key: item for item in listed.items}
         self._at(listed.version)
-        for key in before.keys() | self.found.keys():
+        for key in sorted(before.keys() | self.found.keys()):
             old, new = before.get(key), self.found.get(key)
             if old is None or new is None or old.metadata.resourceVersion != new.metadata.resourceVersion:
                 self._on_change(old, new)

@@ -8,12 +8,9 @@ from pathlib import Path
 import yaml
 from aiohttp import web
 
+from greenroom.testing.fake_kube.adversary import Dropped
 from greenroom.testing.fake_kube.api import Api, Handler, Request
 from greenroom.testing.fake_kube.objects import MAX_OBJECT_BYTES
-
-
-class Dropped(Exception):
-    """The connection is to be closed without an answer."""
 
 
 class FakeKube:

@@ -62,13 +62,15 @@ def check(value: Any, schema: dict[str, Any], path: str = "") -> list[Cause]:
     if value is None:
         return [] if schema.get("nullable") or not schema else [(path, "must not be null")]
     if schema.get("x-kubernetes-int-or-string"):
-        return [] if isinstance(value, int | str) else [(path, "must be a number or a string")]
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            return [(path, "must be a number or a string")]
+        return _limits(value, schema, path)
     wanted = schema.get("type")
     if wanted is not None and (
         not isinstance(value, _TYPES[wanted]) or (isinstance(value, bool) and wanted in ("integer", "number"))
     ):
         return [(path, f'Invalid value: "{_type_of(value)}": must be of type {wanted}')]
-    causes = list(_limits(value, schema, path))
+    causes = _limits(value, schema, path)
     if isinstance(value, dict):
         for name in schema.get("required", ()):
             if name not in value:
