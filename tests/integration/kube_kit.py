@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
+import socket
 import ssl
 import subprocess
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+
+from greenroom.testing.fake_kube.http import FakeKube
 
 _TOOLS = Path(__file__).parents[2] / ".tools" / "bin" / "kubectl"
 #: One call of kubectl: it starts in a second on a busy machine.
@@ -66,3 +71,62 @@ class Kubectl:
             out, err = await process.communicate(stdin.encode())
         assert (process.returncode != 0) is fails, (args, out.decode(), err.decode())
         return (err if fails else out).decode()
+
+
+@contextlib.asynccontextmanager
+async def real_apiserver(directory: Path) -> AsyncIterator[Path]:
+    """etcd and kube-apiserver of the folder that ``KUBEBUILDER_ASSETS`` names (as for controller-runtime's envtest), on
+    loopback; the path of a kubeconfig for them. Nothing else of a cluster: no nodes, no garbage collector."""
+    assets = os.environ.get("KUBEBUILDER_ASSETS", "")
+    programs = [Path(assets) / name for name in ("etcd", "kube-apiserver")]
+    if not assets or not all(p.exists() for p in programs):
+        pytest.skip("no real API server: KUBEBUILDER_ASSETS names no folder with etcd and kube-apiserver")
+    client, peer, port = (free_port() for _ in range(3))
+    certificate, _ = self_signed(directory)
+    key = directory / "tls.key"
+    (directory / "tokens.csv").write_text("secret,admin,admin,system:masters\n")
+    etcd = [
+        str(programs[0]),
+        f"--data-dir={directory / 'etcd'}",
+        f"--listen-client-urls=http://127.0.0.1:{client}",
+        f"--advertise-client-urls=http://127.0.0.1:{client}",
+        f"--listen-peer-urls=http://127.0.0.1:{peer}",
+        "--unsafe-no-fsync",
+    ]
+    apiserver = [
+        str(programs[1]),
+        f"--etcd-servers=http://127.0.0.1:{client}",
+        "--bind-address=127.0.0.1",
+        f"--secure-port={port}",
+        f"--tls-cert-file={certificate}",
+        f"--tls-private-key-file={key}",
+        f"--token-auth-file={directory / 'tokens.csv'}",
+        "--authorization-mode=RBAC",
+        "--service-account-issuer=https://127.0.0.1",
+        f"--service-account-key-file={key}",
+        f"--service-account-signing-key-file={key}",
+        "--service-cluster-ip-range=10.0.0.0/24",
+        "--disable-admission-plugins=ServiceAccount",
+    ]
+    config = directory / "config"
+    FakeKube.write_kubeconfig(config, f"https://127.0.0.1:{port}", "secret", certificate=certificate)
+    with contextlib.ExitStack() as running:
+        for command in (etcd, apiserver):
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: ASYNC220
+            running.callback(process.wait)
+            running.callback(process.terminate)
+        kubectl = Kubectl(directory, config)
+        async with asyncio.timeout(120):
+            while True:
+                try:
+                    await kubectl("get", "--raw=/readyz")
+                    await kubectl("get", "namespace", "default")
+                    break
+                except AssertionError:
+                    await asyncio.sleep(0.5)
+        yield config
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])

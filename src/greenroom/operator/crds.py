@@ -53,7 +53,7 @@ LIMITS: dict[tuple[type[Record], str], dict[str, Any]] = {
     (Resources, "pids"): {"minimum": 1, "maximum": validate.MAX_PIDS},
     (Asset, "url"): {"pattern": "^https?://", "maxLength": MAX_TEXT},
     (Asset, "sha256"): {"pattern": "^[0-9a-f]{64}$"},
-    (Asset, "path"): {"pattern": "^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$", "maxLength": 255},
+    (Asset, "path"): {"pattern": "^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$", "maxLength": 255},
     (SandboxConfigSpec, "backend"): {"pattern": _LABEL},
 }
 #: The same of the items of lists.

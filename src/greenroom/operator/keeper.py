@@ -27,7 +27,6 @@ from greenroom.operator.client import Kube
 from greenroom.operator.objects import (
     EPOCH_ANNOTATION,
     POOL_FINALIZER,
-    POOL_UID_LABEL,
     Key,
     PodObject,
     PoolObject,
@@ -180,12 +179,12 @@ class Keeper:
         """The ledger of a pool that has none: a new one, or one that was lost. The epoch is raised first, where a lost
         status does not lose it, so that no name is ever used again."""
         meta = pool.metadata
-        selector = f"{POOL_UID_LABEL}={meta.uid}"
-        found = await self.shared.kube.list_pods(meta.namespace, selector)
+        # All pods, because somebody may have taken the labels from some; their names tell.
+        found = await self.shared.kube.list_pods(meta.namespace)
         places = [naming.place(meta.name, meta.uid, pod.metadata.name) for pod in found]
         epoch = max([_epoch(pool), *(at.epoch for at in places if at is not None)]) + 1
         pool = await self._adopt(pool, epoch)
-        found = await self.shared.kube.list_pods(meta.namespace, selector)
+        found = await self.shared.kube.list_pods(meta.namespace)
         pods = [to_pod(pod, meta.uid) for pod in found]
         if epoch > 1:
             self._rebuilt = f"made anew as epoch {epoch} from {len(pods)} pods"

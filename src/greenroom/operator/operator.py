@@ -39,6 +39,7 @@ GATHER_S = 0.2
 STALE_S = 150.0
 #: Each pool is looked at this often even if nothing happens, which costs no request.
 RESYNC_S = 600.0
+ORPHANS_AGAIN_S = 5.0
 
 _log = structlog.get_logger("greenroom.operator")
 
@@ -171,26 +172,32 @@ class Term:
         return min(pause, RESYNC_S)
 
     async def _orphans(self, key: Key) -> float:
-        """Pods of a pool that is no more are the garbage collector's; but it waits for our finalizer."""
-        left = [
-            p for p in self._pods_of(key) if FINALIZER in (p.metadata.finalizers or ()) and p.metadata.deletionTimestamp
-        ]
+        """Pods of a pool that is no more. The garbage collector deletes those that still name their owner, and waits
+        for our finalizer."""
+        left = [pod for pod in self._pods_of(key) if FINALIZER in (pod.metadata.finalizers or ())]
         if not left:
             return math.inf
         try:
             pool = await self._kube.get_pool(*key)
             for pod in left:
-                if pool is not None and pool.metadata.uid in uids_of(pod):
-                    continue
-                self._election.check()
-                finalizers = [f for f in pod.metadata.finalizers or () if f != FINALIZER]
-                await self._kube.patch_pod(pod.metadata, {"finalizers": finalizers})
+                if pool is None or pool.metadata.uid not in uids_of(pod):
+                    await self._end_orphan(pod)
         except LeaseLost:
             raise
         except GreenroomError as error:
             _log.info("orphans are looked at again", pool=key, error=error.message)
-            return 5.0
+            return ORPHANS_AGAIN_S
         return math.inf
+
+    async def _end_orphan(self, pod: PodObject) -> None:
+        meta = pod.metadata
+        self._election.check()
+        if meta.deletionTimestamp is None:
+            if not meta.ownerReferences:
+                await self._kube.delete_pod(meta.namespace, meta.name, meta.uid)
+            return
+        finalizers = [f for f in meta.finalizers or () if f != FINALIZER]
+        await self._kube.patch_pod(meta, {"finalizers": finalizers})
 
     # --- what the caches say ---
 

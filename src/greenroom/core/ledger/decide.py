@@ -89,12 +89,13 @@ def divide(pool: str, ledger: Ledger, pods: Iterable[Pod]) -> tuple[dict[str, Po
     strays = []
     for pod in pods:
         at = naming.place(pool, ledger.pool_uid, pod.name)
-        if at is None or pod.owner_uid != ledger.pool_uid:
+        if at is None:
             continue
         slot = ledger.find(f"{at.epoch}-{at.ordinal}")
-        if slot is not None and slot.pod_uid in ("", pod.uid):
+        owned = pod.owner_uid == ledger.pool_uid
+        if slot is not None and (pod.uid == slot.pod_uid or (owned and not slot.pod_uid)):
             by_slot[slot.id] = pod
-        else:
+        elif owned:
             strays.append(pod)
     return by_slot, strays
 
@@ -107,9 +108,12 @@ def sight(slot: Slot, cached: Pod | None, notes: Notes) -> Pod | None:
     alone says nothing."""
     seen = notes.looked.get(slot.id)
     asked = seen.pod if seen is not None else None
-    candidates = [pod for pod in (cached, asked) if pod is not None and pod.owner_uid]
-    if slot.pod_uid:
-        candidates = [pod for pod in candidates if pod.uid == slot.pod_uid]
+    # Once its pod is known it is told by its uid, whatever somebody does to its labels and owners.
+    candidates = [
+        pod
+        for pod in (cached, asked)
+        if pod is not None and (pod.uid == slot.pod_uid if slot.pod_uid else bool(pod.owner_uid))
+    ]
     if not candidates:
         return None
     first, last = candidates[0], candidates[-1]

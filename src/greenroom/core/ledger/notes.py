@@ -60,7 +60,7 @@ class Notes:
     quiet_since: dict[str, float] = field(default_factory=dict)
     #: What the server itself said last, by slot.
     looked: dict[str, Seen] = field(default_factory=dict)
-    #: The pod (uid) that the cache has shown, by slot.
+    #: The pod (uid) that the cache has shown, by slot, since the server itself was asked last.
     cached: dict[str, str] = field(default_factory=dict)
     #: Pods (uid) that are known to be gone, though a cache may still show them.
     gone: set[str] = field(default_factory=set)
@@ -114,6 +114,7 @@ class Notes:
     def saw(self, slot_id: str, pod: Pod | None, at: float) -> None:
         """The server itself said so; ``at``: before it was asked."""
         self.looked[slot_id] = Seen(pod, at)
+        self.cached.pop(slot_id, None)
 
     def creation_pause(self, now: float) -> float:
         """Until when no slot is reserved, because workers end by themselves again and again."""

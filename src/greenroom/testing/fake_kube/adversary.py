@@ -36,13 +36,15 @@ class Odds:
     lost: float = 0.0  # it never arrives
     reply_lost: float = 0.0  # it takes effect, and nobody is told
     late: float = 0.0  # its sender is told that nobody answers, and then it takes effect
-    twice: float = 0.0  # it takes effect now and again later
+    twice: float = 0.0  # it takes effect now and again later (never a POST: RFC 9110, 9.2.2)
     refused: float = 0.0  # 429
     failed: float = 0.0  # 500, without effect
     latest_s: float = LATEST_S
 
 
 CALM = Odds()
+#: Of what writes, and of what only reads.
+_FATES = (("lost", "reply_lost", "late", "twice", "refused", "failed"), ("lost", "refused", "failed"))
 
 
 @dataclass
@@ -66,7 +68,7 @@ class Adversary:
     async def handle(self, request: Request) -> Response:
         if any(part in request.path for part in self.spare):
             return await self.api.handle(request)
-        fate = self._fate(reading=request.method == "GET")
+        fate = self._fate(request.method)
         if fate:
             self.hits[fate] += 1
             if fate in ("lost", "reply_lost", "late"):
@@ -88,11 +90,11 @@ class Adversary:
                 return _error(KubeError(500, "InternalError", "etcdserver: request timed out"))
         return await self.api.handle(request)
 
-    def _fate(self, *, reading: bool) -> str:
+    def _fate(self, method: str) -> str:
         draw = self.chance.random()
-        for name in (
-            ("lost", "refused", "failed") if reading else ("lost", "reply_lost", "late", "twice", "refused", "failed")
-        ):
+        for name in _FATES[method == "GET"]:
+            if name == "twice" and method == "POST":
+                continue
             draw -= getattr(self.odds, name)
             if draw < 0:
                 return name

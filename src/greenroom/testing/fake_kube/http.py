@@ -55,14 +55,20 @@ class FakeKube:
 
     def kubeconfig(self, path: Path, namespace: str = "default", certificate: Path | None = None) -> Path:
         """Writes one whose only context is this server. ``certificate``: of the authority that vouches for it."""
-        cluster = {"server": self.url}
+        return self.write_kubeconfig(path, self.url, self._token or "none", namespace, certificate)
+
+    @staticmethod
+    def write_kubeconfig(
+        path: Path, url: str, token: str, namespace: str = "default", certificate: Path | None = None
+    ) -> Path:
+        cluster = {"server": url}
         if certificate is not None:
             cluster["certificate-authority"] = str(certificate)
         config = {
             "apiVersion": "v1",
             "kind": "Config",
             "clusters": [{"name": "fake", "cluster": cluster}],
-            "users": [{"name": "fake", "user": {"token": self._token or "none"}}],
+            "users": [{"name": "fake", "user": {"token": token}}],
             "contexts": [{"name": "fake", "context": {"cluster": "fake", "user": "fake", "namespace": namespace}}],
             "current-context": "fake",
         }

@@ -28,16 +28,16 @@ def prune(value: Any, schema: dict[str, Any], path: str, dropped: list[str], *, 
         properties, more = schema.get("properties", {}), schema.get("additionalProperties")
         kept = {}
         for name, child in value.items():
-            if name in properties:
+            if root and name in ("apiVersion", "kind", "metadata"):
+                kept[name] = child
+            elif name in properties:
                 kept[name] = prune(child, properties[name], _join(path, name), dropped)
             elif isinstance(more, dict):
                 kept[name] = prune(child, more, _join(path, name), dropped)
-            elif more or (root and name in ("apiVersion", "kind", "metadata")):
+            elif more:
                 kept[name] = child
             else:
                 dropped.append(_join(path, name))
-        if root and "metadata" in value:
-            kept["metadata"] = value["metadata"]
         return kept
     if isinstance(value, list) and "items" in schema:
         return [prune(child, schema["items"], f"{path}[{i}]", dropped) for i, child in enumerate(value)]

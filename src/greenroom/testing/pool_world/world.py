@@ -162,12 +162,12 @@ class World:
             await work
         except Exception as error:
             self.broken = self.broken or error
+            if not self._alarm.done():
+                self._alarm.set_result(None)
 
     async def _pass(self, seconds: float) -> None:
         """Lets time pass."""
-        end = self.loop.time() + seconds
-        while self.broken is None and (left := end - self.loop.time()) > 0:
-            await asyncio.sleep(min(left, 30.0))
+        await asyncio.wait([self._alarm], timeout=max(0.0, seconds))
         if self.broken is not None:
             raise self.broken
 
@@ -343,6 +343,7 @@ class World:
     # --- the course ---
 
     async def run(self) -> Report:
+        self._alarm: asyncio.Future[None] = self.loop.create_future()
         self.spawn(self.replicas.follow())
         self.spawn(self._nodes())
         self.make_pool(3)
