@@ -66,12 +66,12 @@ def test_t1_a_view_that_stands_still() -> None:
 def test_t2_killed_at_every_request(operators: int) -> None:
     script = acts((20, "scale", 5), (40, "fail", 1), (60, "scale", 2), (80, "evict", 0))
     whole = run(Plan(seed=3, script=script, operators=operators))
-    for call in range(1, whole.calls + 1):
+    for call in range(1, whole.calls + 1, 1 if operators == 1 else 4):
         for lose in (call, -call):
             report = run(Plan(seed=3, script=script, operators=operators, lose_call=lose))
             # R1: only when things happen changes.
             assert report.pods == whole.pods and report.strays == 0, lose
-            assert report.creations <= whole.creations + 1, lose
+            assert report.creations <= whole.creations, lose
 
 
 def test_t3_a_restart_into_an_old_view() -> None:
@@ -162,7 +162,7 @@ scripts = st.lists(
 ).map(tuple)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32),
     script=scripts,

@@ -29,9 +29,16 @@ class Cluster:
         assert pods is not None
         self._pods: Resource = pods
         self._news = asyncio.Event()
+        #: Pods that have changed, and whether something was deleted that may have been an owner, since `follow` looked.
+        self._changed: set[Name] = set()
+        self._orphaned = True
         self.objects.on_change.append(self._heard)
 
-    def _heard(self, _: Entry) -> None:
+    def _heard(self, entry: Entry) -> None:
+        if entry.kind == "DELETED":
+            self._orphaned = True
+        elif entry.key == PODS:
+            self._changed.add(entry.name)
         self._news.set()
 
     # --- pods ---
@@ -67,15 +74,18 @@ class Cluster:
 
     def step(self) -> None:
         """Everything that is due at all pods and owners."""
-        for name, pod in self.pods().items():
-            if name in self.lost:
-                continue
-            if "deletionTimestamp" in pod["metadata"]:
-                if pod["metadata"].get("deletionGracePeriodSeconds"):
-                    self.end(name)
-            else:
-                self.run(name)
+        for name in self.pods():
+            self._tend(name)
         self.collect()
+
+    def _tend(self, name: Name) -> None:
+        pod = self.objects.find(self._pods, *name)
+        if pod is None or name in self.lost:
+            return
+        if "deletionTimestamp" not in pod["metadata"]:
+            self.run(name)
+        elif pod["metadata"].get("deletionGracePeriodSeconds"):
+            self.end(name)
 
     # --- owners ---
 
@@ -95,8 +105,14 @@ class Cluster:
 
     async def follow(self, pause_s: float = 0.05) -> None:
         """Does every step as soon as something has changed, until it is cancelled. ``pause_s``: how long that takes."""
+        self._changed |= set(self.pods())
         while True:
             self._news.clear()
-            self.step()
+            changed, self._changed = self._changed, set()
+            for name in sorted(changed):
+                self._tend(name)
+            if self._orphaned:
+                self._orphaned = False
+                self.collect()
             await self._news.wait()
             await asyncio.sleep(pause_s)

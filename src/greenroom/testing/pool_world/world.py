@@ -74,7 +74,8 @@ class Plan:
 
 @dataclass
 class Report:
-    """``creations``, ``deletions``: of pods, by operators. ``settle_s``: from the end of the trouble to rest."""
+    """``creations``, ``deletions``: of pods, by operators. ``settle_s``: from the end of the trouble to rest.
+    ``calls``: of the first operator, during the trouble."""
 
     creations: int
     deletions: int
@@ -353,16 +354,17 @@ class World:
             await self._pass(act.at - self.loop.time())
             getattr(self, act.what)(act.number)
         await self._pass(self.plan.trouble_s - self.loop.time())
+        calls = self.calls
         self._calm()
         if self.plan.algorithm != "ledger":
-            return self._report(0.0, 0)
+            return self._report(0.0, 0, calls)
         settle_s = await self._settle()
         before = self._writes()
         await self._pass(IDLE_S)
         written = self._writes()[len(before) :]
         if written:
             raise Unsettled(f"{len(written)} writes in {IDLE_S:g} s of rest, the first: {written[0]}")
-        return self._report(settle_s, len(before))
+        return self._report(settle_s, len(before), calls)
 
     async def _nodes(self) -> None:
         chance = self._random("nodes")
@@ -413,14 +415,14 @@ class World:
             if e.client.startswith(OPERATOR) and e.key[1] != "leases"
         ]
 
-    def _report(self, settle_s: float, writes: int) -> Report:
+    def _report(self, settle_s: float, writes: int, calls: int) -> Report:
         pool = self._pool() or {}
         return Report(
             creations=self.oracle.creations,
             deletions=self.oracle.deletions,
             strays=len(self.oracle.strays),
             settle_s=settle_s,
-            calls=self.calls,
+            calls=calls,
             overshoot=overshoot(self.objects.log),
             ledger=pool.get("status", {}).get("ledger", {}),
             pods=len(self.objects.state.get(PODS, {})),
