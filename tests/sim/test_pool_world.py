@@ -5,11 +5,15 @@ algorithms that must fail here. What must hold is checked on the API server's lo
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from greenroom.core.ledger import decide, effects
+from greenroom.core.ledger.notes import Notes
+from greenroom.core.ledger.records import Slot
 from greenroom.testing.fake_kube.adversary import CALM, Odds
 from greenroom.testing.pool_world.losers import ALGORITHMS
 from greenroom.testing.pool_world.world import Act, Plan, Report, run
@@ -145,6 +149,14 @@ def test_t13_a_ledger_that_is_lost_costs_no_worker(what: str) -> None:
         assert report.ledger["epoch"] == 3
 
 
+def test_t14_five_hundred_pools_at_rest_write_nothing() -> None:
+    # The world checks that nothing is written in ten minutes at rest, whoever's pool it is.
+    report = run(Plan(seed=12, more_pools=500, script=acts((200, "scale", 4))))
+    assert report.creations == 500 + 4
+    # To adopt it, to begin a term, to reserve, to create, to see it and to see it ready, and an event.
+    assert report.writes <= 7 * 500 + 20
+
+
 def test_t15_history_that_is_not_kept() -> None:
     script = acts((20, "compact", 0), (20.1, "scale", 5), (30, "compact", 0), (31, "fail", 0), (32, "compact", 0))
     exact(run(Plan(seed=8, script=script, lag_s=4)), creations=6)
@@ -177,6 +189,43 @@ def test_whatever_happens(seed: int, script: tuple[Act, ...], odds: Odds, lag_s:
 def test_the_same_seed_takes_the_same_course() -> None:
     plan = Plan(seed=11, script=acts((20, "scale", 5), (40, "crash", 0), (60, "fail", 0)), odds=ROUGH, lag_s=3)
     assert run(plan) == run(plan)
+
+
+# --- what the ledger stands on: taken away, something must go wrong ---------------------------------------
+
+
+def without_fence(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Notes, "settled", lambda self, slot: True)
+    patch.setattr(Notes, "fence_end", lambda self, slot, now: now)
+
+
+def without_reservations(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Slot, "active", property(lambda slot: slot.state == "L"))
+
+
+def with_trust_in_the_cache(patch: pytest.MonkeyPatch) -> None:
+    for module in (decide, effects):
+        patch.setattr(module, "is_gone", lambda slot, notes: bool(slot.pod_uid) and slot.id not in notes.cached)
+
+
+@pytest.mark.parametrize("take_away", [without_fence, without_reservations, with_trust_in_the_cache])
+def test_nothing_of_the_ledger_is_superfluous(
+    take_away: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_away(monkeypatch)
+    for seed in range(60):
+        chance = random.Random(seed)
+        kinds = {"evict": 5, "fail": 5, "scale": 6, "crash": 2, "freeze": 30, "pause": 2}
+        script = []
+        for at in range(20, 280, 20):
+            what = chance.choice(sorted(kinds))
+            script.append(Act(at + chance.uniform(0, 10), what, chance.randrange(1, kinds[what])))
+        odds = Odds(late=0.25, reply_lost=0.1)
+        try:
+            run(Plan(seed=seed, script=tuple(script), odds=odds, lag_s=2, operators=2))
+        except AssertionError:
+            return
+    pytest.fail(f"nothing goes wrong {take_away.__name__.replace('_', ' ')}")
 
 
 # --- T16: who must fail -----------------------------------------------------------------------------------

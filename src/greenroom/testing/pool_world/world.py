@@ -25,7 +25,7 @@ from greenroom.testing.fake_kube.errors import KubeError
 from greenroom.testing.fake_kube.objects import Caller, Name, Object, Objects
 from greenroom.testing.fake_kube.resources import CRD, Resource
 from greenroom.testing.pool_world.losers import ALGORITHMS, Loser
-from greenroom.testing.pool_world.oracle import OPERATOR, PODS, Oracle, desired, overshoot, owner
+from greenroom.testing.pool_world.oracle import OPERATOR, PODS, POOLS, Oracle, desired, overshoot, owner
 from greenroom.testing.pool_world.transport import SimTransport
 from greenroom.testing.simloop import Pace, Process, SimLoop
 
@@ -58,6 +58,7 @@ class Plan:
         algorithm: ``ledger`` or one of `losers.ALGORITHMS`.
         lag_s: how far the caches of the server's replicas are behind, at most.
         lose_call: which request of the first operator it dies with (counted from 1; negative: after the answer).
+        more_pools: beside the one that things happen to, of one worker each.
     """
 
     seed: int = 0
@@ -69,6 +70,7 @@ class Plan:
     algorithm: str = "ledger"
     trouble_s: float = 300.0
     lose_call: int = 0
+    more_pools: int = 0
     pace: Pace = DEFAULT_PACE
 
 
@@ -312,8 +314,8 @@ class World:
 
     # --- inside ---
 
-    def make_pool(self, replicas: int) -> None:
-        pool = {"metadata": {"name": POOL[1]}, "spec": {"replicas": replicas, "grace": "10s"}}
+    def make_pool(self, replicas: int, name: str = POOL[1]) -> None:
+        pool = {"metadata": {"name": name}, "spec": {"replicas": replicas, "grace": "10s"}}
         with contextlib.suppress(KubeError):
             self.objects.create(self.pools_resource, POOL[0], pool, PERSON)
 
@@ -348,6 +350,8 @@ class World:
         self.spawn(self.replicas.follow())
         self.spawn(self._nodes())
         self.make_pool(3)
+        for number in range(self.plan.more_pools):
+            self.make_pool(1, f"another-{number}")
         for number in range(self.plan.operators):
             self.start(number)
         for act in sorted(self.plan.script):
@@ -398,7 +402,12 @@ class World:
             return "there is no pool"
         ledger = pool.get("status", {}).get("ledger") or {"slots": {}}
         live = {slot.get("podUID") for slot in ledger["slots"].values() if slot["state"] == "L"}
-        mine = [p for p in self.objects.state.get(PODS, {}).values() if owner(p) and _name(p) not in self.cluster.lost]
+        others = {p["metadata"]["uid"] for name, p in self.objects.state[POOLS].items() if name != POOL}
+        mine = [
+            p
+            for p in self.objects.state.get(PODS, {}).values()
+            if owner(p) and owner(p) not in others and _name(p) not in self.cluster.lost
+        ]
         alive = {p["metadata"]["uid"] for p in mine if "deletionTimestamp" not in p["metadata"]}
         wanted = desired(pool)
         if len(mine) != len(alive):
