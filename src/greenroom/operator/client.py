@@ -77,9 +77,10 @@ class Kube:
         """The newest one, from the server itself; None: there is none."""
         return await self._get(f"{pods_path(namespace)}/{name}", PodObject)
 
-    async def list_pods(self, namespace: str) -> list[PodObject]:
-        """All there are, from the server itself."""
-        return (await self.list(pods_path(namespace), PodObject, {})).items
+    async def list_pods(self, namespace: str, selector: str = "") -> list[PodObject]:
+        """All there are, from the server itself. ``selector``: by label."""
+        query = {"labelSelector": selector} if selector else {}
+        return (await self.list(pods_path(namespace), PodObject, query)).items
 
     async def delete_pod(self, namespace: str, name: str, uid: str) -> PodObject | None:
         """Deletes this pod and no other of its name. The pod as it is then, if the server says so.

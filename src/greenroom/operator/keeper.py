@@ -27,6 +27,7 @@ from greenroom.operator.client import Kube
 from greenroom.operator.objects import (
     EPOCH_ANNOTATION,
     POOL_FINALIZER,
+    POOL_UID_LABEL,
     Key,
     PodObject,
     PoolObject,
@@ -179,16 +180,26 @@ class Keeper:
         """The ledger of a pool that has none: a new one, or one that was lost. The epoch is raised first, where a lost
         status does not lose it, so that no name is ever used again."""
         meta = pool.metadata
-        # All pods, because somebody may have taken the labels from some; their names tell.
-        found = await self.shared.kube.list_pods(meta.namespace)
-        places = [naming.place(meta.name, meta.uid, pod.metadata.name) for pod in found]
-        epoch = max([_epoch(pool), *(at.epoch for at in places if at is not None)]) + 1
+        remains = await self._remains(pool)
+        epoch = max([_epoch(pool), *(at.epoch for _, at in remains)]) + 1
         pool = await self._adopt(pool, epoch)
-        found = await self.shared.kube.list_pods(meta.namespace)
-        pods = [to_pod(pod, meta.uid) for pod in found]
+        if epoch > 1:
+            remains = await self._remains(pool)
+        if any(at.epoch >= epoch for _, at in remains):
+            raise Conflict(f"pool {meta.name} got pods of a later epoch than {epoch} meanwhile; it is looked at again")
+        pods = [pod for pod, _ in remains]
         if epoch > 1:
             self._rebuilt = f"made anew as epoch {epoch} from {len(pods)} pods"
         return pool, rebuild(meta.name, meta.uid, pods, epoch)
+
+    async def _remains(self, pool: PoolObject) -> list[tuple[Pod, naming.Place]]:
+        """The pods of this pool that there are. Of one that had a ledger among all of the namespace, because somebody
+        may have taken the labels from some. What is named like ours and has none of our marks is somebody else's."""
+        meta = pool.metadata
+        selector = "" if _epoch(pool) else f"{POOL_UID_LABEL}={meta.uid}"
+        found = [to_pod(pod, meta.uid) for pod in await self.shared.kube.list_pods(meta.namespace, selector)]
+        places = [(pod, naming.place(meta.name, meta.uid, pod.name)) for pod in found if pod.owner_uid or pod.held]
+        return [(pod, at) for pod, at in places if at is not None]
 
     async def _adopt(self, pool: PoolObject, epoch: int) -> PoolObject:
         """Makes the pool stay until its workers have ended, and notes the epoch beside the ledger."""

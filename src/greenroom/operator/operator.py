@@ -37,6 +37,8 @@ WORKERS = 8
 GATHER_S = 0.2
 #: A cache that has heard nothing for this long, not even a bookmark, is called stale.
 STALE_S = 150.0
+#: Then each pool is looked at this often, to say when that is over.
+STALE_AGAIN_S = 15.0
 #: Each pool is looked at this often even if nothing happens, which costs no request.
 RESYNC_S = 600.0
 ORPHANS_AGAIN_S = 5.0
@@ -169,7 +171,7 @@ class Term:
             return min(pause, await self._orphans(key))
         if any(shown.metadata.uid not in uids_of(pod) for pod in self._pods_of(key)):  # of a namesake that is no more
             pause = min(pause, await self._orphans(key))
-        return min(pause, RESYNC_S)
+        return min(pause, STALE_AGAIN_S if self._stale() else RESYNC_S)
 
     async def _orphans(self, key: Key) -> float:
         """Pods of a pool that is no more. The garbage collector deletes those that still name their owner, and waits

@@ -16,7 +16,7 @@ from greenroom.core.ledger import naming
 from greenroom.core.ledger.notes import FENCE_S, Notes
 from greenroom.core.ledger.records import Ledger, Pod, Reason, Slot, SlotState, Want
 
-#: Doomed pods stop counting against the surge this long after they should have ended: a lost node holds up nobody.
+#: Doomed pods don't count any more this long after they should have ended: a lost node holds up nobody.
 OVERDUE_S = 60.0
 #: Slots of one pool: what fits in one object (1.5 MiB) with room to spare, at about a hundred bytes for each.
 MAX_SLOTS = 2000
@@ -43,7 +43,7 @@ def decide(
         if slot.state is SlotState.LIVE:
             notes.live_since.setdefault(slot.id, now)
     slots = [_named(slot, want, pods, wall) for slot in slots]
-    suspending = (ledger.suspending and bool(slots)) or want.suspend
+    suspending = want.suspend or (ledger.suspending and any(not _overdue(slot, want, notes, now) for slot in slots))
     target = 0 if suspending or want.deleting else want.replicas
     surplus = sum(slot.active for slot in slots) - target
     if surplus > 0:
@@ -229,11 +229,15 @@ def _missing(slots: list[Slot], target: int, want: Want, notes: Notes, now: floa
     active = sum(slot.active for slot in slots)
     if active >= target or notes.creation_pause(now) > now:
         return 0
-    limit = want.grace_s + OVERDUE_S
-    ending = sum(not s.active and notes.doomed_since.get(s.id, now) + limit > now for s in slots)
+    ending = sum(not slot.active and not _overdue(slot, want, notes, now) for slot in slots)
     surge = max(1, want.replicas) if want.max_surge is None else want.max_surge
     room = target + surge - active - ending
     return max(0, min(target - active, room, MAX_SLOTS - len(slots)))
+
+
+def _overdue(slot: Slot, want: Want, notes: Notes, now: float) -> bool:
+    """It should have ended long ago: its node is lost, and nobody waits for it."""
+    return not slot.active and notes.doomed_since.get(slot.id, now) + want.grace_s + OVERDUE_S <= now
 
 
 def _doom(slot: Slot, reason: Reason, wall: float) -> Slot:
