@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from greenroom.core.errors import GreenroomError, LeaseLost
+from greenroom.core.ledger.notes import FENCE_S
 from greenroom.core.ledger.records import Ledger
 from greenroom.operator.client import Kube, pods_path, pools_path
 from greenroom.operator.election import Election
@@ -109,6 +110,8 @@ class Term:
         self._keepers: dict[Key, Keeper] = {}
         #: Names of pods by pool.
         self._of_pool: dict[Key, set[Key]] = {}
+        #: Since when pods (uid) are known to be of no pool.
+        self._orphan_since: dict[str, float] = {}
         self.pools: Reflector[Named] = Reflector(
             self._kube, pools_path(operator.namespace), Named, self._pool_changed, chance=operator.chance
         )
@@ -174,32 +177,38 @@ class Term:
         return min(pause, STALE_AGAIN_S if self._stale() else RESYNC_S)
 
     async def _orphans(self, key: Key) -> float:
-        """Pods of a pool that is no more. The garbage collector deletes those that still name their owner, and waits
-        for our finalizer."""
+        """Pods of a pool that is no more, though its finalizer should have kept it. The garbage collector deletes those
+        that still name their owner, and waits for our finalizer; that stays until no creation can be under way."""
         left = [pod for pod in self._pods_of(key) if FINALIZER in (pod.metadata.finalizers or ())]
         if not left:
             return math.inf
+        pause = math.inf
         try:
             pool = await self._kube.get_pool(*key)
             for pod in left:
                 if pool is None or pool.metadata.uid not in uids_of(pod):
-                    await self._end_orphan(pod)
+                    pause = min(pause, await self._end_orphan(pod))
         except LeaseLost:
             raise
         except GreenroomError as error:
             _log.info("orphans are looked at again", pool=key, error=error.message)
             return ORPHANS_AGAIN_S
-        return math.inf
+        return pause
 
-    async def _end_orphan(self, pod: PodObject) -> None:
-        meta = pod.metadata
+    async def _end_orphan(self, pod: PodObject) -> float:
+        """In how many seconds to look again."""
+        meta, now = pod.metadata, asyncio.get_running_loop().time()
+        wait = self._orphan_since.setdefault(meta.uid, now) + FENCE_S - now
         self._election.check()
         if meta.deletionTimestamp is None:
             if not meta.ownerReferences:
                 await self._kube.delete_pod(meta.namespace, meta.name, meta.uid)
-            return
+            return math.inf  # it changes, and then there is another look
+        if wait > 0:
+            return wait
         finalizers = [f for f in meta.finalizers or () if f != FINALIZER]
         await self._kube.patch_pod(meta, {"finalizers": finalizers})
+        return math.inf
 
     # --- what the caches say ---
 
@@ -209,6 +218,8 @@ class Term:
         self.queue.add_after(changed.metadata.key, 0.0 if old is None else GATHER_S)
 
     def _pod_changed(self, old: PodObject | None, new: PodObject | None) -> None:
+        if new is None and old is not None:
+            self._orphan_since.pop(old.metadata.uid, None)
         for pod, add in ((old, False), (new, True)):
             key = pool_key(pod) if pod is not None else None
             if pod is None or key is None:
