@@ -40,6 +40,7 @@ SETTLE_S = 900.0
 IDLE_S = 600.0
 STEPS = 3_000_000
 DEFAULT_PACE = Pace()
+STORM = Odds(refused=0.5, failed=0.4)
 
 
 class Act(NamedTuple):
@@ -147,6 +148,7 @@ class World:
         self.quota = Quota(lambda: len(self.objects.state.get(PODS, {})))
         self.objects.admit.append(self.quota)
         self.adversary = Adversary(self.api, self._random("adversary"), self.spawn, self.plan.odds, spare=("/leases",))
+        self._stormy_until = 0.0
         self.oracle = Oracle()
         if self.plan.algorithm == "ledger":
             self.objects.on_change.append(self.oracle.see)
@@ -303,12 +305,14 @@ class World:
 
     def storm(self, seconds: int) -> None:
         """The server answers 429 and 5xx for a while."""
-        before = self.adversary.odds
-        self.adversary.odds = Odds(refused=0.5, failed=0.4)
+        until = self.loop.time() + seconds
+        self._stormy_until = max(self._stormy_until, until)
+        self.adversary.odds = STORM
 
         async def over() -> None:
             await asyncio.sleep(seconds)
-            self.adversary.odds = before
+            if self._stormy_until <= until and self.adversary.odds is STORM:
+                self.adversary.odds = self.plan.odds
 
         self.spawn(over())
 
