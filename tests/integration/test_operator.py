@@ -16,7 +16,7 @@ import yaml
 from kube_kit import Kubectl, real_apiserver, self_signed
 
 from greenroom.core.errors import FailedPrecondition, InvalidArgument, Unavailable
-from greenroom.operator import kubeconfig
+from greenroom.operator import kubeconfig, transport
 from greenroom.operator.client import Kube
 from greenroom.operator.crds import definitions
 from greenroom.operator.operator import Operator
@@ -150,6 +150,25 @@ async def test_a_server_that_is_not_vouched_for_is_not_trusted(tmp_path: Path) -
         async with HttpTransport(lambda: kubeconfig.load(path=str(config))) as transport:
             with pytest.raises(Unavailable, match="does its certificate fit"):
                 await Kube(transport).get_pod("default", "none")
+
+
+async def test_a_certificate_that_is_replaced_is_trusted_when_the_configuration_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "RENEW_EVERY_S", 0.0)
+    old, _ = self_signed(tmp_path)
+    (tmp_path / "new").mkdir()
+    new, tls = self_signed(tmp_path / "new")
+    async with FakeKube(tls=tls) as server:
+        config = server.kubeconfig(tmp_path / "config", certificate=old)
+        async with HttpTransport(lambda: kubeconfig.load(path=str(config))) as connected:
+            kube = Kube(connected)
+            with pytest.raises(Unavailable):
+                await kube.get_pod("default", "none")
+            old.write_text(new.read_text())
+            with pytest.raises(Unavailable):  # and then the configuration is read again
+                await kube.get_pod("default", "none")
+            assert await kube.get_pod("default", "none") is None
 
 
 async def test_nobody_there(tmp_path: Path) -> None:

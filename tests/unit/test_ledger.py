@@ -134,6 +134,21 @@ def test_workers_that_end_again_and_again_are_replaced_ever_more_slowly() -> Non
     assert pauses == [0, FIRST_FAILURE_PAUSE_S, 2 * FIRST_FAILURE_PAUSE_S, 4 * FIRST_FAILURE_PAUSE_S, 80]
 
 
+def test_workers_that_never_get_ready_are_not_replaced_nor_joined_by_others() -> None:
+    bench = Bench(3)
+    bench.start()
+    bench.cache = [pod(n, ready=False) for n in range(3)]  # their image can't be pulled
+    for _ in range(100):
+        bench.now += 60
+        bench.decide()
+        assert bench.effects() == []
+    assert bench.states() == "LLL"
+    bench.want = replace(bench.want, replicas=2)
+    bench.cache[0] = pod(0)
+    bench.decide()
+    assert bench.ledger.slots[0].state is L  # who is ready stays
+
+
 def test_a_settled_worker_that_is_being_deleted_is_released_at_once() -> None:
     bench = Bench(1)
     bench.start()

@@ -79,7 +79,7 @@ def in_cluster(directory: Path = SERVICE_ACCOUNT) -> Connection:
         namespace=namespace,
         headers={"Authorization": f"Bearer {token}"},
         ssl=ssl.create_default_context(cadata=authority),
-        fingerprint=_digest(token, authority),
+        fingerprint=_digest(server, token, authority),
     )
 
 
@@ -143,7 +143,8 @@ def _connection(
     context = None
     if server.startswith("https://"):
         context = _tls(authority, certificate, key, insecure=bool(cluster.get("insecure-skip-tls-verify")))
-    return Connection(server, namespace, headers, context, _digest(token, authority, certificate))
+    fingerprint = _digest(server, repr(headers), authority, certificate, key)
+    return Connection(server, namespace, headers, context, fingerprint)
 
 
 def _tls(authority: str, certificate: str, key: str, *, insecure: bool) -> ssl.SSLContext:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -29,6 +30,8 @@ MAX_LINE_BYTES = 4 << 20
 SILENCE_S = 150.0
 #: Connections that are kept at most; a few dozen requests are under way at once, and two watches.
 MAX_CONNECTIONS = 64
+#: After a connection that failed the configuration is read again, but not more often than this: it may run a program.
+RENEW_EVERY_S = 10.0
 #: Reason of `FailedPrecondition` when a version is too old to be watched from.
 EXPIRED = "EXPIRED"
 
@@ -99,12 +102,13 @@ class HttpTransport:
     """`Transport` over HTTP. An async context manager.
 
     Args:
-        connect: where the server is; asked again when it says that it does not know us, because tokens and
-            certificates are replaced while a process runs.
+        connect: where the server is; asked again when it says that it does not know us, and when no connection comes
+            about, because tokens and certificates are replaced while a process runs.
     """
 
     def __init__(self, connect: Callable[[], Connection]) -> None:
         self._connect = connect
+        self._renewed_at = -math.inf
 
     async def __aenter__(self) -> HttpTransport:
         self._connection = self._connect()
@@ -150,6 +154,7 @@ class HttpTransport:
                     answer = await response.read()
                     status, retry_after = response.status, response.headers.get("Retry-After", "")
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                await self._reconsider()
                 raise self._unanswered(method, path, error) from error
             if status != 401 or again or not await self._renew():
                 break
@@ -171,7 +176,17 @@ class HttpTransport:
                     raise refusal(response.status, await response.read(), retry_after)
                 yield response.content
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            await self._reconsider()
             raise self._unanswered("GET", path, error) from error
+
+    async def _reconsider(self) -> None:
+        """No connection came about, or it broke: a certificate may have run out, or the server have moved."""
+        now = asyncio.get_running_loop().time()
+        if now < self._renewed_at + RENEW_EVERY_S:
+            return
+        self._renewed_at = now
+        with contextlib.suppress(GreenroomError):
+            await self._renew()
 
     async def _renew(self) -> bool:
         """Whether there are other credentials by now; then they are used."""
