@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from greenroom.operator.client import Kube
 from greenroom.operator.crds import definitions
 from greenroom.operator.operator import Operator
 from greenroom.operator.transport import HttpTransport
+from greenroom.testing.fake_kube.adversary import CALM, Adversary, Odds
+from greenroom.testing.fake_kube.api import Api
 from greenroom.testing.fake_kube.cluster import Cluster
 from greenroom.testing.fake_kube.http import FakeKube
 
@@ -169,6 +172,20 @@ async def test_a_certificate_that_is_replaced_is_trusted_when_the_configuration_
             with pytest.raises(Unavailable):  # and then the configuration is read again
                 await kube.get_pod("default", "none")
             assert await kube.get_pod("default", "none") is None
+
+
+async def test_an_answer_that_is_lost_says_nothing() -> None:
+    api = Api()
+    adversary = Adversary(api, random.Random(1), odds=Odds(reply_lost=1.0))
+    async with (
+        FakeKube(api, handler=adversary.handle) as server,
+        HttpTransport(lambda: kubeconfig.Connection(server.url)) as connected,
+    ):
+        kube = Kube(connected)
+        with pytest.raises(Unavailable):
+            await kube.create_pod("default", {"metadata": {"name": "one"}, "spec": {"containers": []}})
+        adversary.odds = CALM
+        assert await kube.get_pod("default", "one") is not None
 
 
 async def test_nobody_there(tmp_path: Path) -> None:

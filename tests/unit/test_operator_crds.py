@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,7 +13,7 @@ from greenroom.core.errors import InvalidArgument
 from greenroom.core.ledger.records import Ledger, Pod, Slot, SlotState, Want
 from greenroom.core.records import PoolSpec, Record, TemplateSpec
 from greenroom.operator import forms, status
-from greenroom.operator.crds import definitions, schema_of
+from greenroom.operator.crds import definitions, render, schema_of
 from greenroom.operator.specs import SandboxConfigSpec, WorkerPoolSpec
 from greenroom.testing.fake_kube.errors import KubeError
 from greenroom.testing.fake_kube.objects import Objects
@@ -106,6 +107,11 @@ def test_what_is_wrong_is_refused_with_its_field(defined: Objects, kind: str, sp
     with pytest.raises(KubeError, match="Invalid") as refused:
         create(defined, kind, spec)
     assert field in refused.value.details["causes"][0]["field"]
+
+
+def test_what_is_shipped_is_what_the_records_say() -> None:
+    shipped = Path(__file__).parents[2] / "deploy" / "crds.yaml"
+    assert shipped.read_text() == render(), "run scripts/crds.py"
 
 
 def test_a_name_that_makes_no_host_name_is_refused(defined: Objects) -> None:

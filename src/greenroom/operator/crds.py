@@ -12,6 +12,7 @@ import typing
 from typing import Any
 
 import msgspec
+import yaml
 
 from greenroom.api import validate
 from greenroom.core.quantity import format_bytes, format_cpus, format_duration
@@ -358,3 +359,16 @@ def _define(
             ],
         },
     }
+
+
+class _Plain(yaml.SafeDumper):
+    """Without anchors: what is the same in two places is there twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def render() -> str:
+    """All of them as YAML, for ``kubectl apply --server-side -f``."""
+    head = "# Made by scripts/crds.py from the records of greenroom; don't edit.\n"
+    return head + yaml.dump_all(definitions(), Dumper=_Plain, sort_keys=False, allow_unicode=True, width=120)
