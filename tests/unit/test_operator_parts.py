@@ -10,11 +10,16 @@ from typing import Any
 import pytest
 
 from greenroom.core.errors import AlreadyExists, Conflict, GreenroomError, LeaseLost, NotFound, Unavailable
+from greenroom.core.ledger import naming
+from greenroom.core.ledger.notes import Notes
+from greenroom.core.ledger.records import Effect, Ledger, Release, Repair, Slot, SlotState
+from greenroom.operator.actuator import Actuator
 from greenroom.operator.client import Kube
 from greenroom.operator.election import LEASE_S, MARGIN_S, Election
-from greenroom.operator.objects import PodObject
+from greenroom.operator.objects import FINALIZER, Meta, PodObject
 from greenroom.operator.queue import WorkQueue
 from greenroom.operator.reflector import Reflector
+from greenroom.operator.specs import WorkerPoolSpec
 from greenroom.operator.transport import EXPIRED, refusal
 from greenroom.testing.fake_kube.api import Api
 from greenroom.testing.fake_kube.errors import KubeError
@@ -261,6 +266,34 @@ async def test_a_lease_that_is_given_back_is_taken_at_once(loop: SimLoop) -> Non
     await two.wait()
     assert loop.time() - at < 5
     second.cancel()
+
+
+# --- actuator ---------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_a_pod_that_is_put_right_keeps_its_name_occupied_also_while_it_is_deleted(loop: SimLoop) -> None:
+    place = Place(loop)
+    name = naming.pod_name("pool", "uid", 1, 0)
+    made = {"metadata": {"name": name, "finalizers": [FINALIZER, "other/one"]}, "spec": {"containers": []}}
+    uid = place.objects.create(place.pods, "default", made)["metadata"]["uid"]
+    place.objects.delete(place.pods, "default", name)
+    slot = Slot(epoch=1, ordinal=0, term=1, state=SlotState.LIVE, pod_uid=uid)
+    ledger = Ledger(pool_uid="uid", term=1, next_ordinal=1, slots=(slot,))
+    actuator = Actuator(place.kube, lambda: None, loop.time)
+    meta = Meta(name="pool", namespace="default", uid="uid")
+
+    async def act(effect: Effect) -> Object | None:
+        await actuator.act(meta, WorkerPoolSpec(), ledger, Notes(term=1), [effect])
+        return place.objects.find(place.pods, "default", name)
+
+    pod = await act(Repair(slot_id="1-0", name=name, uid=uid))
+    assert pod is not None and pod["metadata"]["finalizers"] == [FINALIZER, "other/one"]
+    assert pod["metadata"]["labels"]["greenroom.dev/pool-uid"] == "uid"
+    pod = await act(Release(slot_id="1-0", name=name, uid="another"))
+    assert pod is not None and pod["metadata"]["finalizers"] == [FINALIZER, "other/one"]
+    pod = await act(Release(slot_id="1-0", name=name, uid=uid))
+    assert pod is not None and pod["metadata"]["finalizers"] == ["other/one"]
 
 
 # --- answers ----------------------------------------------------------------------------------------------

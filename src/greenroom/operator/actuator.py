@@ -157,9 +157,11 @@ class Actuator:
             notes.looked.pop(effect.slot_id, None)
 
     async def _patch(self, found: PodObject, effect: Release | Repair, metadata: Mapping[str, object]) -> PodObject:
-        finalizers = [f for f in found.metadata.finalizers or () if f != FINALIZER]
-        if isinstance(effect, Repair) and found.metadata.deletionTimestamp is None:
-            finalizers.append(FINALIZER)
+        finalizers = list(found.metadata.finalizers or ())
+        if isinstance(effect, Release):
+            finalizers = [f for f in finalizers if f != FINALIZER]
+        elif FINALIZER not in finalizers and found.metadata.deletionTimestamp is None:
+            finalizers.append(FINALIZER)  # the server takes none for what is being deleted
         return await self.kube.patch_pod(found.metadata, {**metadata, "finalizers": finalizers})
 
 
