@@ -198,7 +198,7 @@ class Keeper:
         meta = pool.metadata
         selector = "" if _epoch(pool) else f"{POOL_UID_LABEL}={meta.uid}"
         found = [to_pod(pod, meta.uid) for pod in await self.shared.kube.list_pods(meta.namespace, selector)]
-        places = [(pod, naming.place(meta.name, meta.uid, pod.name)) for pod in found if pod.owner_uid or pod.held]
+        places = [(pod, naming.place(meta.name, meta.uid, pod.name)) for pod in found if pod.owner_uid]
         return [(pod, at) for pod, at in places if at is not None]
 
     async def _adopt(self, pool: PoolObject, epoch: int) -> PoolObject:

@@ -94,19 +94,21 @@ def uids_of(pod: PodObject) -> set[str]:
 
 
 def to_pod(pod: PodObject, pool_uid: str, actors: int | None = None) -> Pod:
-    """As the ledger sees it, on behalf of that pool. It is the pool's when its label or an owner says so: people edit
-    either."""
+    """As the ledger sees it, on behalf of that pool. It is the pool's when its label or an owner says so, or when
+    neither names another and it has our finalizer: people edit any of them. (Its name says so too: `naming.place`.)"""
     meta = pod.metadata
     labels = meta.labels or {}
     labelled = labels.get(POOL_UID_LABEL, "")
-    owned = any(owner.uid == pool_uid for owner in meta.ownerReferences or ())
+    pools = [owner.uid for owner in meta.ownerReferences or () if owner.kind == "WorkerPool"]
+    owned = pool_uid in pools
     held = FINALIZER in (meta.finalizers or ())
+    ours = owned or labelled == pool_uid or (held and not labelled and not pools)
     whole = labelled == pool_uid and owned and held and bool(labels.get(POOL_LABEL))
     ready = any(c.type == "Ready" and c.status == "True" for c in pod.status.conditions or ())
     return Pod(
         name=meta.name,
         uid=meta.uid,
-        owner_uid=pool_uid if owned or labelled == pool_uid else "",
+        owner_uid=pool_uid if ours else "",
         ready=ready,
         ended=pod.status.phase if pod.status.phase in ("Failed", "Succeeded") else "",
         deleting=meta.deletionTimestamp is not None,

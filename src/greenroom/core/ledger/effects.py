@@ -111,7 +111,9 @@ def _for_stray(pool: str, pod: Pod, ledger: Ledger, notes: Notes, now: float) ->
         return []
     if not pod.deleting:
         return [(Delete(slot_id="", name=pod.name, uid=pod.uid), now)]
-    return [(Release(slot_id="", name=pod.name, uid=pod.uid), now)] if pod.held else []
+    # There may be another late request for the same name.
+    since = notes.stray_since.setdefault(pod.uid, now)
+    return [(Release(slot_id="", name=pod.name, uid=pod.uid), since + FENCE_S)] if pod.held else []
 
 
 def _surge_at(ledger: Ledger, want: Want, notes: Notes, now: float) -> float:

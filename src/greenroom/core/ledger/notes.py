@@ -64,6 +64,8 @@ class Notes:
     cached: dict[str, str] = field(default_factory=dict)
     #: Pods (uid) that are known to be gone, though a cache may still show them.
     gone: set[str] = field(default_factory=set)
+    #: Since when pods (uid) are known to have no slot.
+    stray_since: dict[str, float] = field(default_factory=dict)
     live_since: dict[str, float] = field(default_factory=dict)
     doomed_since: dict[str, float] = field(default_factory=dict)
     ended_at: dict[str, float] = field(default_factory=dict)
@@ -132,6 +134,8 @@ class Notes:
         for about in abouts:
             for slot_id in [s for s in about if s not in kept]:
                 del about[slot_id]
+        for uid in [uid for uid in self.stray_since if uid not in shown]:
+            del self.stray_since[uid]
         for slot_id in [s for s, at in self.ended_at.items() if at <= now - FAILURE_WINDOW_S]:
             del self.ended_at[slot_id]
         for key in [k for k, t in self._tries.items() if t.again_at <= now - FAILURE_WINDOW_S and k[1] not in kept]:

@@ -60,9 +60,10 @@ SITUATIONS = {
     ),
     # The second takes over from a view that does not show what the first has made.
     "two leaders": Plan(
-        lag_s=2.0,
+        lag_s=1.0,
+        replicas=1,
         operators=2,
-        script=(Act(20, "fail"), Act(21.5, "freeze", 100), Act(24, "pause"), Act(50, "pause", 1)),
+        script=(Act(20, "fail"), Act(20.45, "freeze", 200), Act(24, "pause"), Act(45, "pause", 1)),
     ),
 }
 

@@ -418,7 +418,7 @@ class World:
             return f"{len(mine) - len(alive)} pods are still ending"
         if alive != live or len(live) != wanted:
             return f"{wanted} are wanted, {len(alive)} pods are there, {len(live)} of them in the ledger: {ledger}"
-        ready = pool["status"].get("readyReplicas")
+        ready = pool.get("status", {}).get("readyReplicas", 0)
         return "" if ready == wanted else f"{ready} of {wanted} are shown as ready"
 
     def _writes(self) -> Sequence[str]:
