@@ -322,6 +322,18 @@ def test_a_stray_is_deleted_but_not_what_a_newer_ledger_may_know() -> None:
     assert bench.effects() == [Delete(slot_id="", name=name(2), uid="pod-2")]
 
 
+def test_a_stray_keeps_its_name_until_no_other_can_come() -> None:
+    bench = Bench(1)
+    bench.start()
+    bench.ledger = replace(bench.ledger, next_ordinal=5)
+    bench.cache += [pod(2, deleting=True)]
+    began = bench.now
+    while not (done := bench.effects()):
+        bench.now = plan("pool", bench.ledger, bench.want, bench.cache, bench.notes, bench.now).again_at
+        bench.decide()
+    assert done == [Release(slot_id="", name=name(2), uid="pod-2")] and bench.now == began + FENCE_S
+
+
 def test_a_deleted_pool_is_let_go_when_it_is_empty() -> None:
     bench = Bench(1)
     bench.start()

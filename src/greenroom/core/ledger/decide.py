@@ -37,7 +37,7 @@ def decide(
         wall: seconds since the epoch, for people to read.
     """
     assert notes.term == ledger.term, f"notes of term {notes.term} can't be used in term {ledger.term}"
-    pods, _ = divide(pool, ledger, shown)
+    pods, strays = divide(pool, ledger, shown)
     slots = [after for slot in ledger.slots if (after := _observe(slot, pods.get(slot.id), notes, now, wall))]
     for slot in slots:
         if slot.state is SlotState.LIVE:
@@ -57,7 +57,7 @@ def decide(
     slots = [slot for slot in slots if slot.active or slot.pod_uid or slot.id in notes.sent or not notes.settled(slot)]
     missing = _missing(slots, target, want, notes, now)
     slots += [Slot(epoch=ledger.epoch, ordinal=ledger.next_ordinal + n, term=ledger.term) for n in range(missing)]
-    notes.forget({slot.id for slot in slots}, {pod.uid for pod in pods.values()}, now)
+    notes.forget({slot.id for slot in slots}, {pod.uid for pod in (*pods.values(), *strays)}, now)
     return replace(ledger, suspending=suspending, slots=tuple(slots), next_ordinal=ledger.next_ordinal + missing)
 
 

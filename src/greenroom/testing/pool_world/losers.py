@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from greenroom.core.errors import GreenroomError, LeaseLost
+from greenroom.core.errors import Conflict, GreenroomError, LeaseLost, NotFound
 from greenroom.operator import worker_pod
 from greenroom.operator.client import Kube, pods_path, pools_path
 from greenroom.operator.election import Election
@@ -181,7 +181,10 @@ class Loser:
 
     async def _delete(self, kube: Kube, election: Election, memory: Memory, pod: PodObject) -> None:
         election.check()
-        left = await kube.delete_pod(pod.metadata.namespace, pod.metadata.name, pod.metadata.uid)
+        try:
+            left = await kube.delete_pod(pod.metadata.namespace, pod.metadata.name, pod.metadata.uid)
+        except (NotFound, Conflict):  # its cache is behind: that is done already
+            return
         memory.deleted(pod.metadata.name, int(left.metadata.resourceVersion) if left is not None else 0)
 
     def _pod(self, pool: PoolObject) -> dict[str, Any]:

@@ -52,18 +52,27 @@ SITUATIONS = {
     "lag": Plan(lag_s=4.0, script=(Act(60, "fail"), Act(120, "evict"), Act(200, "fail", 1))),
     # What it made after a death is not seen for longer than anybody remembers it.
     "long lag and deaths": Plan(
-        lag_s=1.0, script=(Act(40, "fail"), Act(40.6, "freeze", 90), Act(160, "fail", 1), Act(160.6, "freeze", 90))
+        lag_s=1.0, script=(Act(39, "blind", 90), Act(40, "fail"), Act(159, "blind", 90), Act(160, "fail", 1))
     ),
-    "restart": Plan(lag_s=20.0, script=(Act(20, "fail"), Act(21, "crash"), Act(60, "evict"), Act(62, "crash"))),
+    "restart": Plan(
+        lag_s=5.0,
+        script=(
+            Act(19, "blind", 60),
+            Act(20, "fail"),
+            Act(35, "crash"),
+            Act(100, "blind", 60),
+            Act(101, "evict"),
+            Act(120, "crash"),
+        ),
+    ),
     "unknown outcomes": Plan(
         lag_s=2.0, odds=Odds(reply_lost=0.2, late=0.2), script=(Act(60, "fail"), Act(90, "evict", 1))
     ),
     # The second takes over from a view that does not show what the first has made.
     "two leaders": Plan(
-        lag_s=1.0,
-        replicas=1,
+        lag_s=4.0,
         operators=2,
-        script=(Act(20, "fail"), Act(20.45, "freeze", 200), Act(24, "pause"), Act(45, "pause", 1)),
+        script=(Act(19, "blind", 250), Act(20, "fail"), Act(35, "pause"), Act(60, "pause", 1)),
     ),
 }
 

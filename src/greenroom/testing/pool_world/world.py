@@ -22,7 +22,7 @@ from greenroom.testing.fake_kube.adversary import CALM, Adversary, Odds, Quota, 
 from greenroom.testing.fake_kube.api import Api
 from greenroom.testing.fake_kube.cluster import Cluster
 from greenroom.testing.fake_kube.errors import KubeError
-from greenroom.testing.fake_kube.objects import Caller, Name, Object, Objects
+from greenroom.testing.fake_kube.objects import Caller, Entry, Name, Object, Objects
 from greenroom.testing.fake_kube.resources import CRD, Resource
 from greenroom.testing.pool_world.losers import ALGORITHMS, Loser
 from greenroom.testing.pool_world.oracle import OPERATOR, PODS, POOLS, Oracle, desired, overshoot, owner
@@ -149,6 +149,8 @@ class World:
         self.objects.admit.append(self.quota)
         self.adversary = Adversary(self.api, self._random("adversary"), self.spawn, self.plan.odds, spare=("/leases",))
         self._stormy_until = 0.0
+        self._blind_s = 0
+        self.objects.on_change.append(self._see)
         self.oracle = Oracle()
         if self.plan.algorithm == "ledger":
             self.objects.on_change.append(self.oracle.see)
@@ -234,6 +236,15 @@ class World:
                 self.replicas.frozen = False
 
             self.spawn(thaw())
+
+    def blind(self, seconds: int) -> None:
+        """As `freeze`, from the moment at which an operator has created its next pod."""
+        self._blind_s = seconds
+
+    def _see(self, entry: Entry) -> None:
+        if self._blind_s and entry.key == PODS and entry.kind == "ADDED" and entry.client.startswith(OPERATOR):
+            self.freeze(self._blind_s)
+            self._blind_s = 0
 
     def compact(self, _: int) -> None:
         self.replicas.compact()
