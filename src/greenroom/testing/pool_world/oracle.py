@@ -202,7 +202,11 @@ class Oracle:
             return
         place = naming.place(pool.name, pool.ledger.pool_uid, entry.name[1])
         slot = pool.ledger.find(f"{place.epoch}-{place.ordinal}") if place else None
-        if slot is not None and slot.active and slot.pod_uid in ("", pod["metadata"]["uid"]):
+        if slot is None or not slot.active or slot.pod_uid not in ("", pod["metadata"]["uid"]):
+            return
+        # A ledger that was lost and made anew forgets who was condemned; what was sent before stays sent.
+        sent = [ledger.find(slot.id) for ledger in _as_of(pool.history, entry.sent_at)]
+        if not any(was is None or not was.active for was in sent):
             raise Wrong("D1", entry, f"{entry.name[1]} was deleted while its slot {slot.id} is {slot.state}")
 
 
