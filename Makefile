@@ -3,7 +3,7 @@ PYTHON_BIN := .venv/bin/python
 export PATH := $(PATH):$(CURDIR)/.tools/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test lint unit sim fuzz proto bench slow-pull clean
+.PHONY: help setup setup-test demo test lint unit sim sim-pools fuzz proto bench slow-pull clean
 
 help:  ## Shows this list
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -31,6 +31,9 @@ unit: setup-test  ## The tests that need nothing but Python
 
 sim: setup-test  ## Looks for a seed that breaks something: SEEDS=1000 FROM=0
 	$(PYTHON_BIN) -m greenroom.testing.simulation --seeds $(or $(SEEDS),1000) --from $(or $(FROM),0) $(ARGS)
+
+sim-pools: setup-test  ## The same for worker pools on Kubernetes
+	$(PYTHON_BIN) -m greenroom.testing.pool_world --seeds $(or $(SEEDS),1000) --from $(or $(FROM),0) $(ARGS)
 
 fuzz: setup-test  ## Looks for an archive or manifest that breaks the readers of images: EXAMPLES=20000
 	GREENROOM_FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(PYTHON_BIN) -m pytest -q --timeout=0 tests/unit/test_images_fuzz.py $(ARGS)

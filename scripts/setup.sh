@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes everything that Greenroom needs, inside this directory where it can:
 #   .venv        virtual environment with the pinned, hash-checked packages of requirements/
-#   .tools/bin   runsc (gVisor), and with --test the Docker registry that the tests pull from, and skopeo and umoci, whose
-#                work on images the tests compare with ours (skopeo's libraries are in .tools/skopeo)
+#   .tools/bin   runsc (gVisor), and with --test the Docker registry that the tests pull from, kubectl, and skopeo and
+#                umoci, whose work on images the tests compare with ours (skopeo's libraries are in .tools/skopeo)
 #   .tools/postgres  with --test the PostgreSQL server that the tests start
 #
 # usage: scripts/setup.sh [--test]
@@ -65,6 +65,14 @@ registry_done() { [ -x "$TOOLS/bin/docker-registry" ] || command -v docker-regis
 
 umoci_done() { [ -x "$TOOLS/bin/umoci" ] || command -v umoci >/dev/null; }
 skopeo_done() { "$TOOLS/bin/skopeo" --version >/dev/null 2>&1 || command -v skopeo >/dev/null; }
+# Of release 1.25 or newer, whose "version" prints this: an older one asks for what the fake API server does not have.
+kubectl_done() {
+  local found
+  for found in "$TOOLS/bin/kubectl" "$(command -v kubectl || true)"; do
+    [ -x "$found" ] && "$found" version --client 2>/dev/null | grep -qE '^Client Version: v1\.(2[5-9]|[3-9][0-9])' && return
+  done
+  return 1
+}
 
 # A server of PostgreSQL 15 or newer: Debian's package, installed or unpacked by this script, or another one on PATH.
 postgres_done() {
@@ -202,7 +210,7 @@ fetch_tool() { # $1: package, $2: file in it, $3...: suites
 
 # Not the one of .venv itself, which is first on PATH for whoever followed the README, and about to be removed.
 python=${PYTHON:-$(PATH=${PATH//$ROOT\/.venv\/bin:/} command -v python3 || true)}
-plan=() skipped=() do_apt='' do_venv='' do_runsc='' do_registry='' do_umoci='' do_skopeo='' do_postgres=''
+plan=() skipped=() do_apt='' do_venv='' do_runsc='' do_registry='' do_umoci='' do_skopeo='' do_kubectl='' do_postgres=''
 
 if ! venv_done; then
   do_venv=1
@@ -231,6 +239,10 @@ for tool in umoci skopeo; do
   if is_debian; then declare "do_$tool=1"; plan+=("$tool from Debian $codename, signature-checked, into .tools/bin (tests only)")
   else skipped+=("$tool: this is not Debian; tests that compare with it need one on PATH"); fi
 done
+if [ "$want" = dev ] && ! kubectl_done; then
+  if is_debian; then do_kubectl=1; plan+=("kubectl from Debian trixie, signature-checked, into .tools/bin (tests only)")
+  else skipped+=("kubectl: this is not Debian; tests of the fake API server need one on PATH"); fi
+fi
 if [ "$want" = dev ] && ! postgres_done; then
   if is_debian; then do_postgres=1; plan+=("PostgreSQL's server from Debian $codename, signature-checked, into .tools/postgres (tests only)")
   else skipped+=("PostgreSQL: this is not Debian; tests of that store need a server of version 15 or newer on PATH"); fi
@@ -270,5 +282,7 @@ if [ -n "$do_runsc" ] && ! runsc_done; then fetch_tool runsc usr/bin/runsc "$cod
 if [ -n "$do_registry" ] && ! registry_done; then fetch_tool docker-registry usr/bin/docker-registry "$codename"; fi
 if [ -n "$do_umoci" ] && ! umoci_done; then fetch_tool umoci usr/bin/umoci "$codename"; fi
 if [ -n "$do_skopeo" ] && ! skopeo_done; then fetch_skopeo; fi
+# Debian 12's is of 2020; trixie's runs on it too.
+if [ -n "$do_kubectl" ] && ! kubectl_done; then fetch_tool kubectl usr/bin/kubectl trixie; fi
 if [ -n "$do_postgres" ] && ! postgres_done; then fetch_postgres; fi
 say "done"

@@ -9,8 +9,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from greenroom.cli import manifest, quantity
+from greenroom.cli import manifest
 from greenroom.cli.manifest import ManifestError
+from greenroom.core import quantity
 from greenroom.core.records import (
     Durability,
     OnCrash,

@@ -47,7 +47,7 @@ def settings() -> Settings:
 
 def duration(value: str | float) -> float:
     """The type of options like ``--timeout``: ``90``, ``30s`` or ``5m``, in seconds."""
-    from greenroom.cli.quantity import parse_duration
+    from greenroom.core.quantity import parse_duration
 
     if isinstance(value, (int, float)):
         return float(value)

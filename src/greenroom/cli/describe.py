@@ -16,7 +16,7 @@ from greenroom.cli.app import Settings, common, settings
 from greenroom.cli.kinds import Kind, pairs_text, progress, took
 from greenroom.cli.manifest import camel, spec_to_plain
 from greenroom.cli.output import Table, clean, pairs
-from greenroom.cli.quantity import human_age, human_bytes
+from greenroom.core.quantity import human_age, human_bytes
 from greenroom.core.records import Actor, Operation, Pool, Record, Snapshot, Template, Worker
 
 #: How many of the latest operations are shown.

@@ -16,8 +16,8 @@ import click
 from greenroom.cli.app import Settings, common, settings, with_output
 from greenroom.cli.output import clean
 from greenroom.cli.paths import data_dir, default_server
-from greenroom.cli.quantity import human_bytes
 from greenroom.core.errors import GreenroomError
+from greenroom.core.quantity import human_bytes
 
 #: A probe is documented to take a few seconds.
 PROBE_TIMEOUT_S = 30.0

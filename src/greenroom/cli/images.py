@@ -19,8 +19,8 @@ from greenroom.cli.archive import read_archive
 from greenroom.cli.manifest import to_document
 from greenroom.cli.output import Table, clean, dump, pairs
 from greenroom.cli.progress import Lines, Several, on_terminal
-from greenroom.cli.quantity import human_age, human_bytes
 from greenroom.core.errors import InvalidArgument, rebuild
+from greenroom.core.quantity import human_age, human_bytes
 from greenroom.core.records import (
     CachedImage,
     Evicted,

@@ -16,8 +16,8 @@ from greenroom.api.execution import CHUNK_BYTES, execute
 from greenroom.cli import kinds
 from greenroom.cli.app import Settings, common, duration, pair, settings, with_output
 from greenroom.cli.output import Table
-from greenroom.cli.quantity import human_bytes
 from greenroom.core.errors import FailedPrecondition
+from greenroom.core.quantity import human_bytes
 from greenroom.core.records import Key
 
 

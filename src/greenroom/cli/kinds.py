@@ -14,9 +14,9 @@ import click
 from greenroom.api import convert
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
 from greenroom.api.client import Client
-from greenroom.cli.quantity import human_age, human_bytes
 from greenroom.core.errors import NotFound
 from greenroom.core.names import DEFAULT_NAMESPACE
+from greenroom.core.quantity import human_age, human_bytes
 from greenroom.core.records import (
     Actor,
     LayerProgress,

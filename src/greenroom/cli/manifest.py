@@ -24,7 +24,7 @@ import msgspec
 import yaml
 
 from greenroom.api import validate
-from greenroom.cli import quantity
+from greenroom.core import quantity
 from greenroom.core.errors import GreenroomError, InvalidArgument
 from greenroom.core.names import DEFAULT_NAMESPACE, check_label
 from greenroom.core.records import PoolSpec, Record, TemplateSpec

@@ -11,7 +11,7 @@ import click
 
 from greenroom.cli.kinds import bytes_of
 from greenroom.cli.output import clean
-from greenroom.cli.quantity import human_bytes
+from greenroom.core.quantity import human_bytes
 from greenroom.core.records import LayerProgress, Operation
 
 #: Actors that `Several` has a line for; more would push each other off the screen.

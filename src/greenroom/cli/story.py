@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from typing import assert_never
 
 from greenroom.cli.kinds import pairs_text, progress
-from greenroom.cli.quantity import format_duration, human_age, human_bytes
 from greenroom.core import placement
 from greenroom.core.explanation import HOMELESS, Explanation
 from greenroom.core.names import DEFAULT_NAMESPACE
+from greenroom.core.quantity import format_duration, human_age, human_bytes
 from greenroom.core.records import (
     Actor,
     ActorState,

@@ -70,7 +70,7 @@ def snapshot_place(value: str) -> str:
 
 def size_bytes(value: str | int) -> int:
     """The type of options like ``--images-high``: ``20Gi``, in bytes."""
-    from greenroom.cli.quantity import parse_bytes
+    from greenroom.core.quantity import parse_bytes
 
     if isinstance(value, int):
         return value
