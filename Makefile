@@ -3,7 +3,7 @@ PYTHON_BIN := .venv/bin/python
 export PATH := $(PATH):$(CURDIR)/.tools/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test lint unit sim sim-pools fuzz proto bench slow-pull clean
+.PHONY: help setup setup-test demo test lint unit sim sim-pools collection fuzz proto bench slow-pull clean
 
 help:  ## Shows this list
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -37,6 +37,9 @@ sim-pools: setup-test  ## The same for worker pools on Kubernetes
 
 fuzz: setup-test  ## Looks for an archive or manifest that breaks the readers of images: EXAMPLES=20000
 	GREENROOM_FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(PYTHON_BIN) -m pytest -q --timeout=0 tests/unit/test_images_fuzz.py $(ARGS)
+
+collection: setup-test  ## Searches every state of the models of the garbage collection: ARGS=--full
+	$(PYTHON_BIN) -m greenroom.testing.collection $(ARGS)
 
 proto: setup-test  ## Generates the code of the wire protocol again
 	@scripts/proto.sh
