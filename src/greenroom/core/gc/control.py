@@ -53,8 +53,9 @@ class Decision(Record, frozen=True, kw_only=True):
 # --- registration -----------------------------------------------------------------------------------------
 
 
-def register(member: Member | None, rows: Sequence[Resource], said: Register) -> Decision:
-    """A worker's process begins.
+def register(member: Member | None, rows: Sequence[Resource], said: Register, *, heard: bool = False) -> Decision:
+    """A worker's process begins. ``heard``: the present one of that name is heard; then an empty disk has to wait, or
+    two workers with one name would empty each other for ever. (Nothing but that depends on it.)
 
     It is a comparison and exchange of the epoch: who knows the present one takes the next. So a message that comes late
     or again changes nothing, and of two that have the same disk (it was copied) only one goes on.
@@ -73,6 +74,8 @@ def register(member: Member | None, rows: Sequence[Resource], said: Register) ->
         return _accept(replace(member, claim=said.claim, epoch=member.epoch + 1), rows)
     if said.epoch > 0 or same:
         return _refuse(member, said, Refusal.WIPE)
+    if heard and member.standing is not Standing.GONE:
+        return _refuse(member, said, Refusal.NAME_TAKEN)
     if said.replaces != member.epoch:
         return _refuse(member, said, Refusal.REGISTER)
     # An empty disk under a known name: of what there was nothing is on it.

@@ -122,6 +122,7 @@ class Refusal(enum.StrEnum):
     """What a refused worker is to do."""
 
     REGISTER = "Register"  # again, in place of the epoch that it is told
+    NAME_TAKEN = "NameTaken"  # later: another worker of that name, with another disk, is alive
     WIPE = "Wipe"  # destroy all that it has and begin with a new incarnation
 
 
