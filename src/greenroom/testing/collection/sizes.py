@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from greenroom.testing.collection.blobs import Store
 from greenroom.testing.collection.search import Model
 from greenroom.testing.collection.worker import Worker
 
@@ -14,6 +15,8 @@ SMALL: dict[str, Model[Any]] = {
     "two resources, a new process": Worker(handles=2, reports=1, losses=0),
     "a restored database": Worker(handles=2, reports=1, processes=0, losses=0, restores=True),
     "a restored database and a new process": Worker(handles=1, reports=2, losses=0, restores=True),
+    "two uploads of two blobs": Store(uploads=2, contents=("x", "y"), reads=0),
+    "three uploads of a blob": Store(uploads=3),
 }
 
 FULL: dict[str, Model[Any]] = {
@@ -22,5 +25,6 @@ FULL: dict[str, Model[Any]] = {
     "two new processes": Worker(handles=1, reports=2, processes=2),
     "three reports": Worker(handles=1, reports=3),
     "a restored database and all that": Worker(handles=1, reports=2, processes=2, restores=True),
+    "three uploads of two blobs": Store(uploads=3, contents=("x", "y")),
     "two resources, two reports, a new process": Worker(handles=2, reports=2),
 }
