@@ -80,7 +80,7 @@ async def test_pieces_come_side_by_side_within_the_budget(upstream: str, pushed:
         proxy._pass_on = count  # type: ignore[method-assign, assignment]
         proxy.latency_s = 0.02
         check((await store.prepare(f"{proxy.host}/{pushed}")).rootfs)
-        assert most == MAX_IN_FLIGHT_BYTES // PIECE_BYTES
+        assert 1 < most <= MAX_IN_FLIGHT_BYTES // PIECE_BYTES  # how many are seen at once is a matter of moments
         # Each piece once; one request for each of the blobs that have only one.
         assert proxy.blob_bytes < SIZE + 10_000
         large = [r for r in proxy.ranges if r]

@@ -16,7 +16,7 @@ import yaml
 
 from greenroom.api import validate
 from greenroom.core.quantity import format_bytes, format_cpus, format_duration
-from greenroom.core.records import PoolSpec, Probe, Record, Resources, TemplateSpec
+from greenroom.core.records import IMAGE_PORTS, PoolSpec, Probe, Record, Resources, TemplateSpec
 from greenroom.operator import forms
 from greenroom.operator.objects import GROUP, VERSION
 from greenroom.operator.specs import MAX_REPLICAS, Asset, SandboxConfigSpec, WorkerPodSpec, WorkerPoolSpec
@@ -149,7 +149,7 @@ def _with_default(schema: dict[str, Any], info: msgspec.structs.FieldInfo) -> di
     if info.required or info.default_factory is not msgspec.NODEFAULT:
         return schema
     value = info.default
-    if value is None or value in ("", (), {}):
+    if value is None or value in ("", (), {}, IMAGE_PORTS):  # the image says which ports, and that is not known here
         return schema
     if isinstance(value, Record):
         return {**schema, "default": {}}
