@@ -209,19 +209,21 @@ async def test_a_failed_wake_says_why_and_leaves_the_actor_asleep(world: SimWorl
 
 async def test_who_waits_when_the_engine_closes_is_told_so(world: SimWorld) -> None:
     """Not by a cancellation, which would look to a server as if the caller had gone."""
-    running, other = await world.create("a"), await world.create("b")
+    running, other, doomed = [await world.create(name) for name in ("a", "b", "c")]
     await world.request(running)
-    slow(world, restore=0.5, checkpoint=0.5)
+    await world.request(doomed)
+    slow(world, restore=0.5, checkpoint=0.5, destroy=0.5)
     begun = await world.engine.resume(other, wait_s=0.02)
     waiting = {
         "wake": asyncio.ensure_future(world.engine.wake(other)),
         "resume": asyncio.ensure_future(world.engine.resume(other)),
         "suspend": asyncio.ensure_future(world.engine.suspend(running)),
-        "delete": asyncio.ensure_future(world.engine.delete(other)),
+        "delete": asyncio.ensure_future(world.engine.delete(doomed)),
         "pause": asyncio.ensure_future(world.engine.pause(running)),
         "operation": asyncio.ensure_future(world.engine.wait_operation(begun.id)),
     }
     await reached(world, running, ActorState.SUSPENDING)
+    await reached(world, doomed, ActorState.DELETING)
     await world.engine.close()
     for name, task in waiting.items():
         with pytest.raises(Unavailable, match="stopping") as told:
