@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from greenroom.cli.app import pair
-from greenroom.cli.up_options import check_marks, listen_address, size_bytes
+from greenroom.cli.up_options import check_marks, image_options
 
 if TYPE_CHECKING:
     from greenroom.agent.agent import Agent
@@ -44,29 +44,7 @@ DRAIN_TIMEOUT_S = 60.0
 @click.option("--warm", type=click.IntRange(0, 1000), default=None, help="Sandboxes kept ready.")
 @click.option("--state-dir", type=click.Path(path_type=Path), required=True, help="The worker's own directory.")
 @click.option("--images", type=click.Path(path_type=Path), required=True, help="Image store; agents may share one.")
-@click.option(
-    "--images-high",
-    type=size_bytes,
-    metavar="SIZE",
-    default=0,
-    help="When images take more than this, as 20Gi, those that nobody uses go, the longest unused first  [default: no "
-    "limit].",
-)
-@click.option(
-    "--images-low",
-    type=size_bytes,
-    metavar="SIZE",
-    default=0,
-    help="Until they take this much  [default: 4/5 of --images-high].",
-)
-@click.option(
-    "--peers",
-    type=listen_address,
-    metavar="HOST:PORT",
-    default="",
-    help="Where this worker gives other workers the image layers that it has, so that these cross the link to the "
-    "registry once; port 0 for any. GREENROOM_PEER_TOKEN, the same for all, keeps others out  [default: nowhere].",
-)
+@image_options
 @click.option("--snapshots", required=True, help="Snapshot store: a directory or a URL.")
 @click.option(
     "--control",

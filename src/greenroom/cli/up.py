@@ -13,11 +13,10 @@ from greenroom.cli.up_options import (
     check_marks,
     deadline,
     deadlines,
-    listen_address,
+    image_options,
     name_for,
     replica_name,
     seconds,
-    size_bytes,
     snapshot_place,
     store_url,
     worker_labels,
@@ -64,29 +63,7 @@ WORKER_RETURN_SHARED_S = 30.0
     default=None,
     help="Where images are kept; servers of one machine may share it [default: in the data directory].",
 )
-@click.option(
-    "--images-high",
-    type=size_bytes,
-    metavar="SIZE",
-    default=0,
-    help="When images take more than this, as 20Gi, those that nobody uses go, the longest unused first  [default: no "
-    "limit].",
-)
-@click.option(
-    "--images-low",
-    type=size_bytes,
-    metavar="SIZE",
-    default=0,
-    help="Until they take this much  [default: 4/5 of --images-high].",
-)
-@click.option(
-    "--peers",
-    type=listen_address,
-    metavar="HOST:PORT",
-    default="",
-    help="Where each worker gives other workers the image layers that it has, so that these cross the link to the "
-    "registry once; port 0 for any. GREENROOM_PEER_TOKEN, the same for all, keeps others out  [default: nowhere].",
-)
+@image_options
 @click.option(
     "--name",
     type=replica_name,

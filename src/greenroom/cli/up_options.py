@@ -7,6 +7,7 @@ import re
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import click
@@ -15,6 +16,8 @@ from greenroom.cli.app import duration
 from greenroom.core.errors import InvalidArgument
 from greenroom.core.names import check_label
 from greenroom.core.records import OperationKind
+
+F = TypeVar("F", bound=Callable[..., object])
 
 #: As psycopg takes them.
 STORE_SCHEMES = ("postgresql", "postgres")
@@ -107,6 +110,34 @@ def listen_address(value: str | tuple[str, int]) -> tuple[str, int] | None:
             f"{value!r} is no address that others can ask: each would ask itself; write one of this machine's own"
         )
     return host, int(port)
+
+
+def image_options(command: F) -> F:
+    """What ``up`` and ``agent`` let one say of the images of a worker."""
+    high = click.option(
+        "--images-high",
+        type=size_bytes,
+        metavar="SIZE",
+        default=0,
+        help="When images take more than this, as 20Gi, those that nobody uses go, the longest unused first  [default: "
+        "no limit].",
+    )
+    low = click.option(
+        "--images-low",
+        type=size_bytes,
+        metavar="SIZE",
+        default=0,
+        help="Until they take this much  [default: 4/5 of --images-high].",
+    )
+    peers = click.option(
+        "--peers",
+        type=listen_address,
+        metavar="HOST:PORT",
+        default="",
+        help="Where each worker gives other workers the image layers that it has, so that these cross the link to the "
+        "registry once; port 0 for any. GREENROOM_PEER_TOKEN, the same for all, keeps others out  [default: nowhere].",
+    )
+    return high(low(peers(command)))
 
 
 def replica_name(value: str) -> str:
