@@ -78,9 +78,9 @@ async def test_pieces_come_side_by_side_within_the_budget(upstream: str, pushed:
                 under_way -= 1
 
         proxy._pass_on = count  # type: ignore[method-assign, assignment]
-        proxy.latency_s = 0.02
+        proxy.latency_s = 0.1  # long enough that all that may be under way is, also where the machine is slow
         check((await store.prepare(f"{proxy.host}/{pushed}")).rootfs)
-        assert 1 < most <= MAX_IN_FLIGHT_BYTES // PIECE_BYTES  # how many are seen at once is a matter of moments
+        assert most == MAX_IN_FLIGHT_BYTES // PIECE_BYTES
         # Each piece once; one request for each of the blobs that have only one.
         assert proxy.blob_bytes < SIZE + 10_000
         large = [r for r in proxy.ranges if r]
@@ -235,7 +235,7 @@ async def test_another_process_sees_the_progress(upstream: str, pushed: str, tmp
     first, second = DiskImageStore(tmp_path / "store"), DiskImageStore(tmp_path / "store")
     seen: list[int] = []
 
-    async with FaultProxy(upstream, bits_per_s=100e6).running() as proxy:
+    async with FaultProxy(upstream, bits_per_s=50e6).running() as proxy:
         started = asyncio.Event()
         one = asyncio.create_task(first.prepare(f"{proxy.host}/{pushed}", lambda phase, layers: started.set()))
         await started.wait()
@@ -246,7 +246,7 @@ async def test_another_process_sees_the_progress(upstream: str, pushed: str, tmp
         )
         assert (await one).digest == (await two).digest
         assert proxy.blob_bytes < SIZE + 10_000
-    assert len({done for done in seen if 0 < done < SIZE}) >= 2
+    assert len({done for done in seen if 0 < done < SIZE}) > 3
 
 
 async def test_a_shared_layer_is_fetched_once(upstream: str, store: DiskImageStore, tmp_path: Path) -> None:
