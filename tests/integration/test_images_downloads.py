@@ -80,7 +80,8 @@ async def test_pieces_come_side_by_side_within_the_budget(upstream: str, pushed:
         proxy._pass_on = count  # type: ignore[method-assign, assignment]
         proxy.latency_s = 0.1  # long enough that all that may be under way is, also where the machine is slow
         check((await store.prepare(f"{proxy.host}/{pushed}")).rootfs)
-        assert most == MAX_IN_FLIGHT_BYTES // PIECE_BYTES
+        pieces = MAX_IN_FLIGHT_BYTES // PIECE_BYTES
+        assert pieces - 1 <= most <= pieces  # one of them may be on its way from the link to the disk
         # Each piece once; one request for each of the blobs that have only one.
         assert proxy.blob_bytes < SIZE + 10_000
         large = [r for r in proxy.ranges if r]
