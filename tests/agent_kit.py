@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from greenroom.agent.agent import Agent, AgentConfig
 from greenroom.core import agentapi as api
 from greenroom.core.agentapi import ResidentState
+from greenroom.core.gc.records import Registered
 from greenroom.core.records import Record, Snapshot, SnapshotScope, TemplateSpec
 from greenroom.images.store import DiskImageStore
 from greenroom.sandbox.port import Found
@@ -119,6 +120,9 @@ class Bench:
     async def start(self) -> None:
         self.agent = Agent(self.config, self.backend, DiskImageStore(self.root / "images"), self.snapshots)
         await self.agent.open()
+        # As a replica does that it connects to; what is tested here begins after that.
+        presented = self.agent._enrolment.present(0)
+        self.agent._enrolment.registered(Registered(claim=presented.claim, epoch=presented.epoch + 1, closed_seq=0))
 
     async def restart(self) -> None:
         """Another agent process; what ran goes on."""

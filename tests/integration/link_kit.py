@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import grpc.aio
 
 from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2_grpc
 from greenroom.api.link import AgentHub
-from greenroom.core.agentapi import Heartbeat, Hello, SandboxExited, Welcome
+from greenroom.core.agentapi import Enrol, Heartbeat, Hello, Present, SandboxExited, Welcome
+from greenroom.core.errors import Unavailable
+from greenroom.core.gc.records import Registered
 
 #: Heartbeats of the tests: quick, so that nothing is waited for.
 HEARTBEAT_S = 0.05
@@ -27,11 +31,15 @@ class Replica:
         self.answers = True
         self.say()
         self.connects: list[Hello] = []
+        #: Whether it registers whoever comes.
+        self.enrols = False
+        self.enrolled: list[str] = []
         self.gone: list[str] = []
         self.heartbeats: list[Heartbeat] = []
         self.leaving: list[str] = []
         self.exits: list[SandboxExited] = []
         self._server: Any = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def say(self, *links: Replica, alone_s: float = 0.0) -> None:
         addresses = tuple(link.address for link in links)
@@ -58,8 +66,18 @@ class Replica:
 
     def worker_connected(self, hello: Hello) -> None:
         self.connects.append(hello)
+        if self.enrols:
+            task = asyncio.get_running_loop().create_task(self._enrol(hello.worker))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         if self.answers:
             self.hub.acknowledge(hello.worker)
+
+    async def _enrol(self, worker: str) -> None:
+        with contextlib.suppress(Unavailable):  # it has gone again
+            said: Any = await self.hub.call(worker, Present())
+            await self.hub.call(worker, Enrol(registered=Registered(claim=said.claim, epoch=1, closed_seq=0)))
+            self.enrolled.append(worker)
 
     def worker_heard(self, worker: str, heartbeat: Heartbeat) -> bool:
         self.heartbeats.append(heartbeat)

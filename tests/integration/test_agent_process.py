@@ -37,6 +37,8 @@ async def agent(
     root = _root(replicas)
     controls = [f"--control={replica.address}" for replica in replicas]
     places = [f"--state-dir={root}/w", f"--images={root}/images", f"--snapshots={root}/store"]
+    for replica in replicas:
+        replica.enrols = True
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "greenroom", "agent", "--worker=w", "--pool=default", "--backend=sim", "--slots=4"),
         *(*controls, *places, f"--drain-timeout={drain_s}", *options),
@@ -59,7 +61,7 @@ async def ended(process: asyncio.subprocess.Process) -> int:
 
 
 async def connected(*replicas: Replica) -> None:
-    await until(lambda: all(replica.connected and replica.heartbeats for replica in replicas))
+    await until(lambda: all(replica.enrolled and replica.heartbeats for replica in replicas))
 
 
 async def test_says_who_it_is_to_every_replica(replicas: list[Replica]) -> None:

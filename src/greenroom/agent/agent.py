@@ -20,6 +20,7 @@ import structlog
 
 from greenroom.agent.alone import AloneWatch
 from greenroom.agent.classes import Classes
+from greenroom.agent.enrolment import Enrolment
 from greenroom.agent.fence import Fence, from_os
 from greenroom.agent.held import Held
 from greenroom.agent.images import WorkerImages
@@ -33,6 +34,7 @@ from greenroom.agent.warm import WarmPool
 from greenroom.core import agentapi as api
 from greenroom.core.agentapi import AgentCall, ResidentState
 from greenroom.core.errors import FailedPrecondition, GreenroomError, NotFound, Unavailable
+from greenroom.core.gc.records import Refusal
 from greenroom.core.records import Record, SnapshotScope
 from greenroom.images.port import ImageStore
 from greenroom.sandbox.port import Backend, BackendProbe, ExecSession, ExecSpec, Warmer
@@ -110,6 +112,7 @@ class Agent:
         config, root = self._config, self._config.state_dir
         for name in ("cache", "logs"):
             (root / name).mkdir(parents=True, exist_ok=True)
+        self._enrolment = Enrolment(root / "papers.json", config.worker)
         self._journal = Journal(root / "journal")
         self._staging = Staging(root / "staging")
         self._held = Held(root / "held", config.worker, self._snapshots)
@@ -223,6 +226,10 @@ class Agent:
     async def handle(self, call: AgentCall, reporter: Reporter) -> Record:
         """Carries out a call. Raises `GreenroomError`."""
         match call:
+            case api.Present():
+                return self._present(call)
+            case api.Enrol():
+                return await self._enrol(call)
             case api.Start() | api.Restore():
                 epoch = self._alone.now
                 return await self._fence.run(call, lambda hears: self._wake(call, epoch, hears), reporter)
@@ -284,6 +291,37 @@ class Agent:
             case _:
                 assert_never(call)
 
+    # --- whose disk this is -------------------------------------------------------------------------------
+
+    def _present(self, call: api.Present) -> Record:
+        try:
+            return self._enrolment.present(call.epoch)
+        except OSError as error:
+            raise from_os(error) from error
+
+    async def _enrol(self, call: api.Enrol) -> api.Done:
+        try:
+            if call.registered is not None:
+                self._enrolment.registered(call.registered)
+            elif call.refused is not None and self._enrolment.must_wipe(call.refused):
+                log.error("another process has this worker's name or disk: what runs here ends")
+                await self._wipe()
+                self._enrolment.renew()
+            elif call.refused is not None and call.refused.what is Refusal.NAME_TAKEN and not self.shutdown.done():
+                log.error("another worker of this name lives, with another disk: give one of them another name")
+                self.shutdown.set_result(False)
+        except OSError as error:
+            raise from_os(error) from error
+        return api.Done()
+
+    async def _wipe(self) -> None:
+        """Ends all residents. What is held stays: it may be all that is left of actors that sleep."""
+
+        async def end(uid: str) -> None:
+            await self._fence.aside(uid, functools.partial(self._residents.end, uid))
+
+        await asyncio.gather(*map(end, {*self._residents.uids(), *self._wakes}))
+
     def _still_holds(self, call: api.ActorCall) -> bool:
         """Whether what the recorded answer of this call speaks of is still so."""
         resident = self._residents.find(call.actor_uid)
@@ -298,8 +336,9 @@ class Agent:
             case api.Checkpoint():
                 staged = self._staging.find(call.actor_uid, call.snapshot.id) is not None
                 return staged and resident is not None and resident.state is ResidentState.FROZEN
-            case api.Freeze():
-                return resident is not None and resident.state is ResidentState.FROZEN
+            case api.Freeze():  # a suspend that was taken over may have written anew what the first one removed
+                frozen = resident is not None and resident.state is ResidentState.FROZEN
+                return frozen and not self._staging.holds(call.actor_uid)
             case api.Publish():
                 # Only the snapshot store knows about the others, and asking it again is publishing again.
                 return call.hold and call.snapshot_id in self._held
@@ -311,10 +350,15 @@ class Agent:
         and its program runs here already before it is ready.
 
         Raises:
-            Unavailable: that is over (reason ``WORKER_ALONE``); nothing is left here, it may be tried again.
+            Unavailable: that is over (reason ``WORKER_ALONE``), or this worker is not registered yet
+                (``WORKER_NOT_REGISTERED``); nothing is left here, it may be tried again.
         """
         uid = call.actor_uid
-        if not self._may_run(epoch):
+        self._enrolment.check()
+        made = self._residents.find(uid)
+        frozen = made is not None and made.state is ResidentState.FROZEN and made.operation_id == call.operation_id
+        # This very call has made it, and it was frozen since: whoever has had the answer counts on what is in it.
+        if frozen or not self._may_run(epoch):
             raise self._was_alone()
         try:
             async with asyncio.timeout(None) as scope:

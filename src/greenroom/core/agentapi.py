@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 
+from greenroom.core.gc.records import Refused, Register, Registered
 from greenroom.core.records import (
     Endpoint,
     Evicted,
@@ -49,6 +50,21 @@ class ActorCall(Call, frozen=True, kw_only=True):
 
 
 # --- calls to an agent ------------------------------------------------------------------------------------
+
+
+class Present(Call, frozen=True, kw_only=True):
+    """Asks whose disk this is; comes first on every connection. ``epoch``: of the worker that the control plane knows
+    by this name, which one with an empty disk would replace. -> `Register`"""
+
+    epoch: int = 0
+
+
+class Enrol(Call, frozen=True, kw_only=True):
+    """What the control plane has decided about what was presented. A worker that is told to wipe itself has nothing any
+    more, and another disk, when it answers; one whose name is taken ends. -> `Done`"""
+
+    registered: Registered | None = None
+    refused: Refused | None = None
 
 
 class Prepare(Call, frozen=True, kw_only=True):
@@ -389,7 +405,9 @@ class Welcome(Record, frozen=True, kw_only=True):
 
 
 AgentCall = (
-    Prepare
+    Present
+    | Enrol
+    | Prepare
     | StopPrepare
     | ListImages
     | InspectImage
@@ -421,6 +439,8 @@ StreamingCall = Exec | Logs | ImportImage
 
 #: What each call answers with.
 ANSWERS: dict[str, type[Record]] = {
+    "Present": Register,
+    "Enrol": Done,
     "Prepare": Prepared,
     "StopPrepare": Done,
     "ListImages": ImageCache,

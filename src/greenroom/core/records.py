@@ -262,7 +262,9 @@ class Worker(Record, frozen=True, kw_only=True):
     many wake-ups in a row have failed there for a reason that is the worker's; until ``quarantined_until`` it gets
     one only when no other worker fits. ``cordon``: why it gets none at all and is emptied ("": it is not): ``asked``,
     ``leaving`` (its agent is to end), ``retiring`` (its pool was made smaller). ``image_bytes``: what its images take,
-    of which ``image_over_bytes`` are more than it was told to keep and in use."""
+    of which ``image_over_bytes`` are more than it was told to keep and in use. ``incarnation`` names its state disk,
+    ``claim`` and ``epoch`` are of its last registration (`greenroom.core.gc`); ``distrust``: why what is recorded of it
+    is not acted on until somebody has looked, "" when it is."""
 
     name: str
     pool: str
@@ -283,6 +285,10 @@ class Worker(Record, frozen=True, kw_only=True):
     cordon: str = ""
     image_bytes: int = 0
     image_over_bytes: int = 0
+    incarnation: str = ""
+    claim: str = ""
+    epoch: int = 0
+    distrust: str = ""
     version: int = 0
 
     @property

@@ -43,7 +43,9 @@ from greenroom.core.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from greenroom.core.records import Actor, ActorState, Key, Template, Worker, WorkerState
+from greenroom.core.gc import control
+from greenroom.core.gc import records as gc
+from greenroom.core.records import Actor, ActorState, Key, Record, Template, Worker, WorkerState
 from greenroom.core.states import BUSY
 from greenroom.engine import clock
 from greenroom.engine.bindings import Binding
@@ -93,6 +95,8 @@ class Census:
         self._comparing: dict[str, asyncio.Task[list[str]]] = {}
         #: Workers whose residents have been compared since they connected.
         self._welcomed: set[str] = set()
+        #: The connections of workers that are registered; what others say does not count as a sign of the worker.
+        self._enrolled: dict[str, api.Hello] = {}
         self._differed: dict[str, frozenset[tuple[str, int]]] = {}
         #: By worker: what it said last of its images.
         self._stock: dict[str, Stock] = {}
@@ -175,6 +179,7 @@ class Census:
     def worker_gone(self, worker: str, boot_id: str) -> None:
         self._welcomed.discard(worker)
         self._stock.pop(worker, None)
+        self._enrolled.pop(worker, None)
         if not self._ops.closed:
             self._missing(worker)
 
@@ -205,43 +210,66 @@ class Census:
             return
 
     async def _register(self, hello: api.Hello) -> None:
-        asked, now = clock.monotonic(), self._engine.now()
-        said: dict[str, Any] = {
-            "pool": hello.pool,
-            "backend": hello.backend,
-            "fingerprint": hello.fingerprint,
-            "capacity": hello.capacity,
-            "boot_id": hello.boot_id,
-            "memory_snapshots": hello.memory_snapshots,
-            "labels": hello.labels,
-            "images": hello.images,
-            "image_bytes": hello.image_bytes,
-            "image_over_bytes": hello.image_over_bytes,
-            "last_seen": now,
-        }
+        """Asks the worker whose disk it has, decides, writes that down, and tells the worker (`greenroom.core.gc`).
+
+        Raises:
+            Unavailable: it is not admitted (yet).
+        """
+        for _ in range(WRITE_ATTEMPTS):
+            known = await self._ops.steadily(lambda: self._find(hello.worker))
+            said = await self._ask(hello.worker, api.Present(epoch=known.epoch if known else 0))
+            assert isinstance(said, gc.Register)
+            decision = control.register(_member(known), [], said, heard=self._is_alive(known))
+            if isinstance(decision.answer, gc.Refused):
+                await self._ask(hello.worker, api.Enrol(refused=decision.answer))
+                if decision.answer.what is gc.Refusal.NAME_TAKEN:
+                    raise Unavailable(f"another worker {hello.worker} is alive, with another disk", reason="NAME_TAKEN")
+                continue
+            assert isinstance(decision.answer, gc.Registered)
+            if self._engine.hub.connected().get(hello.worker) != hello:
+                raise Unavailable(f"worker {hello.worker} has gone again", reason="WORKER_DISCONNECTED")
+            new = _enrolled(known, hello, decision.member, self._engine.now())
+            new = replace(new, message=decision.alarm or new.message)
+            asked = clock.monotonic()
+            try:
+                await self._ops.steadily(lambda: self._store.put(new))  # noqa: B023  # awaited at once
+            except (AlreadyExists, Conflict):
+                continue
+            if decision.alarm:
+                log.error("a worker is quarantined", worker=hello.worker, why=decision.alarm)
+            # What is under way there belongs to its operation, which asks the worker itself: nothing of it is closed.
+            await self._ask(hello.worker, api.Enrol(registered=replace(decision.answer, closed_seq=0)))
+            self._enrolled[hello.worker] = hello
+            self._backed[hello.worker] = asked
+            return
+        raise Conflict(f"worker {hello.worker} keeps changing")
+
+    async def _find(self, worker: str) -> Worker | None:
         try:
-            await self._store.put(Worker(name=hello.worker, registered_at=now, **said))
-        except AlreadyExists:
+            return await self._store.get(Worker, worker)
+        except NotFound:
+            return None
 
-            def change(worker: Worker) -> Worker | None:
-                if self._engine.hub.connected().get(hello.worker) != hello:
-                    return None
-                new = replace(worker, **said | {"last_seen": worker.last_seen})
-                if worker.boot_id != hello.boot_id:
-                    # Another agent: the one that was to end has ended, and what failed on it may not fail on this one.
-                    cordon = "" if worker.cordon == LEAVING else worker.cordon
-                    new = replace(placement.after_success(new), cordon=cordon)
-                return _heard(replace(new, state=WorkerState.DISCONNECTED), now)
+    def _is_alive(self, record: Worker | None) -> bool:
+        """Whether the process that is registered under that name may be heard by somebody."""
+        return record is not None and record.state is not WorkerState.DISCONNECTED and self._is_fresh(record)
 
-            await self.change_worker(hello.worker, change)
-        self._backed[hello.worker] = asked
+    async def _ask(self, worker: str, call: api.AgentCall) -> Record:
+        """Something that a worker answers at once. Raises `Unavailable` also when it does not."""
+        try:
+            async with asyncio.timeout(LIST_TIMEOUT_S):
+                return await self._engine.hub.call(worker, call)
+        except TimeoutError:
+            name = type(call).__name__
+            raise Unavailable(f"worker {worker} did not answer {name} within {LIST_TIMEOUT_S:g} s") from None
 
     async def cordon(self, name: str, why: str) -> Worker | None:
         """No actor is woken there from now on (``why``: `ASKED`, `LEAVING`), or again ("")."""
 
         def change(worker: Worker) -> Worker | None:
             away = worker.state is WorkerState.DISCONNECTED
-            return replace(worker, cordon=why, state=worker.state if away else _state(why))
+            new = replace(worker, cordon=why, state=worker.state if away else _state(why))
+            return new if why else replace(new, distrust="", message="")  # somebody has looked
 
         return await self.change_worker(name, change)
 
@@ -326,6 +354,11 @@ class Census:
             return 0.0
         return clock.monotonic() - seen[1]
 
+    def enrolled(self) -> list[str]:
+        """Workers that are connected to this process and registered: those on which anything may be made."""
+        connected = self._engine.hub.connected()
+        return [name for name, hello in connected.items() if self._enrolled.get(name) == hello]
+
     def _hears(self, worker: str) -> bool:
         """Whether it is connected to this process and not silent: one that stands still keeps its connection open."""
         heard = self._engine.hub.heard().get(worker)
@@ -397,7 +430,8 @@ class Census:
         got = clock.monotonic()
         if got - asked > 2 * return_s * LOOK_SHARE:
             self._seen.clear()  # it took too long to count as looking without a gap
-        heard = self._engine.hub.heard()
+        enrolled = {*self.enrolled()}
+        heard = {name: at for name, at in self._engine.hub.heard().items() if name in enrolled}
         due: list[str] = []
         for worker in workers:
             self._engine.trust.noted(worker)
@@ -430,8 +464,14 @@ class Census:
             self._differed.pop(name, None)
 
     async def _note(self, worker: str) -> None:
-        asked = clock.monotonic()
-        if await self.change_worker(worker, lambda w: _heard(w, self._engine.now())) is not None:
+        asked = 0.0
+
+        def change(record: Worker) -> Worker:
+            nonlocal asked
+            asked = clock.monotonic()  # not before the record was read, which may have taken long
+            return _heard(record, self._engine.now())
+
+        if await self.change_worker(worker, change) is not None:
             self._backed[worker] = asked
 
     # --- workers that end ---------------------------------------------------------------------------------
@@ -531,6 +571,7 @@ class Census:
     async def _settle(self, worker: str) -> list[str]:
         # First what should run and then what does: what begins in between is seen on the worker, and is no stray by the
         # record that is read again; what ends in between has a newer generation than the record that was read.
+        trusted = await self._is_record_trusted(worker)
         actors = await self.all(Actor, worker=worker)
         said = await self._residents(worker)
         residents = {r.actor_uid: r for r in said.residents}
@@ -540,8 +581,9 @@ class Census:
             if actor.state in BUSY:
                 under_way.append(actor.operation)  # it asks the worker itself
             else:
-                await self._one(str(actor.key), self._confirm(actor, resident, said.epoch))
-        for resident in residents.values():
+                if trusted or (resident is not None and resident.endpoint is not None):
+                    await self._one(str(actor.key), self._confirm(actor, resident, said.epoch))
+        for resident in residents.values() if trusted else ():
             await self._one(f"{resident.namespace}/{resident.name}", self._discard_stray(worker, resident))
         running = {(a.uid, a.generation) for a in actors if a.state is ActorState.RUNNING}
         for binding in self._engine.bindings.all():
@@ -562,12 +604,13 @@ class Census:
         if not newer and self._engine.bindings.peek(binding.key) is binding and not self._ops.busy(binding.uid):
             self._engine.bindings.revoke(binding.key)
 
+    async def _is_record_trusted(self, worker: str) -> bool:
+        """Whether what the database says of what should run there may be acted on."""
+        known = await self._ops.steadily(lambda: self._find(worker))
+        return known is None or not known.distrust
+
     async def _residents(self, worker: str) -> api.Residents:
-        try:
-            async with asyncio.timeout(LIST_TIMEOUT_S):
-                said = await self._engine.hub.call(worker, api.ListResident())
-        except TimeoutError:
-            raise Unavailable(f"worker {worker} did not say within {LIST_TIMEOUT_S:g} s what runs on it") from None
+        said = await self._ask(worker, api.ListResident())
         assert isinstance(said, api.Residents)
         return said
 
@@ -752,6 +795,48 @@ class Census:
 MIN_STEP_S = 0.001
 #: Why no actor is woken on a worker (`Worker.cordon`): somebody wants it empty; its agent was asked to end.
 ASKED, LEAVING = "asked", "leaving"
+
+
+def _member(worker: Worker | None) -> gc.Member | None:
+    """A worker as the rules of the collection know it; None for one that was never registered."""
+    if worker is None or not worker.incarnation:
+        return None
+    return gc.Member(
+        name=worker.name,
+        incarnation=worker.incarnation,
+        claim=worker.claim,
+        epoch=worker.epoch,
+        seq=worker.version,
+        quarantined=worker.distrust,
+    )
+
+
+def _enrolled(known: Worker | None, hello: api.Hello, member: gc.Member, now: float) -> Worker:
+    """The record of a worker that is connected and registered."""
+    said: dict[str, Any] = {
+        "pool": hello.pool,
+        "backend": hello.backend,
+        "fingerprint": hello.fingerprint,
+        "capacity": hello.capacity,
+        "boot_id": hello.boot_id,
+        "memory_snapshots": hello.memory_snapshots,
+        "labels": hello.labels,
+        "images": hello.images,
+        "image_bytes": hello.image_bytes,
+        "image_over_bytes": hello.image_over_bytes,
+        "incarnation": member.incarnation,
+        "claim": member.claim,
+        "epoch": member.epoch,
+        "distrust": member.quarantined,
+    }
+    if known is None:
+        return Worker(name=hello.worker, registered_at=now, last_seen=now, **said)
+    new = replace(known, **said)
+    if known.boot_id != hello.boot_id:
+        # Another agent: the one that was to end has ended, and what failed on it may not fail on this one.
+        cordon = "" if known.cordon == LEAVING else known.cordon
+        new = replace(placement.after_success(new), cordon=cordon)
+    return _heard(replace(new, state=WorkerState.DISCONNECTED), now)
 
 
 def _state(cordon: str) -> WorkerState:

@@ -129,7 +129,7 @@ class Engine:
 
     def reachable(self) -> tuple[str, ...] | None:
         """The workers that this process can talk to; None when it is the only one: then it waits for the others."""
-        return None if self.config.exclusive else tuple(self.hub.connected())
+        return None if self.config.exclusive else tuple(self.census.enrolled())
 
     async def close(self) -> None:
         """Stops at once; what is under way stays behind as rows, for the next start. Who waits for it gets

@@ -66,10 +66,10 @@ def register(member: Member | None, rows: Sequence[Resource], said: Register, *,
     same = said.incarnation == member.incarnation
     if same and member.standing is Standing.GONE:
         return _refuse(member, said, Refusal.WIPE)
-    if same and said.claim == member.claim:  # the first answer was lost
-        return Decision(member=member, answer=_registered(member, rows))
     if said.epoch > member.epoch or (same and max(said.highest_seq, said.closed_seq) > member.seq):
         return _took_back(member, said)
+    if same and said.claim == member.claim:  # the first answer was lost, or it is asked once more
+        return Decision(member=member, answer=_registered(member, rows))
     if same and said.epoch == member.epoch:
         return _accept(replace(member, claim=said.claim, epoch=member.epoch + 1), rows)
     if said.epoch > 0 or same:
@@ -118,7 +118,7 @@ def _took_back(member: Member, said: Register) -> Decision:
 def _alarm(member: Member) -> str:
     return (
         f"worker {member.name}: {member.quarantined}; was the database restored? Nothing is destroyed or forgotten "
-        f"there until `greenroom acknowledge worker {member.name}`"
+        f"there until `greenroom drain worker {member.name} --undo`"
     )
 
 

@@ -58,8 +58,9 @@ def registration(papers: Papers, worker: str, entries: Iterable[Entry], replaces
 
 
 def registered(papers: Papers, answer: Registered) -> Papers:
-    """An answer to another claim, or one that came before, changes nothing."""
-    if answer.claim != papers.claim or papers.answered:
+    """An answer to another claim, or one that is older, changes nothing. (A process that registers again with the same
+    claim gets another epoch only from a database that has gone back.)"""
+    if answer.claim != papers.claim or (papers.answered and answer.epoch <= papers.epoch):
         return papers
     closed = max(papers.closed_seq, answer.closed_seq)
     return replace(papers, epoch=answer.epoch, closed_seq=closed, answered=True)

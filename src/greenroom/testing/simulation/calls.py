@@ -14,6 +14,7 @@ from typing import NamedTuple, cast
 from msgspec.structs import replace
 
 from greenroom.agent.alone import AloneWatch
+from greenroom.agent.enrolment import Enrolment
 from greenroom.agent.fence import Fence
 from greenroom.agent.journal import Journal
 from greenroom.core import agentapi as api
@@ -27,6 +28,7 @@ from greenroom.core.errors import (
     Unavailable,
     Unimplemented,
 )
+from greenroom.core.gc.records import Refusal
 from greenroom.core.records import PhaseTime, Record, Snapshot, SnapshotScope, SnapshotState
 from greenroom.testing.simulation.faults import Fault
 from greenroom.testing.simulation.machine import Machine, Sandbox
@@ -83,11 +85,15 @@ class Calls:
 
     def begin(self) -> None:
         """To be called in the agent's process, before anything else."""
+        self.enrolment = Enrolment(cast(Path, self.machine.papers), self.worker, self._new_id)
         file, loop = cast(Path, self.machine.welcome), self.network.loop
         self.alone = AloneWatch(file, self._stale, self._stop_stale, boot_time=loop.time)
         for sandbox in self.machine.sandboxes.values():
             sandbox.epoch = self.alone.epoch  # as the agent before this one remembered it
         self.alone.start()
+
+    def _new_id(self) -> str:
+        return f"{self._random.getrandbits(128):032x}"
 
     # --- alone --------------------------------------------------------------------------------------------
 
@@ -143,6 +149,14 @@ class Calls:
 
     async def _handle(self, call: AgentCall, stale: bool) -> Record:
         match call:
+            case api.Present():
+                return self.enrolment.present(call.epoch)
+            case api.Enrol():
+                if call.registered is not None:
+                    self.enrolment.registered(call.registered)
+                # One whose name is taken waits; what it has is an empty disk.
+                assert call.refused is None or call.refused.what is not Refusal.WIPE, "no machine comes back twice"
+                return api.Done()
             case api.Start() | api.Restore():
                 epoch = self.alone.now
                 return await self._fence.run(call, lambda _: self._wake(call, epoch), _NOBODY)
@@ -203,7 +217,7 @@ class Calls:
             case api.Checkpoint():
                 return bool(staged and staged[0].id == call.snapshot.id and sandbox and sandbox.frozen)
             case api.Freeze():
-                return sandbox is not None and sandbox.frozen
+                return sandbox is not None and sandbox.frozen and staged is None
             case api.Publish():
                 return call.hold and call.snapshot_id in self.machine.held
             case _:
@@ -241,7 +255,10 @@ class Calls:
     async def _wake(self, call: api.Start | api.Restore, epoch: int) -> api.Started:
         """``epoch``: when the call came. It ends as soon as that is over."""
         uid = call.actor_uid
-        if not self._may_run(epoch):
+        self.enrolment.check()
+        made = self.machine.sandboxes.get(uid)
+        frozen = made is not None and made.frozen and made.operation_id == call.operation_id
+        if frozen or not self._may_run(epoch):
             raise self._was_alone()
         try:
             async with asyncio.timeout(None) as scope:

@@ -166,6 +166,7 @@ class Machine:
         staged: snapshots that were written and not published, by actor uid.
         held: snapshots that are kept here until they are uploaded, by id.
         welcome: where agents keep what they must remember of the control plane.
+        papers: where they keep whose disk it is.
     """
 
     def __init__(self, loop: SimLoop, name: str, capacity: int, watch: Watch, register: dict[str, Sandbox]) -> None:
@@ -184,6 +185,7 @@ class Machine:
         self.staged: dict[str, tuple[Snapshot, int]] = {}
         self.held: dict[str, tuple[Snapshot, int]] = {}
         self.welcome = MemoryFile()
+        self.papers = MemoryFile()
 
     def boot(self) -> None:
         self.up = True

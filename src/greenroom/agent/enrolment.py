@@ -1,0 +1,73 @@
+"""This worker's papers: which state disk it has, and what the control plane has told it in return
+(`greenroom.core.gc.worker`).
+
+They lie on the disk that they speak of, and are written before anybody is told what they say. Without a sync: after a
+power cut nothing runs here any more, and a disk without papers is an empty one.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from greenroom.core.errors import Unavailable
+from greenroom.core.gc import worker as rules
+from greenroom.core.gc.records import Papers, Refused, Register, Registered
+
+log = structlog.get_logger(__name__)
+
+
+class Enrolment:
+    """``new_id``: a random name that nobody else ever draws."""
+
+    def __init__(self, path: Path, worker: str, new_id: Callable[[], str] = lambda: uuid.uuid4().hex) -> None:
+        self._path = path
+        self._worker = worker
+        self._new_id = new_id
+        try:
+            found = msgspec.json.decode(path.read_bytes(), type=Papers)
+        except (OSError, msgspec.MsgspecError):
+            found = Papers(incarnation=new_id())
+        self.papers = rules.begin(found, new_id())
+        self._is_written = False
+
+    def present(self, replaces: int) -> Register:
+        """What is said of this worker. ``replaces``: the epoch that it would end if its disk is empty.
+
+        Raises:
+            OSError: it can't be written down, and so must not be said.
+        """
+        if not self._is_written:
+            self._write(self.papers)
+        return rules.registration(self.papers, self._worker, (), replaces if self.papers.epoch == 0 else 0)
+
+    def registered(self, answer: Registered) -> None:
+        """Raises `OSError` if it can't be written down."""
+        papers = rules.registered(self.papers, answer)
+        if papers != self.papers:
+            self._write(papers)
+            log.info("registered", incarnation=papers.incarnation, epoch=papers.epoch)
+
+    def check(self) -> None:
+        """Raises `Unavailable` (reason ``WORKER_NOT_REGISTERED``) while nothing may be made here."""
+        if not self.papers.answered:
+            raise Unavailable(
+                f"worker {self._worker} is not registered by any replica yet; try again", reason="WORKER_NOT_REGISTERED"
+            )
+
+    def must_wipe(self, refused: Refused) -> bool:
+        return rules.must_wipe(self.papers, refused)
+
+    def renew(self) -> None:
+        """Everything that was here is gone: this is an empty disk now. Raises `OSError` if it can't be written down."""
+        self._write(rules.begin(Papers(incarnation=self._new_id()), self._new_id()))
+
+    def _write(self, papers: Papers) -> None:
+        new = self._path.with_suffix(".new")
+        new.write_bytes(msgspec.json.encode(papers))
+        new.replace(self._path)
+        self.papers, self._is_written = papers, True
