@@ -127,10 +127,10 @@ async def test_t31_a_restored_database_destroys_nothing_until_somebody_looks(wor
     found = await record(world)
     assert "was the database restored?" in found.message and found.epoch == 3
     for _ in range(3):
-        await world.engine.census._compare("w0", anew=True)
+        await world.engine.reconciler.compare("w0", anew=True)
     assert [r.actor_uid for r in world.agents["w0"].hello().residents] == [actor.uid], "nothing was discarded"
     await world.engine.drain_worker("w0", undo=True)
-    await world.engine.census._compare("w0", anew=True)
+    await world.engine.reconciler.compare("w0", anew=True)
     assert not world.agents["w0"].hello().residents
     assert not (await record(world)).distrust
     await world.settle()

@@ -23,6 +23,7 @@ from greenroom.engine.census import Census
 from greenroom.engine.drivers import Drivers, Phases
 from greenroom.engine.engine import Engine
 from greenroom.engine.follower import Follower
+from greenroom.engine.reconciler import Reconciler
 from greenroom.engine.recovery import Recovery
 from greenroom.store import transaction
 from greenroom.testing.simulation.calls import Calls
@@ -149,11 +150,11 @@ def nothing_is_revoked(patch: Patch) -> None:
         if actor.state is ActorState.RUNNING:
             await follow(self, actor, event)
 
-    async def leave_it(self: Census, binding: Any) -> None:
+    async def leave_it(self: Reconciler, binding: Any) -> None:
         pass
 
     patch.setattr(Follower, "_follow_actor", only_bind)
-    patch.setattr(Census, "_drop_stale", leave_it)
+    patch.setattr(Reconciler, "_drop_stale", leave_it)
 
 
 def suspends_are_answered_when_they_begin(patch: Patch) -> None:

@@ -27,9 +27,9 @@ from greenroom.api.service import ServerInfo
 from greenroom.cli.supervisor import AgentPaths, Supervisor, awake_actors
 from greenroom.core.errors import FailedPrecondition, GreenroomError, InvalidArgument, NotFound, Unavailable
 from greenroom.core.records import Actor, OperationKind, Pool, PoolSpec
-from greenroom.engine.census import LEAVING
 from greenroom.engine.config import DEADLINES_S, PREPARE_DEADLINE_S, EngineConfig
 from greenroom.engine.engine import Engine
+from greenroom.engine.members import LEAVING
 from greenroom.gateway.gateway import Gateway
 from greenroom.gateway.limits import Limits
 from greenroom.sandbox import registry
@@ -259,7 +259,7 @@ class Server:
 async def _empty_workers(engine: Engine, workers: list[str]) -> None:
     if not engine.config.exclusive:  # other replicas would wake actors there again
         for worker in workers:
-            await engine.census.cordon(worker, LEAVING)
+            await engine.members.cordon(worker, LEAVING)
     for operation in await engine.suspend_all(workers):
         if operation.error is not None:
             log.error("could not suspend", actor=str(operation.key), error=operation.error.message)

@@ -214,7 +214,7 @@ class Supervisor:
         await self._engine.uploads.flush(name)
 
     async def _mark(self, name: str, cordon: str) -> None:
-        if await self._engine.census.cordon(name, cordon) is None:
+        if await self._engine.members.cordon(name, cordon) is None:
             raise NotFound(f"worker {name} never connected")
 
     async def _write(self, name: str, write: Callable[[Worker], Awaitable[object]]) -> None:

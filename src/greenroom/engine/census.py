@@ -1,10 +1,4 @@
-"""Which workers there are and what lives on them: workers that come, go and stay away, and every difference between
-what runs and what should.
-
-Truth about what runs is what a worker says when it is asked (its residents); truth about what *should* run are the
-records. Every difference is settled by a fenced call or a conditional write, so an old or repeated message changes
-nothing, and it does not matter how many replicas look. What a lost message would have told is found by asking again,
-every ``reconcile_s``.
+"""Which workers there are: those that come, go and stay away.
 
 A worker counts as lost when *no* replica hears it any more, and by then it has frozen what runs on it, so an actor that
 wakes elsewhere is not alive twice. No clock is compared with another's for that; ``r`` is ``worker_return_s``:
@@ -25,31 +19,20 @@ wakes elsewhere is not alive twice. No clock is compared with another's for that
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import structlog
 from msgspec.structs import replace
 
 from greenroom.core import agentapi as api
-from greenroom.core import placement
-from greenroom.core.commands import Crash, Outcome, Reunite
 from greenroom.core.errors import (
-    AlreadyExists,
     Conflict,
     GreenroomError,
-    LeaseLost,
     NotFound,
-    ResourceExhausted,
-    Unavailable,
 )
-from greenroom.core.gc import control
-from greenroom.core.gc import records as gc
-from greenroom.core.records import Actor, ActorState, Key, Record, Template, Worker, WorkerState
-from greenroom.core.states import BUSY
+from greenroom.core.records import Actor, Worker, WorkerState
 from greenroom.engine import clock
-from greenroom.engine.bindings import Binding
-from greenroom.engine.operations import closing
+from greenroom.engine.members import ASKED, LEAVING, WRITE_ATTEMPTS, as_heard, state_of
 from greenroom.store.port import R
 
 if TYPE_CHECKING:
@@ -59,10 +42,6 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-#: Tries of a conditional write to a worker's record against others who write it.
-WRITE_ATTEMPTS = 100
-#: A worker that takes longer to say what runs on it is asked again later.
-LIST_TIMEOUT_S = 30.0
 #: All as shares of ``worker_return_s``. How often the workers' records are looked at:
 LOOK_SHARE = 1 / 16
 #: How old what is written down may be before it is written down again, if the worker was heard since:
@@ -92,11 +71,8 @@ class Census:
         self.arrival = asyncio.Event()
         #: Workers that are away and may still come back in time: since when (loop time).
         self._away: dict[str, float] = {}
-        self._comparing: dict[str, asyncio.Task[list[str]]] = {}
         #: Workers whose residents have been compared since they connected.
         self._welcomed: set[str] = set()
-        #: The connections of workers that are registered; what others say does not count as a sign of the worker.
-        self._enrolled: dict[str, api.Hello] = {}
         self._differed: dict[str, frozenset[tuple[str, int]]] = {}
         #: By worker: what it said last of its images.
         self._stock: dict[str, Stock] = {}
@@ -142,14 +118,14 @@ class Census:
         if stock != self._stock.get(worker):
             self._stock[worker] = stock
             self._engine.spawn(self._take_stock(worker, stock), f"stock-{worker}")
-        if worker in self._comparing:
+        if self._engine.reconciler.is_comparing(worker):
             return
         there = {(r.actor_uid, r.generation) for r in heartbeat.residents if r.state is api.ResidentState.RUNNING}
         bound = {(b.uid, b.generation) for b in self._engine.bindings.all() if b.worker == worker}
         # Once may be a message that crossed another; twice the same is worth a question.
         differs = frozenset(there ^ bound)
         if differs and differs == self._differed.get(worker):
-            self._engine.spawn(self._compare_quietly(worker), f"compare-{worker}")
+            self._engine.spawn(self._engine.reconciler.compare_quietly(worker), f"compare-{worker}")
         self._differed[worker] = differs
 
     def has_image(self, worker: str, digest: str) -> bool:
@@ -165,7 +141,7 @@ class Census:
             "image_over_bytes": stock.image_over_bytes,
         }
         try:
-            await self.change_worker(worker, lambda there: replace(there, **said))
+            await self._engine.members.change(worker, lambda there: replace(there, **said))
         except GreenroomError as error:
             self._stock.pop(worker, None)  # with the next heartbeat
             log.info("a worker's images are not written down yet", worker=worker, error=error.message)
@@ -179,21 +155,21 @@ class Census:
     def worker_gone(self, worker: str, boot_id: str) -> None:
         self._welcomed.discard(worker)
         self._stock.pop(worker, None)
-        self._enrolled.pop(worker, None)
+        self._engine.members.gone(worker)
         if not self._ops.closed:
             self._missing(worker)
 
     def sandbox_exited(self, worker: str, event: api.SandboxExited) -> None:
         if not self._ops.closed:
-            self._engine.spawn(self._exited(worker, event), f"exited-{event.actor_uid}")
+            self._engine.spawn(self._engine.reconciler.exited(worker, event), f"exited-{event.actor_uid}")
 
     async def _welcome(self, hello: api.Hello) -> None:
         """Until it is done, or the connection has been replaced by another one."""
         while self._engine.hub.connected().get(hello.worker) == hello:
             try:
-                await self._register(hello)
+                self._backed[hello.worker] = await self._engine.members.register(hello)
                 self._engine.hub.acknowledge(hello.worker)
-                under_way = await self._compare(hello.worker, anew=True)
+                under_way = await self._engine.reconciler.compare(hello.worker, anew=True)
             except GreenroomError as error:
                 log.warning("worker not welcomed, tries again", worker=hello.worker, error=error.message)
                 await asyncio.sleep(self._engine.config.retry_s)
@@ -204,74 +180,11 @@ class Census:
             self.arrival = asyncio.Event()
             self._engine.slot_freed(probe=True)
             # An operation that had its answer before the worker went away does not notice what went with it.
-            self._engine.spawn(self._compare_after(under_way, hello.worker), f"compare-{hello.worker}")
+            again = self._engine.reconciler.compare_after(under_way, hello.worker)
+            self._engine.spawn(again, f"compare-{hello.worker}")
             self._engine.spawn(self._engine.recovery.unpublish(hello.worker), f"unpublish-{hello.worker}")
             await self._engine.preparer.prewarm(hello)
             return
-
-    async def _register(self, hello: api.Hello) -> None:
-        """Asks the worker whose disk it has, decides, writes that down, and tells the worker (`greenroom.core.gc`).
-
-        Raises:
-            Unavailable: it is not admitted (yet).
-        """
-        for _ in range(WRITE_ATTEMPTS):
-            known = await self._ops.steadily(lambda: self._find(hello.worker))
-            said = await self._ask(hello.worker, api.Present(epoch=known.epoch if known else 0))
-            assert isinstance(said, gc.Register)
-            decision = control.register(_member(known), [], said, heard=self._is_alive(known))
-            if isinstance(decision.answer, gc.Refused):
-                await self._ask(hello.worker, api.Enrol(refused=decision.answer))
-                if decision.answer.what is gc.Refusal.NAME_TAKEN:
-                    raise Unavailable(f"another worker {hello.worker} is alive, with another disk", reason="NAME_TAKEN")
-                continue
-            assert isinstance(decision.answer, gc.Registered)
-            if self._engine.hub.connected().get(hello.worker) != hello:
-                raise Unavailable(f"worker {hello.worker} has gone again", reason="WORKER_DISCONNECTED")
-            new = _enrolled(known, hello, decision.member, self._engine.now())
-            new = replace(new, message=decision.alarm or new.message)
-            asked = clock.monotonic()
-            try:
-                await self._ops.steadily(lambda: self._store.put(new))  # noqa: B023  # awaited at once
-            except (AlreadyExists, Conflict):
-                continue
-            if decision.alarm:
-                log.error("a worker is quarantined", worker=hello.worker, why=decision.alarm)
-            # What is under way there belongs to its operation, which asks the worker itself: nothing of it is closed.
-            await self._ask(hello.worker, api.Enrol(registered=replace(decision.answer, closed_seq=0)))
-            self._enrolled[hello.worker] = hello
-            self._backed[hello.worker] = asked
-            return
-        raise Conflict(f"worker {hello.worker} keeps changing")
-
-    async def _find(self, worker: str) -> Worker | None:
-        try:
-            return await self._store.get(Worker, worker)
-        except NotFound:
-            return None
-
-    def _is_alive(self, record: Worker | None) -> bool:
-        """Whether the process that is registered under that name may be heard by somebody."""
-        return record is not None and record.state is not WorkerState.DISCONNECTED and self._is_fresh(record)
-
-    async def _ask(self, worker: str, call: api.AgentCall) -> Record:
-        """Something that a worker answers at once. Raises `Unavailable` also when it does not."""
-        try:
-            async with asyncio.timeout(LIST_TIMEOUT_S):
-                return await self._engine.hub.call(worker, call)
-        except TimeoutError:
-            name = type(call).__name__
-            raise Unavailable(f"worker {worker} did not answer {name} within {LIST_TIMEOUT_S:g} s") from None
-
-    async def cordon(self, name: str, why: str) -> Worker | None:
-        """No actor is woken there from now on (``why``: `ASKED`, `LEAVING`), or again ("")."""
-
-        def change(worker: Worker) -> Worker | None:
-            away = worker.state is WorkerState.DISCONNECTED
-            new = replace(worker, cordon=why, state=worker.state if away else _state(why))
-            return new if why else replace(new, distrust="", message="")  # somebody has looked
-
-        return await self.change_worker(name, change)
 
     def empty(self, worker: str) -> None:
         """Suspends what is awake on a worker; one task at a time for each."""
@@ -279,28 +192,6 @@ class Census:
             self._emptying.add(worker)
             task = self._engine.spawn(self._engine.suspend_all([worker], cause="drain"), f"empty-{worker}")
             task.add_done_callback(lambda _: self._emptying.discard(worker))
-
-    async def change_worker(self, name: str, change: Callable[[Worker], Worker | None]) -> Worker | None:
-        """Changes a worker's record against whoever else writes it; what was written, or None when there is no such
-        worker or ``change`` says that there is nothing to write.
-
-        Raises:
-            Conflict: it keeps changing.
-        """
-
-        async def write() -> Worker | None:
-            worker = await self._store.get(Worker, name)
-            new = change(worker)
-            return None if new is None else worker if new == worker else await self._store.put(new)
-
-        for _ in range(WRITE_ATTEMPTS):
-            try:
-                return await self._ops.steadily(write)
-            except Conflict:
-                continue
-            except NotFound:
-                return None
-        raise Conflict(f"worker {name} keeps changing")
 
     async def expect_all(self) -> None:
         """At the start: workers of an earlier process that are not here (yet)."""
@@ -325,12 +216,12 @@ class Census:
                 since = self._away[worker]
                 if since != marked:
                     if self._engine.config.exclusive:
-                        await self._insist(lambda: self._mark_away(worker))
+                        await self._ops.insist(lambda: self._mark_away(worker))
                     marked = since
                 elif clock.monotonic() < since + self._engine.config.worker_return_s:
                     await self.wait_for_worker(worker, since + self._engine.config.worker_return_s)
                 else:
-                    await self._insist(lambda: self._abandon_if_lost(worker))
+                    await self._ops.insist(lambda: self._abandon_if_lost(worker))
                     return
         finally:
             del self._away[worker]
@@ -341,11 +232,15 @@ class Census:
                 return None
             return replace(record, state=WorkerState.DISCONNECTED, last_seen=self._engine.now())
 
-        await self.change_worker(worker, change)
+        await self._engine.members.change(worker, change)
 
     def _is_fresh(self, record: Worker) -> bool:
         """Whether some replica may have heard it so lately that it does not count as lost."""
         return self.unheard_s(record) < self._engine.replicas.longest_return_s
+
+    def is_alive(self, record: Worker | None) -> bool:
+        """Whether the process that is registered under that name may be heard by somebody."""
+        return record is not None and record.state is not WorkerState.DISCONNECTED and self._is_fresh(record)
 
     def unheard_s(self, record: Worker) -> float:
         """For how long this process has watched a worker's record without a gap and seen no sign of it."""
@@ -353,11 +248,6 @@ class Census:
         if seen is None or seen[0] != record.last_seen:
             return 0.0
         return clock.monotonic() - seen[1]
-
-    def enrolled(self) -> list[str]:
-        """Workers that are connected to this process and registered: those on which anything may be made."""
-        connected = self._engine.hub.connected()
-        return [name for name, hello in connected.items() if self._enrolled.get(name) == hello]
 
     def _hears(self, worker: str) -> bool:
         """Whether it is connected to this process and not silent: one that stands still keeps its connection open."""
@@ -408,7 +298,7 @@ class Census:
                 continue
         message = f"worker {worker} went away and did not come back"
         for actor in actors:
-            await self._crash(actor, actor.generation, "WorkerLost", message, lost=True)
+            await self._engine.reconciler.crash(actor, actor.generation, "WorkerLost", message, lost=True)
 
     async def heard_loop(self) -> None:
         """Writes down which workers this process hears, and finds those that nobody does."""
@@ -430,7 +320,7 @@ class Census:
         got = clock.monotonic()
         if got - asked > 2 * return_s * LOOK_SHARE:
             self._seen.clear()  # it took too long to count as looking without a gap
-        enrolled = {*self.enrolled()}
+        enrolled = {*self._engine.members.enrolled()}
         heard = {name: at for name, at in self._engine.hub.heard().items() if name in enrolled}
         due: list[str] = []
         for worker in workers:
@@ -469,9 +359,9 @@ class Census:
         def change(record: Worker) -> Worker:
             nonlocal asked
             asked = clock.monotonic()  # not before the record was read, which may have taken long
-            return _heard(record, self._engine.now())
+            return as_heard(record, self._engine.now())
 
-        if await self.change_worker(worker, change) is not None:
+        if await self._engine.members.change(worker, change) is not None:
             self._backed[worker] = asked
 
     # --- workers that end ---------------------------------------------------------------------------------
@@ -479,7 +369,7 @@ class Census:
     async def _see_off(self, worker: str, boot_id: str) -> None:
         """Suspends what runs on a worker whose agent was asked to end, uploads what is only there, and lets it go."""
         try:
-            if not await self._insist(lambda: self._mark_leaving(worker, boot_id)):
+            if not await self._ops.insist(lambda: self._mark_leaving(worker, boot_id)):
                 return  # it has ended already, and another agent has its name
             await self._engine.suspend_all([worker], cause="drain")
             await self._engine.uploads.flush(worker)
@@ -497,9 +387,9 @@ class Census:
 
     async def _mark_leaving(self, worker: str, boot_id: str) -> bool:
         def change(record: Worker) -> Worker | None:
-            return replace(record, state=_state(LEAVING), cordon=LEAVING) if record.boot_id == boot_id else None
+            return replace(record, state=state_of(LEAVING), cordon=LEAVING) if record.boot_id == boot_id else None
 
-        return await self.change_worker(worker, change) is not None
+        return await self._engine.members.change(worker, change) is not None
 
     async def wait_for_worker(self, worker: str, until: float) -> bool:
         """Whether the worker is connected, waiting for it until ``until`` (monotonic seconds)."""
@@ -524,221 +414,6 @@ class Census:
                 return False
         return True
 
-    async def rejoin(self, key: Key) -> None:
-        """An actor that is RUNNING and that nobody can reach yet: waits for its worker and asks it.
-
-        Raises:
-            Unavailable: the worker is away (reason ``WORKER_DISCONNECTED``).
-        """
-        actor = await self._ops.read(Actor, str(key))
-        if actor.state is not ActorState.RUNNING:
-            return
-        if not await self.wait_for_worker(actor.worker, clock.monotonic() + self._engine.config.worker_return_s):
-            raise Unavailable(
-                f"actor {key} runs on worker {actor.worker}, which is away; it counts as lost if it does not come back",
-                reason="WORKER_DISCONNECTED",
-            )
-        await self._compare(actor.worker)
-
-    # --- what runs and what should ------------------------------------------------------------------------
-
-    async def _compare(self, worker: str, *, anew: bool = False) -> list[str]:
-        """Settles every difference between what runs on a worker and what should. One at a time per worker; who comes
-        meanwhile joins it, or (``anew``) waits for its end and begins another. Returns the operations that held an
-        actor there."""
-        task = self._comparing.get(worker)
-        while task is not None and anew:
-            await asyncio.wait({task})
-            task = self._comparing.get(worker)
-        if task is None:
-            task = self._ops.spawn(self._settle(worker), f"settle-{worker}")
-            self._comparing[worker] = task
-            task.add_done_callback(lambda _: self._comparing.pop(worker))
-        return await self._ops.attend(task)
-
-    async def _compare_quietly(self, worker: str) -> None:
-        try:
-            await self._compare(worker)
-        except GreenroomError as error:
-            log.info("worker not compared, the next sweep does", worker=worker, error=error.message)
-
-    async def _compare_after(self, operations: Collection[str], worker: str) -> None:
-        for operation_id in operations:
-            await self._ops.ended(operation_id)
-        if operations and worker in self._engine.hub.connected():
-            await self._compare(worker, anew=True)
-
-    async def _settle(self, worker: str) -> list[str]:
-        # First what should run and then what does: what begins in between is seen on the worker, and is no stray by the
-        # record that is read again; what ends in between has a newer generation than the record that was read.
-        trusted = await self._is_record_trusted(worker)
-        actors = await self.all(Actor, worker=worker)
-        said = await self._residents(worker)
-        residents = {r.actor_uid: r for r in said.residents}
-        under_way: list[str] = []
-        for actor in actors:
-            resident = residents.pop(actor.uid, None)
-            if actor.state in BUSY:
-                under_way.append(actor.operation)  # it asks the worker itself
-            else:
-                if trusted or (resident is not None and resident.endpoint is not None):
-                    await self._one(str(actor.key), self._confirm(actor, resident, said.epoch))
-        for resident in residents.values() if trusted else ():
-            await self._one(f"{resident.namespace}/{resident.name}", self._discard_stray(worker, resident))
-        running = {(a.uid, a.generation) for a in actors if a.state is ActorState.RUNNING}
-        for binding in self._engine.bindings.all():
-            if binding.worker == worker and (binding.uid, binding.generation) not in running:
-                await self._one(str(binding.key), self._drop_stale(binding))
-        return [operation for operation in under_way if operation]
-
-    async def _drop_stale(self, binding: Binding) -> None:
-        """A binding of an incarnation that no record speaks of: made from an answer that came late."""
-        try:
-            actor = await self._ops.read(Actor, str(binding.key))
-        except NotFound:
-            actor = None
-        same = actor is not None and (actor.uid, actor.generation) == (binding.uid, binding.generation)
-        if same and actor is not None and (actor.state is ActorState.RUNNING or actor.state in BUSY):
-            return
-        newer = actor is not None and actor.uid == binding.uid and actor.generation < binding.generation
-        if not newer and self._engine.bindings.peek(binding.key) is binding and not self._ops.busy(binding.uid):
-            self._engine.bindings.revoke(binding.key)
-
-    async def _is_record_trusted(self, worker: str) -> bool:
-        """Whether what the database says of what should run there may be acted on."""
-        known = await self._ops.steadily(lambda: self._find(worker))
-        return known is None or not known.distrust
-
-    async def _residents(self, worker: str) -> api.Residents:
-        said = await self._ask(worker, api.ListResident())
-        assert isinstance(said, api.Residents)
-        return said
-
-    async def _one(self, actor: str, work: Awaitable[None]) -> None:
-        """One actor that can't be settled now does not keep the others from it; the next sweep tries it again."""
-        try:
-            await work
-        except GreenroomError as error:
-            log.warning("actor not settled, tries again", actor=actor, error=error.message)
-
-    async def _confirm(self, actor: Actor, resident: api.Resident | None, epoch: int) -> None:
-        if resident is None or resident.endpoint is None:
-            text = f"its sandbox was no longer there when worker {actor.worker} was asked"
-            await self._crash(actor, actor.generation, "SandboxLost", text)
-        else:
-            await self._reunite(actor, resident, epoch)
-
-    async def _reunite(self, actor: Actor, resident: api.Resident, epoch: int) -> None:
-        """An actor that is there: its sandbox is put into the state that the record says, and it is bound."""
-        ids: dict[str, Any] = {
-            "operation_id": f"reunite-{actor.uid}-{actor.generation}",
-            "actor_uid": actor.uid,
-            "generation": actor.generation,
-        }
-        frozen = resident.state is api.ResidentState.FROZEN
-        bound = self._engine.bindings.peek(actor.key)
-        try:
-            if actor.state is ActorState.PAUSED:
-                if not frozen:
-                    await self._engine.hub.call(actor.worker, api.Freeze(**ids))
-                return
-            if frozen:
-                # In a new generation: who has given the worker up meanwhile, by what was read before, crashes nobody
-                # who goes on. After the worker has said its epoch: had it been lost since, it would be in another.
-                again = await self._raise_generation(actor)
-                if again is None:
-                    return
-                actor, ids = again, ids | {"generation": again.generation}
-                await self._engine.hub.call(actor.worker, api.Thaw(**ids, epoch=epoch))
-            elif bound is not None and (bound.uid, bound.generation) == (actor.uid, actor.generation):
-                return
-        except LeaseLost:
-            return  # an operation has begun meanwhile
-        template = await self._ops.read(Template, f"{actor.namespace}/{actor.template}")
-        # Nothing is awaited between this look and the binding, so an operation that begins revokes it again.
-        if await self._is_still(actor) and not self._ops.busy(actor.uid):
-            self._engine.drivers.bind(replace(actor, endpoint=resident.endpoint), template)
-            log.info("actor goes on running", actor=str(actor.key), worker=actor.worker)
-
-    async def _raise_generation(self, actor: Actor) -> Actor | None:
-        """The actor in a new generation; None when it is not RUNNING in the incarnation that was read any more."""
-        raise_it = Reunite(
-            key=actor.key, now=self._engine.now(), uid=actor.uid, worker=actor.worker, generation=actor.generation
-        )
-        change = await self._ops.commit(raise_it)
-        return change.actor if change.outcome is Outcome.CHANGED else None
-
-    async def _is_still(self, actor: Actor) -> bool:
-        """Whether it is RUNNING in the incarnation that was read."""
-        current = await self._ops.read(Actor, str(actor.key))
-        return (current.uid, current.generation, current.state) == (actor.uid, actor.generation, ActorState.RUNNING)
-
-    async def _discard_stray(self, worker: str, resident: api.Resident) -> None:
-        """A sandbox that no record speaks of. The worker refuses, by generation, if that has changed."""
-        try:
-            actor = await self._ops.read(Actor, f"{resident.namespace}/{resident.name}")
-            if actor.uid == resident.actor_uid and actor.worker == worker:
-                return
-        except NotFound:
-            pass
-        log.info("discards a sandbox that no record speaks of", worker=worker, actor=resident.name)
-        call = api.Discard(
-            operation_id=f"stray-{resident.actor_uid}-{resident.generation}",
-            actor_uid=resident.actor_uid,
-            generation=resident.generation,
-        )
-        try:
-            await self._engine.hub.call(worker, call)
-        except LeaseLost:
-            pass  # it has been taken over meanwhile, and is none any more
-
-    async def _exited(self, worker: str, event: api.SandboxExited) -> None:
-        """A sandbox has ended by itself. An operation that holds the actor just now may have had its answer before
-        that; so the actor is looked at again when it has ended."""
-        while operation := await self._insist(lambda: self._record_exit(worker, event)):
-            await self._ops.ended(operation)
-            await asyncio.sleep(self._engine.config.retry_s)  # its driver may have given up; until it has a new one
-
-    async def _record_exit(self, worker: str, event: api.SandboxExited) -> str:
-        """Returns the operation that has to end first; "" when the exit is recorded, or does not matter any more."""
-        last = f"; its last lines:\n{event.last_lines}" if event.last_lines else ""
-        for actor in await self.all(Actor, uid=event.actor_uid):
-            if actor.worker == worker and actor.state in BUSY:
-                return actor.operation
-            if actor.worker == worker and not await self._lives(actor):
-                message = f"its process ended with status {event.code}{last}"
-                await self._crash(actor, event.generation, "Exited", message)
-        return ""
-
-    async def _lives(self, actor: Actor) -> bool:
-        """Whether its worker has a sandbox of it now. The one that has ended need not be the one that the record speaks
-        of: when the answer to a call was lost, the call is sent again, and may have made another in its place."""
-        await self.wait_for_worker(actor.worker, clock.monotonic() + self._engine.config.worker_return_s)
-        said = await self._residents(actor.worker)
-        return any(r.actor_uid == actor.uid and r.endpoint is not None for r in said.residents)
-
-    async def _crash(self, actor: Actor, generation: int, reason: str, message: str, *, lost: bool = False) -> None:
-        """Records that the incarnation of that generation, or an older one, is gone; a newer one is left alone."""
-        change = await self._ops.commit(
-            Crash(
-                operation_id=self._engine.new_id(),
-                key=actor.key,
-                now=self._engine.now(),
-                uid=actor.uid,
-                worker=actor.worker,
-                generation=generation,
-                reason=reason,
-                message=message,
-                lost=lost,
-            )
-        )
-        current = change.actor
-        if change.outcome is Outcome.CHANGED:
-            log.warning("actor crashed", actor=str(actor.key), reason=reason)
-            self._engine.slot_freed()
-        if current is not None and current.state is ActorState.CRASHED:
-            self._engine.bindings.revoke(actor.key)
-
     # --- loops --------------------------------------------------------------------------------------------
 
     async def reconcile_loop(self) -> None:
@@ -755,7 +430,7 @@ class Census:
         for worker in await self.all(Worker):
             try:
                 if worker.name in connected:
-                    await self._compare(worker.name)
+                    await self._engine.reconciler.compare(worker.name)
                     # Who began to empty it has died, or did not get it done.
                     if worker.cordon == ASKED and worker.used:
                         self.empty(worker.name)
@@ -778,75 +453,6 @@ class Census:
             return found
 
         return await self._ops.steadily(pages)
-
-    async def _insist(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Does what nobody else would do, until the store lets it."""
-        while True:
-            try:
-                return await work()
-            except (Unavailable, ResourceExhausted) as error:
-                if self._ops.closed:
-                    raise closing() from error
-                log.warning("tries again", error=error.message)
-            await asyncio.sleep(self._engine.config.retry_s)
-
-
-#: By how much ``last_seen`` grows at least with each new value.
-MIN_STEP_S = 0.001
-#: Why no actor is woken on a worker (`Worker.cordon`): somebody wants it empty; its agent was asked to end.
-ASKED, LEAVING = "asked", "leaving"
-
-
-def _member(worker: Worker | None) -> gc.Member | None:
-    """A worker as the rules of the collection know it; None for one that was never registered."""
-    if worker is None or not worker.incarnation:
-        return None
-    return gc.Member(
-        name=worker.name,
-        incarnation=worker.incarnation,
-        claim=worker.claim,
-        epoch=worker.epoch,
-        seq=worker.version,
-        quarantined=worker.distrust,
-    )
-
-
-def _enrolled(known: Worker | None, hello: api.Hello, member: gc.Member, now: float) -> Worker:
-    """The record of a worker that is connected and registered."""
-    said: dict[str, Any] = {
-        "pool": hello.pool,
-        "backend": hello.backend,
-        "fingerprint": hello.fingerprint,
-        "capacity": hello.capacity,
-        "boot_id": hello.boot_id,
-        "memory_snapshots": hello.memory_snapshots,
-        "labels": hello.labels,
-        "images": hello.images,
-        "image_bytes": hello.image_bytes,
-        "image_over_bytes": hello.image_over_bytes,
-        "incarnation": member.incarnation,
-        "claim": member.claim,
-        "epoch": member.epoch,
-        "distrust": member.quarantined,
-    }
-    if known is None:
-        return Worker(name=hello.worker, registered_at=now, last_seen=now, **said)
-    new = replace(known, **said)
-    if known.boot_id != hello.boot_id:
-        # Another agent: the one that was to end has ended, and what failed on it may not fail on this one.
-        cordon = "" if known.cordon == LEAVING else known.cordon
-        new = replace(placement.after_success(new), cordon=cordon)
-    return _heard(replace(new, state=WorkerState.DISCONNECTED), now)
-
-
-def _state(cordon: str) -> WorkerState:
-    return WorkerState.DRAINING if cordon else WorkerState.ACTIVE
-
-
-def _heard(worker: Worker, now: float) -> Worker:
-    """The worker as one that was just heard: with another ``last_seen`` than before, whatever the clock says."""
-    state = _state(worker.cordon) if worker.state is WorkerState.DISCONNECTED else worker.state
-    return replace(worker, last_seen=max(now, worker.last_seen + MIN_STEP_S), state=state)
 
 
 def bug_of(error: Exception) -> Exception | None:

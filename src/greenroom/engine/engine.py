@@ -55,13 +55,15 @@ from greenroom.core.records import (
 from greenroom.core.states import BOUND
 from greenroom.engine import clock
 from greenroom.engine.bindings import Binding, BindingTable, Wake
-from greenroom.engine.census import ASKED, Census
+from greenroom.engine.census import Census
 from greenroom.engine.config import EngineConfig
 from greenroom.engine.drivers import Drivers, Phases
 from greenroom.engine.follower import Follower
 from greenroom.engine.images import Images
+from greenroom.engine.members import ASKED, Members
 from greenroom.engine.operations import Operations
 from greenroom.engine.port import DEFAULT_WAIT_S, ExecStream
+from greenroom.engine.reconciler import Reconciler
 from greenroom.engine.recovery import Recovery
 from greenroom.engine.replicas import Replicas
 from greenroom.engine.streams import RemoteExec, merged_logs
@@ -94,7 +96,9 @@ class Engine:
         self.images = Images(self)
         self.trust = Trust(self)
         self.uploads = Uploads(self)
+        self.members = Members(self)
         self.census = Census(self)
+        self.reconciler = Reconciler(self)
         self.recovery = Recovery(self)
         self.replicas = Replicas(self)
         self.follower = Follower(self)
@@ -129,7 +133,7 @@ class Engine:
 
     def reachable(self) -> tuple[str, ...] | None:
         """The workers that this process can talk to; None when it is the only one: then it waits for the others."""
-        return None if self.config.exclusive else tuple(self.census.enrolled())
+        return None if self.config.exclusive else tuple(self.members.enrolled())
 
     async def close(self) -> None:
         """Stops at once; what is under way stays behind as rows, for the next start. Who waits for it gets
@@ -373,7 +377,7 @@ class Engine:
 
     async def drain_worker(self, name: str, *, undo: bool = False) -> Worker:
         await self.store.get(Worker, name)
-        written = await self.census.cordon(name, "" if undo else ASKED)
+        written = await self.members.cordon(name, "" if undo else ASKED)
         if written is None:
             raise NotFound(f"worker {name} does not exist any more", reason="WORKER_NOT_FOUND")
         if not undo:

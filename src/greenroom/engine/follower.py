@@ -142,7 +142,7 @@ class Follower:
             Unavailable: the worker is away (reason ``WORKER_DISCONNECTED``).
         """
         if self._engine.config.exclusive:
-            await self._engine.census.rejoin(key)
+            await self._engine.reconciler.rejoin(key)
             return
         actor = await self._engine.ops.read(Actor, str(key))
         if actor.state is not ActorState.RUNNING:

@@ -141,6 +141,17 @@ class Operations:
                     raise
             await asyncio.sleep(self._engine.config.retry_s)
 
+    async def insist(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Does what nobody else would do, until the store lets it."""
+        while True:
+            try:
+                return await work()
+            except (Unavailable, ResourceExhausted) as error:
+                if self.closed:
+                    raise closing() from error
+                log.warning("tries again", error=error.message)
+            await asyncio.sleep(self._engine.config.retry_s)
+
     # --- begin and drive ----------------------------------------------------------------------------------
 
     async def begin(self, command: Begin, drive: Driver) -> Change:

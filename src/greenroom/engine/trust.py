@@ -46,7 +46,7 @@ class Trust:
             now = self._engine.now()
             return placement.after_failure(worker, now) if failed else placement.after_success(worker)
 
-        worker = await self._engine.census.change_worker(name, change)
+        worker = await self._engine.members.change(name, change)
         if worker is not None:
             self.noted(worker)
             if worker.quarantined_until > self._engine.now():

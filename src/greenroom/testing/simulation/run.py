@@ -15,7 +15,7 @@ import structlog
 
 from greenroom.core.errors import GreenroomError
 from greenroom.core.records import Actor, Key, Template, TemplateState, Worker
-from greenroom.engine.census import ASKED
+from greenroom.engine.members import ASKED
 from greenroom.testing.contracts.store_world import list_all
 from greenroom.testing.simulation.bookkeeping import Verdicts
 from greenroom.testing.simulation.clients import TEMPLATE, User

@@ -1,0 +1,188 @@
+"""The workers' own records: who is registered, and every change of one.
+
+A worker registers before anything is made on it: it is asked whose disk it has, `greenroom.core.gc.control` decides,
+the record says so, and the worker is told. All changes are conditional on the version that was read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from msgspec.structs import replace
+
+from greenroom.core import agentapi as api
+from greenroom.core import placement
+from greenroom.core.errors import AlreadyExists, Conflict, NotFound, Unavailable
+from greenroom.core.gc import control
+from greenroom.core.gc import records as gc
+from greenroom.core.records import Record, Worker, WorkerState
+from greenroom.engine import clock
+
+if TYPE_CHECKING:
+    from greenroom.engine.engine import Engine
+
+log = structlog.get_logger(__name__)
+
+#: Tries of a conditional write to a worker's record against others who write it.
+WRITE_ATTEMPTS = 100
+#: A worker that takes longer to answer what it knows at once is asked again later.
+ANSWER_TIMEOUT_S = 30.0
+#: By how much ``last_seen`` grows at least with each new value.
+MIN_STEP_S = 0.001
+#: Why no actor is woken on a worker (`Worker.cordon`): somebody wants it empty; its agent was asked to end.
+ASKED, LEAVING = "asked", "leaving"
+
+
+class Members:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._store = engine.store
+        self._ops = engine.ops
+        #: The connections of workers that are registered; what others say does not count as a sign of the worker.
+        self._enrolled: dict[str, api.Hello] = {}
+
+    def enrolled(self) -> list[str]:
+        """Workers that are connected to this process and registered: those on which anything may be made."""
+        connected = self._engine.hub.connected()
+        return [name for name, hello in connected.items() if self._enrolled.get(name) == hello]
+
+    def gone(self, worker: str) -> None:
+        """Its connection is."""
+        self._enrolled.pop(worker, None)
+
+    async def register(self, hello: api.Hello) -> float:
+        """Asks the worker whose disk it has, decides, writes that down, and tells the worker (`greenroom.core.gc`).
+        Returns a moment (loop time) before it was written down.
+
+        Raises:
+            Unavailable: it is not admitted (yet).
+        """
+        for _ in range(WRITE_ATTEMPTS):
+            known = await self._ops.steadily(lambda: self.find(hello.worker))
+            said = await self.ask(hello.worker, api.Present(epoch=known.epoch if known else 0))
+            assert isinstance(said, gc.Register)
+            decision = control.register(_member(known), [], said, heard=self._engine.census.is_alive(known))
+            if isinstance(decision.answer, gc.Refused):
+                await self.ask(hello.worker, api.Enrol(refused=decision.answer))
+                if decision.answer.what is gc.Refusal.NAME_TAKEN:
+                    raise Unavailable(f"another worker {hello.worker} is alive, with another disk", reason="NAME_TAKEN")
+                continue
+            assert isinstance(decision.answer, gc.Registered)
+            if self._engine.hub.connected().get(hello.worker) != hello:
+                raise Unavailable(f"worker {hello.worker} has gone again", reason="WORKER_DISCONNECTED")
+            new = _enrolled(known, hello, decision.member, self._engine.now())
+            new = replace(new, message=decision.alarm or new.message)
+            asked = clock.monotonic()
+            try:
+                await self._ops.steadily(lambda: self._store.put(new))  # noqa: B023  # awaited at once
+            except (AlreadyExists, Conflict):
+                continue
+            if decision.alarm:
+                log.error("a worker is quarantined", worker=hello.worker, why=decision.alarm)
+            # What is under way there belongs to its operation, which asks the worker itself: nothing of it is closed.
+            await self.ask(hello.worker, api.Enrol(registered=replace(decision.answer, closed_seq=0)))
+            self._enrolled[hello.worker] = hello
+            return asked
+        raise Conflict(f"worker {hello.worker} keeps changing")
+
+    async def find(self, worker: str) -> Worker | None:
+        try:
+            return await self._store.get(Worker, worker)
+        except NotFound:
+            return None
+
+    async def ask(self, worker: str, call: api.AgentCall) -> Record:
+        """Something that a worker answers at once. Raises `Unavailable` also when it does not."""
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                return await self._engine.hub.call(worker, call)
+        except TimeoutError:
+            name = type(call).__name__
+            raise Unavailable(f"worker {worker} did not answer {name} within {ANSWER_TIMEOUT_S:g} s") from None
+
+    async def cordon(self, name: str, why: str) -> Worker | None:
+        """No actor is woken there from now on (``why``: `ASKED`, `LEAVING`), or again ("")."""
+
+        def change(worker: Worker) -> Worker | None:
+            away = worker.state is WorkerState.DISCONNECTED
+            new = replace(worker, cordon=why, state=worker.state if away else state_of(why))
+            return new if why else replace(new, distrust="", message="")  # somebody has looked
+
+        return await self.change(name, change)
+
+    async def change(self, name: str, change: Callable[[Worker], Worker | None]) -> Worker | None:
+        """Changes a worker's record against whoever else writes it; what was written, or None when there is no such
+        worker or ``change`` says that there is nothing to write.
+
+        Raises:
+            Conflict: it keeps changing.
+        """
+
+        async def write() -> Worker | None:
+            worker = await self._store.get(Worker, name)
+            new = change(worker)
+            return None if new is None else worker if new == worker else await self._store.put(new)
+
+        for _ in range(WRITE_ATTEMPTS):
+            try:
+                return await self._ops.steadily(write)
+            except Conflict:
+                continue
+            except NotFound:
+                return None
+        raise Conflict(f"worker {name} keeps changing")
+
+
+def _member(worker: Worker | None) -> gc.Member | None:
+    """A worker as the rules of the collection know it; None for one that was never registered."""
+    if worker is None or not worker.incarnation:
+        return None
+    return gc.Member(
+        name=worker.name,
+        incarnation=worker.incarnation,
+        claim=worker.claim,
+        epoch=worker.epoch,
+        seq=worker.version,
+        quarantined=worker.distrust,
+    )
+
+
+def _enrolled(known: Worker | None, hello: api.Hello, member: gc.Member, now: float) -> Worker:
+    """The record of a worker that is connected and registered."""
+    said: dict[str, Any] = {
+        "pool": hello.pool,
+        "backend": hello.backend,
+        "fingerprint": hello.fingerprint,
+        "capacity": hello.capacity,
+        "boot_id": hello.boot_id,
+        "memory_snapshots": hello.memory_snapshots,
+        "labels": hello.labels,
+        "images": hello.images,
+        "image_bytes": hello.image_bytes,
+        "image_over_bytes": hello.image_over_bytes,
+        "incarnation": member.incarnation,
+        "claim": member.claim,
+        "epoch": member.epoch,
+        "distrust": member.quarantined,
+    }
+    if known is None:
+        return Worker(name=hello.worker, registered_at=now, last_seen=now, **said)
+    new = replace(known, **said)
+    if known.boot_id != hello.boot_id:
+        # Another agent: the one that was to end has ended, and what failed on it may not fail on this one.
+        cordon = "" if known.cordon == LEAVING else known.cordon
+        new = replace(placement.after_success(new), cordon=cordon)
+    return as_heard(replace(new, state=WorkerState.DISCONNECTED), now)
+
+
+def state_of(cordon: str) -> WorkerState:
+    return WorkerState.DRAINING if cordon else WorkerState.ACTIVE
+
+
+def as_heard(worker: Worker, now: float) -> Worker:
+    """The worker as one that was just heard: with another ``last_seen`` than before, whatever the clock says."""
+    state = state_of(worker.cordon) if worker.state is WorkerState.DISCONNECTED else worker.state
+    return replace(worker, last_seen=max(now, worker.last_seen + MIN_STEP_S), state=state)
