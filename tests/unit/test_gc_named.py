@@ -269,7 +269,7 @@ def test_t27_a_list_that_fails_says_nothing_of_what_is_missing(database: Databas
 def test_t28_a_destroy_that_hangs_takes_one_place(database: Database, agent: Agent) -> None:
     for number in range(12):
         database.live(agent, f"sandbox-{number}")
-    database.live(agent, "volume", kind=Kind.VOLUME)
+    database.live(agent, "log", kind=Kind.LOG)
     for handle in [*database.rows]:
         database.condemn(handle)
     agent.hear(database.sync(agent.report()), sweep=False)

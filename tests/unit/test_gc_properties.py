@@ -36,7 +36,7 @@ from greenroom.core.gc.records import (
 CREATING, LIVE, DESTROYING = ResourceState.CREATING, ResourceState.LIVE, ResourceState.DESTROYING
 NAME = "w"
 PAGE = 2
-PLACES = {Kind.SANDBOX: 2, Kind.VOLUME: 1, Kind.SNAPSHOT: 1}
+PLACES = {Kind.SANDBOX: 2, Kind.LOG: 1, Kind.SNAPSHOT: 1}
 #: Rounds of everybody speaking once within which all is settled: see `greenroom.testing.collection.worker`; each level
 #: of parents takes one more, and so does each page of what is to be destroyed.
 ROUNDS = 40

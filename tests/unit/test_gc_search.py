@@ -54,6 +54,12 @@ def closes_what_is_being_made(patch: Patch) -> None:
     patch.setattr(control, "closable", lambda member, rows: member.seq)
 
 
+def closes_what_may_still_be_given_out(patch: Patch) -> None:
+    """With numbers that are shared."""
+    closable = control.closable
+    patch.setattr(control, "closable", lambda member, rows: closable(replace(member, shared=False), rows))
+
+
 def nothing_is_abandoned(patch: Patch) -> None:
     patch.setattr(control, "abandon", lambda row: row)
 
@@ -132,6 +138,7 @@ MUTATIONS = [
     Mutation(inventory_without_dying, ONE, "G2", 8),
     Mutation(reports_of_any_epoch, ONE, "G5", 7),
     Mutation(closes_what_is_being_made, ONE, "N", 4),
+    Mutation(closes_what_may_still_be_given_out, Worker(handles=1, reports=2, shared=1), "N", 4),
     Mutation(nothing_is_abandoned, ONE, "L", 1),
     Mutation(made_whenever_asked, ONE, "G3", 4),
     Mutation(destroying_may_end, ONE, "G4", 5),

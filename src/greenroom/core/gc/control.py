@@ -3,7 +3,8 @@ worker's row locked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from msgspec.structs import replace
 
@@ -13,6 +14,7 @@ from greenroom.core.gc.records import (
     Create,
     Entry,
     Kind,
+    Local,
     Member,
     Orders,
     Refusal,
@@ -147,7 +149,8 @@ def intend(
             f"{parent.kind} {parent.handle} on worker {member.name} is {parent.state.lower()}; nothing is made in it",
             reason="PARENT_NOT_LIVE",
         )
-    member = replace(member, seq=member.seq + 1)
+    if not member.shared:
+        member = replace(member, seq=member.seq + 1)
     above = parent.handle if parent is not None else ""
     row = Resource(
         handle=handle,
@@ -193,8 +196,16 @@ def condemn(rows: Iterable[Resource], handle: str) -> list[Resource]:
 # --- sync -------------------------------------------------------------------------------------------------
 
 
-def sync(member: Member, rows: Sequence[Resource], report: Report, *, page: int = PAGE) -> Decision:
-    """A worker reports. ``rows``: all of this worker.
+def sync(
+    member: Member,
+    rows: Sequence[Resource],
+    report: Report,
+    *,
+    page: int = PAGE,
+    generations: Mapping[str, int] = MappingProxyType({}),
+) -> Decision:
+    """A worker reports. ``rows``: all of this worker. ``generations``: those of the owners of what it reports, as far
+    as they are known.
 
     Raises:
         InvalidArgument: the report is no report (too large, a handle twice, numbers out of range).
@@ -204,7 +215,7 @@ def sync(member: Member, rows: Sequence[Resource], report: Report, *, page: int 
     inventory = _checked(report)
     known = {row.handle: row for row in rows}
     unknown = [entry for entry in inventory.values() if entry.handle not in known]
-    if not member.quarantined and (why := _went_back(member, rows, report, unknown)):
+    if not member.quarantined and (why := _went_back(member, report, unknown, generations)):
         return _wait(replace(member, quarantined=why), report, _alarm(replace(member, quarantined=why)))
     if member.quarantined:
         return _wait(member, report)
@@ -220,7 +231,9 @@ def sync(member: Member, rows: Sequence[Resource], report: Report, *, page: int 
         for e in unknown
     ]
     removed = [row for row in rows if report.inventory is not None and is_missing(row, report, inventory)]
+    going = {entry.handle for entry in inventory.values() if entry.state is Local.DYING}  # the worker knows
     doomed = [row for row in rows if row.state is DESTROYING and row.handle in inventory] + orphans
+    doomed = [row for row in doomed if row.handle not in going]
     first = in_order(doomed)[:page]
     orders = Orders(
         incarnation=member.incarnation,
@@ -254,8 +267,9 @@ def is_missing(row: Resource, report: Report, inventory: dict[str, Entry]) -> bo
 
 
 def closable(member: Member, rows: Iterable[Resource]) -> int:
-    """Up to which number nothing is to be made any more. It only grows."""
-    return min((row.create_seq - 1 for row in rows if row.state is CREATING), default=member.seq)
+    """Up to which number nothing is to be made any more. It only grows. ``rows``: read after ``member``."""
+    closed = member.seq - 1 if member.shared else member.seq
+    return min((row.create_seq - 1 for row in rows if row.state is CREATING), default=closed)
 
 
 def in_order(rows: Iterable[Resource]) -> list[Resource]:
@@ -267,13 +281,15 @@ def in_order(rows: Iterable[Resource]) -> list[Resource]:
     return leaves + sorted((r for r in rows if r.handle in parents), key=_seq, reverse=True)
 
 
-def _went_back(member: Member, rows: Sequence[Resource], report: Report, unknown: list[Entry]) -> str:
+def _went_back(member: Member, report: Report, unknown: list[Entry], generations: Mapping[str, int]) -> str:
     """Why the database must be older than what the worker knows from it; "" when nothing says so."""
     for entry in unknown:
         if entry.create_seq > member.seq:
             return f"it has {entry.kind} {entry.handle} with number {entry.create_seq}, and {member.seq} was the last"
-    if report.closed_seq > (may := closable(member, rows)):
-        return f"it has closed up to number {report.closed_seq}, and was never told more than {may}"
+        if entry.generation > (latest := generations.get(entry.owner, entry.generation)):
+            return f"it has generation {entry.generation} of {entry.owner}, and {latest} is the latest"
+    if report.closed_seq > member.seq:
+        return f"it has closed up to number {report.closed_seq}, and {member.seq} was the last"
     return ""
 
 

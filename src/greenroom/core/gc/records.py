@@ -11,10 +11,11 @@ MAX_SEQ = 1 << 53
 
 
 class Kind(enum.StrEnum):
-    """What a resource is; each kind is swept by a pool of its own."""
+    """What a resource is; each kind is swept by a pool of its own. LOG: what an actor has written there, which its
+    sandbox lives in; SNAPSHOT: one that the worker keeps on its own disk."""
 
     SANDBOX = "sandbox"
-    VOLUME = "volume"
+    LOG = "log"
     SNAPSHOT = "snapshot"
 
 
@@ -54,13 +55,15 @@ class Standing(enum.StrEnum):
 
 class Member(Record, frozen=True, kw_only=True):
     """A worker's own row. ``claim``: of the last registration; ``quarantined``: why its rows can't be trusted, "" when
-    they can."""
+    they can. ``seq``: the highest number that may have been given out. ``shared``: it grows by itself and not with each
+    resource, so several have the same number, and the highest may still be given out."""
 
     name: str
     incarnation: str
     claim: str
     epoch: int = 1
     seq: int = 0
+    shared: bool = False
     standing: Standing = Standing.ACTIVE
     quarantined: str = ""
 
@@ -75,13 +78,16 @@ class Local(enum.StrEnum):
 
 
 class Entry(Record, frozen=True, kw_only=True):
-    """What is on the worker, or is just being made or destroyed there."""
+    """What is on the worker, or is just being made or destroyed there. ``owner``: whose it is, as far as the worker
+    knows; ``generation``: that of its owner when the worker last heard of it."""
 
     handle: str
     create_seq: int
     state: Local
     kind: Kind = Kind.SANDBOX
     parent: str = ""
+    owner: str = ""
+    generation: int = 0
 
 
 class Papers(Record, frozen=True, kw_only=True):

@@ -24,7 +24,7 @@ from greenroom.core.gc.records import (
 )
 
 #: Destroyed at the same time, of each kind: so many may hang before others of the kind wait.
-PLACES: dict[Kind, int] = {Kind.SANDBOX: 5, Kind.VOLUME: 3, Kind.SNAPSHOT: 2}
+PLACES: dict[Kind, int] = {Kind.SANDBOX: 5, Kind.LOG: 3, Kind.SNAPSHOT: 2}
 
 #: Between two reports, unless the control plane names another time; spread, so that workers that began together do not
 #: report together.

@@ -11,6 +11,8 @@ from greenroom.testing.collection.worker import Worker
 #: Together under a minute of one core.
 SMALL: dict[str, Model[Any]] = {
     "one resource, two reports, a new process": Worker(handles=1, reports=2),
+    "numbers that are shared": Worker(handles=1, reports=2, shared=1),
+    "two resources with the same number": Worker(handles=2, reports=1, processes=0, shared=1),
     "one in the other": Worker(handles=2, reports=1, processes=0, nested=True),
     "two resources, a new process": Worker(handles=2, reports=1, losses=0),
     "a restored database": Worker(handles=2, reports=1, processes=0, losses=0, restores=True),
@@ -22,6 +24,7 @@ SMALL: dict[str, Model[Any]] = {
 FULL: dict[str, Model[Any]] = {
     "two resources, two reports, no new process": Worker(handles=2, reports=2, processes=0),
     "two resources, a loss and a new process": Worker(handles=2, reports=1),
+    "two resources with shared numbers": Worker(handles=2, reports=2, processes=0, shared=1),
     "two new processes": Worker(handles=1, reports=2, processes=2),
     "three reports": Worker(handles=1, reports=3),
     "a restored database and all that": Worker(handles=1, reports=2, processes=2, restores=True),

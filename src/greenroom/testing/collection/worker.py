@@ -96,8 +96,8 @@ class Worker:
     that go by themselves.
 
     ``nested``: each handle is made in the one before. ``restores``: the database is copied once and restored once; that
-    cuts all connections, and nothing is made on a worker that was not heard since. ``settles``: it is looked whether
-    things settle.
+    cuts all connections, and nothing is made on a worker that was not heard since. ``shared``: numbers grow by
+    themselves, at most so often, and not with each resource (`Member.shared`). ``settles``: it is looked whether things settle.
     """
 
     handles: int = 2
@@ -106,13 +106,14 @@ class Worker:
     losses: int = 1
     nested: bool = False
     restores: bool = False
+    shared: int = 0
     settles: bool = True
     _settled: set[tuple[object, ...]] = field(default_factory=set, compare=False, repr=False)
 
     def initial(self) -> State:
         self._settled.clear()
         claim = "claim-0"
-        member = Member(name=NAME, incarnation="disk-0", claim=claim)
+        member = Member(name=NAME, incarnation="disk-0", claim=claim, seq=1 if self.shared else 0, shared=self.shared > 0)
         papers = Papers(incarnation="disk-0", claim=claim, epoch=1, answered=True)
         none = frozenset[str]()
         return State(member, (), papers, (), none, frozenset(), 0, 0, 0, 0, none, none, none, none)
@@ -132,6 +133,8 @@ class Worker:
                 yield "the database is copied", s._replace(backup=(s.member, s.rows))
             else:
                 yield "the database is restored", _restored(s, *s.backup)
+        if s.member.shared and s.member.seq <= self.shared:
+            yield "it is written down that the worker is heard", _heard(s)
         if s.handles < self.handles and s.greeted:
             handle = f"h{s.handles}"
             above = f"h{s.handles - 1}" if self.nested and s.handles else ""
@@ -246,7 +249,7 @@ class Worker:
         """Nothing is lost from now on, and what was sent before never comes; whoever waited for a create has given
         up, and whoever had to look has looked."""
         for _ in range(ROUNDS):
-            s = _write(s, [control.abandon(row) for row in s.rows if row.state is CREATING])
+            s = _write(_heard(s), [control.abandon(row) for row in s.rows if row.state is CREATING])
             if s.member.quarantined:
                 s = _decided(s, control.acknowledge(s.member, s.rows))._replace(forgotten=frozenset())
             s = s._replace(net=frozenset())
@@ -270,6 +273,10 @@ class Worker:
             if not s.net:
                 return s
             [message] = s.net
+
+
+def _heard(s: State) -> State:
+    return s._replace(member=replace(s.member, seq=s.member.seq + 1)) if s.member.shared else s
 
 
 def _create(s: State, message: Create) -> Iterator[State]:
