@@ -350,10 +350,10 @@ def test_t32_reports_are_spread() -> None:
     draw = random.Random(32).random
     seconds: Counter[int] = Counter()
     for _ in range(200):
-        at = worker.first_pause_s(draw())
+        at = control.first_pause_s(draw())
         while at < 600:
             seconds[int(at)] += 1
-            at += worker.pause_s(draw())
+            at += control.pause_s(draw())
     mean = seconds.total() / 600
     # Per second there are some 7 only, and the largest of 600 such numbers is far from their mean by chance; so what
     # counts is the peak of ten seconds.
@@ -362,10 +362,9 @@ def test_t32_reports_are_spread() -> None:
 
 
 def test_t32_the_control_plane_sets_the_pace() -> None:
-    assert worker.pause_s(0.5, asked_s=120.0) == 120.0
-    assert worker.pause_s(0.5, more=True) == 0.0
-    backoff = [worker.pause_s(0.5, failures=n, more=True) for n in range(1, 40)]
-    assert backoff[0] == worker.PERIOD_S and backoff == sorted(backoff) and backoff[-1] == worker.MAX_BACKOFF_S
+    assert control.pause_s(0.5, 120.0) == 120.0
+    backoff = [control.pause_s(0.5, failures=n) for n in range(40)]
+    assert backoff[0] == control.PERIOD_S and backoff == sorted(backoff) and backoff[-1] == control.MAX_BACKOFF_S
 
 
 def test_t33_children_go_before_parents(database: Database, agent: Agent) -> None:

@@ -24,16 +24,17 @@ from greenroom.agent.enrolment import Enrolment
 from greenroom.agent.fence import Fence, from_os
 from greenroom.agent.held import Held
 from greenroom.agent.images import WorkerImages
+from greenroom.agent.inventory import Inventory
 from greenroom.agent.journal import Journal
 from greenroom.agent.logs import LogFiles
 from greenroom.agent.progress import Listener, Marks, Reporter, Reports
-from greenroom.agent.residents import Lodger, Residents
+from greenroom.agent.residents import Lodger, Residents, Wake
 from greenroom.agent.staging import Staging
 from greenroom.agent.waking import Waker
 from greenroom.agent.warm import WarmPool
 from greenroom.core import agentapi as api
 from greenroom.core.agentapi import AgentCall, ResidentState
-from greenroom.core.errors import FailedPrecondition, GreenroomError, NotFound, Unavailable
+from greenroom.core.errors import FailedPrecondition, GreenroomError, LeaseLost, NotFound, Unavailable
 from greenroom.core.gc.records import Refusal
 from greenroom.core.records import Record, SnapshotScope
 from greenroom.images.port import ImageStore
@@ -72,14 +73,6 @@ class AgentConfig:
     blobs: str = ""
 
 
-@dataclass(slots=True)
-class _Wake:
-    """One under way. ``epoch`` is that of its beginning; to let ``scope`` time out ends it."""
-
-    epoch: int
-    scope: asyncio.Timeout
-
-
 class Agent:
     """One worker's agent. `open`, then any number of `handle`, then `close`."""
 
@@ -91,7 +84,7 @@ class Agent:
         self._classes = Classes(self._images, needs_image=backend.capabilities.needs_image)
         self._boot_id = uuid.uuid4().hex
         self._warm: WarmPool | None = None
-        self._wakes: dict[str, _Wake] = {}
+        self._wakes: dict[str, Wake] = {}
         #: The links that are up; each adds and removes itself.
         self.links: set[Link] = set()
         #: Whether this agent has been asked to end, and waits for its actors to be suspended.
@@ -155,13 +148,25 @@ class Agent:
         for resident in self._residents:
             resident.epoch = self._alone.epoch  # as the agent before this one remembered it
         self._alone.start()
-        self._sweeper = asyncio.create_task(self._sweep(), name="staging-sweep")
+        self._inventory = Inventory(
+            config.worker,
+            self._enrolment,
+            self._residents,
+            self._wakes,
+            fence=self._fence,
+            held=self._held,
+            logs=self._logs,
+            alone=self._alone,
+            warm=self._warm,
+        )
+        self._staging_sweep = asyncio.create_task(self._sweep(), name="staging-sweep")
 
     async def close(self, *, wipe: bool) -> None:
         """Ends the agent. Residents go on running, for the next agent process to find, unless ``wipe``. What is held
         here is never wiped: it may be all that is left of actors that sleep."""
-        self._sweeper.cancel()
-        await asyncio.gather(self._sweeper, return_exceptions=True)
+        self._staging_sweep.cancel()
+        await asyncio.gather(self._staging_sweep, return_exceptions=True)
+        await self._inventory.close()
         await self._alone.close()
         await self._fence.close()
         await self._held.close()
@@ -230,6 +235,8 @@ class Agent:
                 return self._present(call)
             case api.Enrol():
                 return await self._enrol(call)
+            case api.Sync():
+                return await self._inventory.sync(call)
             case api.Start() | api.Restore():
                 epoch = self._alone.now
                 return await self._fence.run(call, lambda hears: self._wake(call, epoch, hears), reporter)
@@ -354,7 +361,7 @@ class Agent:
                 (``WORKER_NOT_REGISTERED``); nothing is left here, it may be tried again.
         """
         uid = call.actor_uid
-        self._enrolment.check()
+        self._enrolment.admit(call.identity)
         made = self._residents.find(uid)
         frozen = made is not None and made.state is ResidentState.FROZEN and made.operation_id == call.operation_id
         # This very call has made it, and it was frozen since: whoever has had the answer counts on what is in it.
@@ -362,10 +369,10 @@ class Agent:
             raise self._was_alone()
         try:
             async with asyncio.timeout(None) as scope:
-                self._wakes[uid] = _Wake(epoch, scope)
+                self._wakes[uid] = wake = Wake(epoch, scope, call.identity)
                 with Reports(hears) as reports:
                     started = await self._waker.wake(call, reports)
-            if self._may_run(epoch):
+            if self._may_run(epoch) and not wake.unwanted:
                 return started
         except TimeoutError:
             if not scope.expired():
@@ -375,6 +382,8 @@ class Agent:
             if (resident := self._residents.find(uid)) is not None:
                 resident.epoch = epoch
         await asyncio.shield(self._residents.end(uid))
+        if wake.unwanted:
+            raise LeaseLost(f"nobody waits for sandbox {call.identity.sandbox} any more")
         raise self._was_alone()
 
     def _was_alone(self) -> Unavailable:
@@ -515,8 +524,8 @@ class Agent:
 
     async def _stop_stale(self, uid: str) -> None:
         wake = self._wakes.get(uid)
-        if wake is not None and not self._may_run(wake.epoch) and not wake.scope.expired():
-            wake.scope.reschedule(asyncio.get_running_loop().time())
+        if wake is not None and not self._may_run(wake.epoch):
+            wake.end()
 
         async def stop() -> None:
             resident = self._residents.find(uid)

@@ -14,9 +14,10 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from greenroom.core.errors import Unavailable
+from greenroom.core.agentapi import Identity
+from greenroom.core.errors import Conflict, LeaseLost, Unavailable
 from greenroom.core.gc import worker as rules
-from greenroom.core.gc.records import Papers, Refused, Register, Registered
+from greenroom.core.gc.records import Orders, Papers, Refused, Register, Registered
 
 log = structlog.get_logger(__name__)
 
@@ -57,6 +58,36 @@ class Enrolment:
         if not self.papers.answered:
             raise Unavailable(
                 f"worker {self._worker} is not registered by any replica yet; try again", reason="WORKER_NOT_REGISTERED"
+            )
+
+    def close(self, epoch: int, closed_seq: int) -> None:
+        """Nothing with that number or a lower one is made here any more.
+
+        Raises:
+            Conflict: it is meant for another registration (reason ``WRONG_EPOCH``).
+            OSError: it can't be written down.
+        """
+        if not self.papers.answered or epoch != self.papers.epoch:
+            raise Conflict(
+                f"worker {self._worker} is in epoch {self.papers.epoch}, not {epoch}; register it again",
+                reason="WRONG_EPOCH",
+            )
+        papers = rules.close(self.papers, Orders(incarnation=self.papers.incarnation, closed_seq=closed_seq))
+        if papers != self.papers:
+            self._write(papers)
+
+    def admit(self, identity: Identity) -> None:
+        """A sandbox is about to be made.
+
+        Raises:
+            Unavailable: nothing may be made here yet (reason ``WORKER_NOT_REGISTERED``).
+            LeaseLost: its number is closed: nobody waits for it any more.
+        """
+        self.check()
+        if 0 < identity.create_seq <= self.papers.closed_seq:
+            raise LeaseLost(
+                f"sandbox {identity.sandbox} (number {identity.create_seq}) comes too late: worker {self._worker} has "
+                f"closed {self.papers.closed_seq}; nobody waits for it any more"
             )
 
     def must_wipe(self, refused: Refused) -> bool:

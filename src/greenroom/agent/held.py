@@ -52,6 +52,9 @@ class Held:
         await self._local.remove_unfinished()
         self._ids = {*await self._local.list()}
 
+    def ids(self) -> frozenset[str]:
+        return frozenset(self._ids)
+
     def __contains__(self, snapshot_id: str) -> bool:
         """Costs nothing: asked before every restore."""
         return snapshot_id in self._ids

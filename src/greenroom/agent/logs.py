@@ -117,6 +117,10 @@ class LogFiles:
         self.detach(actor_uid)
         shutil.rmtree(self._root / actor_uid, ignore_errors=True)
 
+    def uids(self) -> list[str]:
+        """Of the actors of which anything is kept."""
+        return [path.name for path in self._root.iterdir()]
+
     def close(self) -> None:
         for actor_uid in list(self._pumps):
             self.detach(actor_uid)

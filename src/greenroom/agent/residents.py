@@ -38,6 +38,21 @@ class Lodger:
     watcher: asyncio.Task[None] | None = None
 
 
+@dataclass(slots=True)
+class Wake:
+    """One under way. ``epoch`` is that of its beginning; to let ``scope`` time out ends it. ``unwanted``: nobody has a
+    record of it."""
+
+    epoch: int
+    scope: asyncio.Timeout
+    identity: api.Identity
+    unwanted: bool = False
+
+    def end(self) -> None:
+        if not self.scope.expired():
+            self.scope.reschedule(asyncio.get_running_loop().time())
+
+
 class Residents:
     """``seen``: the highest generation seen of an actor. ``on_exit`` hears of every resident that ends by itself after
     it had been running; ``on_gone`` (uid) of every actor whose sandbox is no more."""
@@ -60,6 +75,9 @@ class Residents:
         self._on_exit = on_exit
         self._on_gone = on_gone
         self._lodgers: dict[str, Lodger] = {}
+        #: Sandboxes that have ended and could not be removed; who is told of each that comes.
+        self.remains: set[str] = set()
+        self.on_remains: Callable[[str], None] = lambda sid: None
 
     def __iter__(self) -> Iterator[Lodger]:
         return iter([*self._lodgers.values()])
@@ -92,6 +110,7 @@ class Residents:
                 state=lodger.state,
                 endpoint=lodger.endpoint,
                 operation_id=lodger.operation_id,
+                sandbox=lodger.identity.sandbox,
             )
             for uid, lodger in self._lodgers.items()
         )
@@ -137,6 +156,8 @@ class Residents:
             await self._backend.destroy(lodger.sid)
         except GreenroomError as error:
             log.error("what an ended actor left could not be removed", sid=lodger.sid, error=error.message)
+            self.remains.add(lodger.sid)
+            self.on_remains(lodger.sid)
             return
         if uid not in self._lodgers:  # it may be waking again
             await self._on_gone(uid)
@@ -157,6 +178,10 @@ class Residents:
             self._logs.detach(uid)
             await self._on_gone(uid)
         await self._staging.clear(uid)
+
+    async def clear_remains(self, sid: str) -> None:
+        await self._backend.destroy(sid)
+        self.remains.discard(sid)
 
     async def close(self) -> None:
         """Looks after nobody any more; they go on."""

@@ -55,6 +55,7 @@ class WarmPool:
         self._making = ""
         self._turn = asyncio.Lock()  # of whoever makes and drops sandboxes
         self._quiet_until = 0.0
+        self._rests = False
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -74,6 +75,12 @@ class WarmPool:
         for digest in [d for d, c in self._classes.items() if c.image_digest == image_digest]:
             del self._classes[digest]
         self._changed.set()
+
+    def rest(self, yes: bool) -> None:
+        """Whether nothing is to be kept ready for now."""
+        if yes != self._rests:
+            self._rests = yes
+            self._changed.set()
 
     async def cool(self, image_digest: str) -> None:
         """As `unwant`, and they are gone when this returns."""
@@ -119,7 +126,7 @@ class WarmPool:
             await asyncio.sleep(quiet_s)
             self._changed.set()  # to look again: the next wake may be under way
             return
-        make, drop = plan(list(reversed(self._classes)), self._warmer.warm_counts(), self._size)
+        make, drop = plan(list(reversed(self._classes)), self._warmer.warm_counts(), 0 if self._rests else self._size)
         async with self._turn:
             for digest in drop:
                 await self._warmer.chill(digest)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 
-from greenroom.core.gc.records import Refused, Register, Registered
+from greenroom.core.gc.records import Refused, Register, Registered, Report
 from greenroom.core.records import (
     Endpoint,
     Evicted,
@@ -27,12 +27,20 @@ WAITS_FOR_IMAGE = "prepare/"
 
 
 class Identity(Record, frozen=True, kw_only=True):
-    """Who a sandbox is. The sandbox sees it as files below ``/run/greenroom/`` and as its host name."""
+    """Who a sandbox is. It sees the first four as files below ``/run/greenroom/``, and its host name. ``sandbox``: its
+    handle, never used twice; ``create_seq``: its number (`greenroom.core.gc`), 0 for none."""
 
     namespace: str
     name: str
     uid: str
     generation: int
+    sandbox: str = ""
+    create_seq: int = 0
+
+    @property
+    def handle(self) -> str:
+        """An agent that is older than handles has made one sandbox for each actor."""
+        return self.sandbox or self.uid
 
     @property
     def hostname(self) -> str:
@@ -65,6 +73,25 @@ class Enrol(Call, frozen=True, kw_only=True):
 
     registered: Registered | None = None
     refused: Refused | None = None
+
+
+class Sync(Call, frozen=True, kw_only=True):
+    """What is there? First the worker adopts ``closed_seq``: nothing with that number or a lower one is made there any
+    more. Then what is to be destroyed (``destroy``: handles) is on its way out. Then it lists what it has. -> `Synced`
+
+    Attributes:
+        epoch: which registration the sender speaks to.
+        drain: the worker is being emptied: it keeps nothing warm.
+        known: the digest of the last list that the sender has got.
+
+    Raises `Conflict` (reason ``WRONG_EPOCH``) when the worker has another registration, or none: register it.
+    """
+
+    epoch: int
+    closed_seq: int
+    destroy: tuple[str, ...] = ()
+    drain: bool = False
+    known: str = ""
 
 
 class Prepare(Call, frozen=True, kw_only=True):
@@ -294,7 +321,8 @@ class ResidentState(enum.StrEnum):
 
 
 class Resident(Record, frozen=True, kw_only=True):
-    """A sandbox that exists on the worker now. ``operation_id`` is the last operation that touched it."""
+    """A sandbox that exists on the worker now. ``operation_id`` is the last operation that touched it; ``sandbox`` its
+    handle."""
 
     actor_uid: str
     namespace: str
@@ -303,12 +331,24 @@ class Resident(Record, frozen=True, kw_only=True):
     state: ResidentState
     endpoint: Endpoint | None = None
     operation_id: str = ""
+    sandbox: str = ""
 
 
 class Residents(Record, frozen=True, kw_only=True):
     """``epoch``: grows each time the agent freezes what runs on it because it is alone; survives its restart."""
 
     epoch: int = 0
+    residents: tuple[Resident, ...] = ()
+
+
+class Synced(Record, frozen=True, kw_only=True):
+    """``digest``: of ``report.inventory`` and ``residents``, which are left out (``same``) when it is what the sender
+    knew. ``alone_epoch``: as `Residents.epoch`."""
+
+    report: Report
+    digest: str
+    same: bool = False
+    alone_epoch: int = 0
     residents: tuple[Resident, ...] = ()
 
 
@@ -407,6 +447,7 @@ class Welcome(Record, frozen=True, kw_only=True):
 AgentCall = (
     Present
     | Enrol
+    | Sync
     | Prepare
     | StopPrepare
     | ListImages
@@ -441,6 +482,7 @@ StreamingCall = Exec | Logs | ImportImage
 ANSWERS: dict[str, type[Record]] = {
     "Present": Register,
     "Enrol": Done,
+    "Sync": Synced,
     "Prepare": Prepared,
     "StopPrepare": Done,
     "ListImages": ImageCache,

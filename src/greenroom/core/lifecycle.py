@@ -73,7 +73,11 @@ from greenroom.core.records import (
     Template,
     TemplateState,
     WorkerState,
+    attempt_id,
 )
+
+#: What an actor has no more that is on no worker.
+UNBOUND: dict[str, Any] = {"worker": "", "endpoint": None, "sandbox": "", "sandbox_seq": 0}
 
 # --- decisions --------------------------------------------------------------------------------------------
 
@@ -240,6 +244,7 @@ def _begin(view: View, c: BeginResume | BeginSuspend | BeginPause | BeginDelete)
         prefer = c.prefer or (actor.last_worker,)
         chosen, rejected = placement.choose(view.workers, demand(view, actor, source, c, prefer), c.now)
         worker = chosen.name
+        actor = replace(actor, sandbox=c.operation_id, sandbox_seq=chosen.version)
         slots, snapshot = ((worker, 1),), source.id if source else ""
     elif isinstance(c, BeginSuspend):
         snapshot = c.snapshot_id
@@ -463,7 +468,7 @@ def _end(
     slots: tuple[tuple[str, int], ...] = ()
     if to not in states.BOUND and to is not ActorState.DELETING and actor.worker:
         slots = ((actor.worker, -1),)
-        fields |= {"worker": "", "last_worker": actor.worker, "endpoint": None}
+        fields |= UNBOUND | {"last_worker": actor.worker}
     actor = replace(actor, state=to, state_since=now, operation="", version=actor.version + 1, **fields)
     op = replace(
         op,
@@ -593,12 +598,14 @@ def _rebind(view: View, c: Rebind) -> Change:
     source = _source(view, actor)
     if op.attempts != c.attempts:
         return Change(outcome=Outcome.REPEATED, actor=actor, operation=op, source=source, template=view.template)
-    worker, slots, _ = _move(view, actor, source, c)
+    attempts = op.attempts + 1
+    worker, seq, slots = _move(view, actor, source, c)
+    bound = {"worker": worker, "sandbox": attempt_id(op.id, attempts), "sandbox_seq": seq}
     tried = (*op.rejected, Rejection(worker=op.worker, why=c.why or "failed"))[-placement.MAX_REJECTIONS :]
     return Change(
-        actor=replace(actor, worker=worker, version=actor.version + 1),
+        actor=replace(actor, version=actor.version + 1, **bound),
         operation=replace(
-            op, worker=worker, attempts=op.attempts + 1, rejected=tried, updated_at=c.now, version=op.version + 1
+            op, worker=worker, attempts=attempts, rejected=tried, updated_at=c.now, version=op.version + 1
         ),
         slots=slots,
         template=view.template,
@@ -608,13 +615,14 @@ def _rebind(view: View, c: Rebind) -> Change:
 
 def _move(
     view: View, actor: Actor, source: Snapshot | None, c: Rebind | FallBack
-) -> tuple[str, tuple[tuple[str, int], ...], tuple[Rejection, ...]]:
-    """Another worker for a resume, the slots that change hands, and what spoke against others; the slot that it has
-    counts as free."""
+) -> tuple[str, int, tuple[tuple[str, int], ...]]:
+    """Another worker for a resume, the number of the sandbox there, and the slots that change hands; the slot that it
+    has counts as free."""
     workers = tuple(replace(w, used=w.used - 1) if w.name == actor.worker else w for w in view.workers)
-    chosen, rejected = placement.choose(workers, demand(view, actor, source, c), c.now)
-    worker = chosen.name
-    return worker, () if worker == actor.worker else ((actor.worker, -1), (worker, 1)), rejected
+    chosen, _ = placement.choose(workers, demand(view, actor, source, c), c.now)
+    if chosen.name == actor.worker:  # it stays; its number is kept open since the first attempt there
+        return chosen.name, actor.sandbox_seq, ()
+    return chosen.name, chosen.version, ((actor.worker, -1), (chosen.name, 1))
 
 
 def _fall_back(view: View, c: FallBack) -> Change:
@@ -633,25 +641,35 @@ def _fall_back(view: View, c: FallBack) -> Change:
         )
     source = good[0]
     to = source.id if source is view.previous else ""
-    worker = actor.worker
+    bound: dict[str, Any] = {"worker": actor.worker}
+    attempts = op.attempts
     slots: tuple[tuple[str, int], ...] = ()
-    elsewhere = source.state is SnapshotState.LOCAL and source.worker != worker
-    if elsewhere or not any(w.name == worker and placement.can_run(w, source) for w in view.workers):
-        worker, slots, _ = _move(view, actor, source, c)
+    elsewhere = source.state is SnapshotState.LOCAL and source.worker != actor.worker
+    if elsewhere or not any(w.name == actor.worker and placement.can_run(w, source) for w in view.workers):
+        worker, seq, slots = _move(view, actor, source, c)
+        attempts += 1
+        bound = {"worker": worker, "sandbox": attempt_id(op.id, attempts), "sandbox_seq": seq}
     corrupt = view.source
     assert corrupt is not None and corrupt.id == c.snapshot_id
     return Change(
         actor=replace(
             actor,
-            worker=worker,
             snapshot=to,
             previous_snapshot="",
             durable_at=source.created_at if to and source.state is SnapshotState.PRESENT else None,
             reason="SnapshotCorrupt",
             message=f"snapshot {c.snapshot_id} is corrupt ({c.detail}); went back to {to or 'the golden snapshot'}",
             version=actor.version + 1,
+            **bound,
         ),
-        operation=replace(op, worker=worker, snapshot=source.id, updated_at=c.now, version=op.version + 1),
+        operation=replace(
+            op,
+            worker=bound["worker"],
+            attempts=attempts,
+            snapshot=source.id,
+            updated_at=c.now,
+            version=op.version + 1,
+        ),
         slots=slots,
         snapshots=(replace(corrupt, state=SnapshotState.CORRUPT, version=corrupt.version + 1),),
         source=source,
@@ -724,10 +742,9 @@ def _crash(view: View, c: Crash) -> Change:
             state_since=c.now,
             reason=c.reason,
             message=c.message,
-            worker="",
             last_worker=actor.worker,
-            endpoint=None,
             version=actor.version + 1,
+            **UNBOUND,
             **_after_loss(actor, view, actor.resumed_at),
         ),
         operation=_loss(actor, c.operation_id, c.now, "UNAVAILABLE", c.reason, c.message),

@@ -65,7 +65,8 @@ class Actor(Record, frozen=True, kw_only=True):
     ``previous_snapshot`` the one before, kept as the way back. ``unsaved_since`` is set while the actor is
     CRASHED: what it did after that time is lost. ``durable_at``: its state of that time is in the snapshot store, so
     that the loss of any worker costs at most what came after; None while only the template's snapshot is.
-    ``worker_selector``: labels that a worker must have beside those that the template asks for.
+    ``worker_selector``: labels that a worker must have beside those that the template asks for. ``sandbox``: the handle
+    of the sandbox that it is bound to, never used twice, and ``sandbox_seq`` its number (`greenroom.core.gc`).
     """
 
     namespace: str
@@ -80,6 +81,8 @@ class Actor(Record, frozen=True, kw_only=True):
     generation: int = 0
     version: int = 0
     worker: str = ""
+    sandbox: str = ""
+    sandbox_seq: int = 0
     last_worker: str = ""
     operation: str = ""
     endpoint: Endpoint | None = None
@@ -538,12 +541,23 @@ class Operation(Record, frozen=True, kw_only=True):
     version: int = 0
 
     @property
+    def attempt(self) -> str:
+        """What workers know it by. Each attempt on another worker is an operation of its own to them: what was ended
+        there with the attempt before stays ended. Also the handle of the sandbox that it makes."""
+        return attempt_id(self.id, self.attempts)
+
+    @property
     def key(self) -> Key:
         return Key(self.namespace, self.name)
 
     @property
     def pk(self) -> str:
         return self.id
+
+
+def attempt_id(operation_id: str, attempt: int) -> str:
+    """See `Operation.attempt`."""
+    return operation_id if attempt == 1 else f"{operation_id}-{attempt}"
 
 
 class Lease(Record, frozen=True, kw_only=True):

@@ -73,6 +73,8 @@ class Census:
         self._away: dict[str, float] = {}
         #: Workers whose residents have been compared since they connected.
         self._welcomed: set[str] = set()
+        #: The connections over which workers are asked from time to time what they have.
+        self._kept: dict[str, api.Hello] = {}
         self._differed: dict[str, frozenset[tuple[str, int]]] = {}
         #: By worker: what it said last of its images.
         self._stock: dict[str, Stock] = {}
@@ -92,6 +94,13 @@ class Census:
     def worker_connected(self, hello: api.Hello) -> None:
         if not self._ops.closed:
             self._engine.spawn(self._welcome(hello), f"welcome-{hello.worker}")
+
+    def welcome_again(self, worker: str) -> None:
+        """It is connected, and not what was welcomed before."""
+        hello = self._engine.hub.connected().get(worker)
+        if hello is not None and worker in self._welcomed:
+            self._welcomed.discard(worker)
+            self.worker_connected(hello)
 
     def worker_heard(self, worker: str, heartbeat: api.Heartbeat) -> bool:
         self._notice(worker, heartbeat)
@@ -154,7 +163,9 @@ class Census:
 
     def worker_gone(self, worker: str, boot_id: str) -> None:
         self._welcomed.discard(worker)
+        self._kept.pop(worker, None)
         self._stock.pop(worker, None)
+        self._engine.inventories.forget(worker)
         self._engine.members.gone(worker)
         if not self._ops.closed:
             self._missing(worker)
@@ -183,6 +194,9 @@ class Census:
             again = self._engine.reconciler.compare_after(under_way, hello.worker)
             self._engine.spawn(again, f"compare-{hello.worker}")
             self._engine.spawn(self._engine.recovery.unpublish(hello.worker), f"unpublish-{hello.worker}")
+            if self._kept.get(hello.worker) != hello:
+                self._kept[hello.worker] = hello
+                self._engine.spawn(self._engine.reconciler.keep(hello), f"keep-{hello.worker}")
             await self._engine.preparer.prewarm(hello)
             return
 
@@ -417,7 +431,7 @@ class Census:
     # --- loops --------------------------------------------------------------------------------------------
 
     async def reconcile_loop(self) -> None:
-        """Finds what no message told: a sandbox that ended unheard, one that could not be ended, a worker that went."""
+        """Finds what no message told: a worker that went, one that is not empty yet and should be."""
         while True:
             await asyncio.sleep(self._engine.config.reconcile_s)
             try:
@@ -430,7 +444,6 @@ class Census:
         for worker in await self.all(Worker):
             try:
                 if worker.name in connected:
-                    await self._engine.reconciler.compare(worker.name)
                     # Who began to empty it has died, or did not get it done.
                     if worker.cordon == ASKED and worker.used:
                         self.empty(worker.name)
@@ -439,7 +452,7 @@ class Census:
                 elif worker.name not in self._away:
                     await self._abandon_if_lost(worker.name)
             except GreenroomError as error:
-                log.warning("worker not compared, tries again", worker=worker.name, error=error.message)
+                log.warning("worker not looked after, tries again", worker=worker.name, error=error.message)
 
     # --- parts --------------------------------------------------------------------------------------------
 

@@ -180,7 +180,14 @@ class Drivers:
                 f"actor {actor.key} was made from template {actor.template!r}, which is gone; apply it again",
                 reason="TEMPLATE_NOT_FOUND",
             )
-        identity = api.Identity(namespace=actor.namespace, name=actor.name, uid=actor.uid, generation=op.generation)
+        identity = api.Identity(
+            namespace=actor.namespace,
+            name=actor.name,
+            uid=actor.uid,
+            generation=op.generation,
+            sandbox=actor.sandbox,
+            create_seq=actor.sandbox_seq,
+        )
         about: dict[str, Any] = {
             **ids,
             "identity": identity,
@@ -670,10 +677,8 @@ def _cancelled(op: Operation) -> Cancelled:
 
 
 def _ids(actor: Actor, op: Operation) -> dict[str, Any]:
-    """What every call about an actor carries. Each attempt on another worker is an operation of its own to workers:
-    what was ended there with the attempt before stays ended."""
-    attempt = op.id if op.attempts == 1 else f"{op.id}-{op.attempts}"
-    return {"operation_id": attempt, "actor_uid": actor.uid, "generation": op.generation}
+    """What every call about an actor carries."""
+    return {"operation_id": op.attempt, "actor_uid": actor.uid, "generation": op.generation}
 
 
 def _both(change: Change) -> tuple[Actor, Operation]:

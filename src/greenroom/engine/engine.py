@@ -60,6 +60,7 @@ from greenroom.engine.config import EngineConfig
 from greenroom.engine.drivers import Drivers, Phases
 from greenroom.engine.follower import Follower
 from greenroom.engine.images import Images
+from greenroom.engine.inventories import Inventories
 from greenroom.engine.members import ASKED, Members
 from greenroom.engine.operations import Operations
 from greenroom.engine.port import DEFAULT_WAIT_S, ExecStream
@@ -98,6 +99,7 @@ class Engine:
         self.uploads = Uploads(self)
         self.members = Members(self)
         self.census = Census(self)
+        self.inventories = Inventories(self)
         self.reconciler = Reconciler(self)
         self.recovery = Recovery(self)
         self.replicas = Replicas(self)

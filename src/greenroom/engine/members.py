@@ -64,7 +64,12 @@ class Members:
             known = await self._ops.steadily(lambda: self.find(hello.worker))
             said = await self.ask(hello.worker, api.Present(epoch=known.epoch if known else 0))
             assert isinstance(said, gc.Register)
-            decision = control.register(_member(known), [], said, heard=self._engine.census.is_alive(known))
+            decision = control.register(
+                member_of(known) if known and known.incarnation else None,
+                [],
+                said,
+                heard=self._engine.census.is_alive(known),
+            )
             if isinstance(decision.answer, gc.Refused):
                 await self.ask(hello.worker, api.Enrol(refused=decision.answer))
                 if decision.answer.what is gc.Refusal.NAME_TAKEN:
@@ -87,6 +92,16 @@ class Members:
             self._enrolled[hello.worker] = hello
             return asked
         raise Conflict(f"worker {hello.worker} keeps changing")
+
+    def register_again(self, worker: str) -> None:
+        """One that is connected turns out not to be what is registered under its name."""
+        self._enrolled.pop(worker, None)
+        self._engine.census.welcome_again(worker)
+
+    async def distrust(self, worker: str, why: str, alarm: str) -> None:
+        """Nothing is destroyed or given up there from now on, until somebody has looked."""
+        log.error("a worker's records are not trusted", worker=worker, why=alarm)
+        await self.change(worker, lambda record: replace(record, distrust=record.distrust or why, message=alarm))
 
     async def find(self, worker: str) -> Worker | None:
         try:
@@ -136,16 +151,15 @@ class Members:
         raise Conflict(f"worker {name} keeps changing")
 
 
-def _member(worker: Worker | None) -> gc.Member | None:
-    """A worker as the rules of the collection know it; None for one that was never registered."""
-    if worker is None or not worker.incarnation:
-        return None
+def member_of(worker: Worker) -> gc.Member:
+    """A worker as the rules of the collection know it."""
     return gc.Member(
         name=worker.name,
         incarnation=worker.incarnation,
         claim=worker.claim,
         epoch=worker.epoch,
         seq=worker.version,
+        shared=True,
         quarantined=worker.distrust,
     )
 

@@ -1,9 +1,9 @@
 """What runs and what should: every difference between a worker and the records, settled.
 
-Truth about what runs is what a worker says when it is asked (its residents); truth about what *should* run are the
-records. Every difference is settled by a fenced call or a conditional write, so an old or repeated message changes
-nothing, and it does not matter how many replicas look. What a lost message would have told is found by asking again,
-every ``reconcile_s``.
+Truth about what runs is what a worker says when it is asked (`inventories`); truth about what *should* run are the
+records. What nobody has a record of the worker is told to destroy; every other difference is settled by a fenced call
+or a conditional write. So an old or repeated message changes nothing, and it does not matter how many replicas look.
+What a lost message would have told is found by asking again, every ``reconcile_s``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from msgspec.structs import replace
 from greenroom.core import agentapi as api
 from greenroom.core.commands import Crash, Outcome, Reunite
 from greenroom.core.errors import GreenroomError, LeaseLost, NotFound, Unavailable
+from greenroom.core.gc import control
 from greenroom.core.records import Actor, ActorState, Key, Template
 from greenroom.core.states import BUSY
 from greenroom.engine import clock
 from greenroom.engine.bindings import Binding
+from greenroom.engine.inventories import There, handle_of
 
 if TYPE_CHECKING:
     from greenroom.engine.engine import Engine
@@ -34,6 +36,25 @@ class Reconciler:
         self._engine = engine
         self._ops = engine.ops
         self._comparing: dict[str, asyncio.Task[list[str]]] = {}
+
+    async def keep(self, hello: api.Hello) -> None:
+        """Asks a worker from time to time, as long as this connection of it is there."""
+        worker, config, failures = hello.worker, self._engine.config, 0
+        pause_s = control.first_pause_s(self._draw(), config.reconcile_s)
+        while True:
+            await asyncio.sleep(pause_s)
+            if self._engine.hub.connected().get(worker) != hello:
+                return
+            try:
+                await self.compare(worker)
+                failures = 0
+            except GreenroomError as error:
+                failures += 1
+                log.info("worker not compared, tries again", worker=worker, failures=failures, error=error.message)
+            pause_s = control.pause_s(self._draw(), config.reconcile_s, failures=failures)
+
+    def _draw(self) -> float:
+        return self._engine.config.randbits(32) / 2**32
 
     def is_comparing(self, worker: str) -> bool:
         return worker in self._comparing
@@ -65,27 +86,31 @@ class Reconciler:
             await self.compare(worker, anew=True)
 
     async def _settle(self, worker: str) -> list[str]:
-        # First what should run and then what does: what begins in between is seen on the worker, and is no stray by the
-        # record that is read again; what ends in between has a newer generation than the record that was read.
-        trusted = await self._is_record_trusted(worker)
-        actors = await self._engine.census.all(Actor, worker=worker)
-        said = await self._residents(worker)
-        residents = {r.actor_uid: r for r in said.residents}
-        under_way: list[str] = []
-        for actor in actors:
-            resident = residents.pop(actor.uid, None)
+        """Looks again until the worker knows of everything that is to go there."""
+        orders: tuple[str, ...] = ()
+        while True:
+            there = await self._engine.inventories.ask(worker, orders)
+            await self._act(worker, there)
+            orders = there.destroy
+            if not orders:
+                return [actor.operation for actor in there.actors if actor.state in BUSY and actor.operation]
+            log.info("orders what nobody has a record of to be destroyed", worker=worker, handles=orders[:10])
+
+    async def _act(self, worker: str, there: There) -> None:
+        for actor in there.actors:
             if actor.state in BUSY:
-                under_way.append(actor.operation)  # it asks the worker itself
-            else:
-                if trusted or (resident is not None and resident.endpoint is not None):
-                    await self._one(str(actor.key), self._confirm(actor, resident, said.epoch))
-        for resident in residents.values() if trusted else ():
-            await self._one(f"{resident.namespace}/{resident.name}", self._discard_stray(worker, resident))
-        running = {(a.uid, a.generation) for a in actors if a.state is ActorState.RUNNING}
+                continue  # its operation asks the worker itself
+            handle = handle_of(actor)
+            resident = there.residents.get(handle)
+            if resident is not None and resident.endpoint is not None:
+                await self._one(str(actor.key), self._reunite(actor, resident, there.alone_epoch))
+            elif handle in there.missing:
+                text = f"its sandbox was no longer there when worker {worker} was asked"
+                await self._one(str(actor.key), self.crash(actor, actor.generation, "SandboxLost", text))
+        running = {(a.uid, a.generation) for a in there.actors if a.state is ActorState.RUNNING}
         for binding in self._engine.bindings.all():
             if binding.worker == worker and (binding.uid, binding.generation) not in running:
                 await self._one(str(binding.key), self._drop_stale(binding))
-        return [operation for operation in under_way if operation]
 
     async def _drop_stale(self, binding: Binding) -> None:
         """A binding of an incarnation that no record speaks of: made from an answer that came late."""
@@ -100,11 +125,6 @@ class Reconciler:
         if not newer and self._engine.bindings.peek(binding.key) is binding and not self._ops.busy(binding.uid):
             self._engine.bindings.revoke(binding.key)
 
-    async def _is_record_trusted(self, worker: str) -> bool:
-        """Whether what the database says of what should run there may be acted on."""
-        known = await self._ops.steadily(lambda: self._engine.members.find(worker))
-        return known is None or not known.distrust
-
     async def _residents(self, worker: str) -> api.Residents:
         said = await self._engine.members.ask(worker, api.ListResident())
         assert isinstance(said, api.Residents)
@@ -116,13 +136,6 @@ class Reconciler:
             await work
         except GreenroomError as error:
             log.warning("actor not settled, tries again", actor=actor, error=error.message)
-
-    async def _confirm(self, actor: Actor, resident: api.Resident | None, epoch: int) -> None:
-        if resident is None or resident.endpoint is None:
-            text = f"its sandbox was no longer there when worker {actor.worker} was asked"
-            await self.crash(actor, actor.generation, "SandboxLost", text)
-        else:
-            await self._reunite(actor, resident, epoch)
 
     async def _reunite(self, actor: Actor, resident: api.Resident, epoch: int) -> None:
         """An actor that is there: its sandbox is put into the state that the record says, and it is bound."""
@@ -168,25 +181,6 @@ class Reconciler:
         """Whether it is RUNNING in the incarnation that was read."""
         current = await self._ops.read(Actor, str(actor.key))
         return (current.uid, current.generation, current.state) == (actor.uid, actor.generation, ActorState.RUNNING)
-
-    async def _discard_stray(self, worker: str, resident: api.Resident) -> None:
-        """A sandbox that no record speaks of. The worker refuses, by generation, if that has changed."""
-        try:
-            actor = await self._ops.read(Actor, f"{resident.namespace}/{resident.name}")
-            if actor.uid == resident.actor_uid and actor.worker == worker:
-                return
-        except NotFound:
-            pass
-        log.info("discards a sandbox that no record speaks of", worker=worker, actor=resident.name)
-        call = api.Discard(
-            operation_id=f"stray-{resident.actor_uid}-{resident.generation}",
-            actor_uid=resident.actor_uid,
-            generation=resident.generation,
-        )
-        try:
-            await self._engine.hub.call(worker, call)
-        except LeaseLost:
-            pass  # it has been taken over meanwhile, and is none any more
 
     async def exited(self, worker: str, event: api.SandboxExited) -> None:
         """A sandbox has ended by itself. An operation that holds the actor just now may have had its answer before

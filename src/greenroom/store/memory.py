@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from greenroom.core.commands import ActorCommand, Change
 from greenroom.core.records import Actor, Lease, Operation, OperationState, Snapshot, Worker
 from greenroom.store import transaction
 from greenroom.store.clock import SteadyClock
-from greenroom.store.port import FILTERS, KEPT_OPERATIONS, MAX_PAGE, Free, R, Stored, W, check_list, not_found
+from greenroom.store.port import FILTERS, KEPT_OPERATIONS, MAX_PAGE, Free, R, Stored, W, Where, check_list, not_found
 from greenroom.store.watch import Broadcast, Watcher, closed
 
 
@@ -50,18 +50,18 @@ class MemoryStore:
         cls: type[R],
         *,
         namespace: str = "",
-        where: Mapping[str, str] | None = None,
+        where: Where | None = None,
         after: str = "",
         limit: int = MAX_PAGE,
     ) -> list[R]:
         self._check_open()
         check_list(cls, where or {}, limit)
-        wanted = dict(where or {})
+        wanted = {name: value if isinstance(value, tuple) else (value,) for name, value in (where or {}).items()}
         if namespace and "namespace" in cls.__struct_fields__:
-            wanted["namespace"] = namespace
+            wanted["namespace"] = (namespace,)
         table = self._rows.table(cls)
         found = (table[pk] for pk in sorted(table) if pk > after)
-        return [r for r in found if all(getattr(r, f) == v for f, v in wanted.items())][:limit]
+        return [r for r in found if all(getattr(r, f) in v for f, v in wanted.items())][:limit]
 
     def watch(self, *, capacity: int = 10_000) -> Watcher:
         self._check_open()

@@ -34,7 +34,10 @@ R = TypeVar("R", Actor, Template, Pool, Worker, Replica, Snapshot, Operation, Le
 Free = Template | Pool | Worker | Replica | Snapshot | Operation
 W = TypeVar("W", Template, Pool, Worker, Replica, Snapshot, Operation)
 
-#: Fields that `list` can filter on, by record class; each is indexed.
+#: What `list` filters by: a field's value, or several of which it may have one (at most `MAX_PAGE`).
+Where = Mapping[str, str | tuple[str, ...]]
+
+#: Fields that `list` can filter on, by record class; each is indexed. So is ``pk``, for all of them.
 FILTERS: dict[type[Stored], frozenset[str]] = {
     Actor: frozenset({"state", "worker", "template", "uid"}),
     Template: frozenset({"state"}),
@@ -52,12 +55,15 @@ MAX_PAGE = 1000
 KEPT_OPERATIONS = 10_000
 
 
-def check_list(cls: type[Stored], where: Mapping[str, str], limit: int) -> None:
+def check_list(cls: type[Stored], where: Where, limit: int) -> None:
     """For adapters of `Store.list`. Raises `InvalidArgument` as it says."""
     kind = cls.__name__.lower()
-    if unknown := sorted(set(where) - FILTERS[cls]):
-        known = ", ".join(sorted(FILTERS[cls])) or "nothing"
+    if unknown := sorted(set(where) - FILTERS[cls] - {"pk"}):
+        known = ", ".join(sorted(FILTERS[cls] | {"pk"}))
         raise InvalidArgument(f"a list of {kind}s can't be filtered by {unknown[0]!r}, only by: {known}")
+    for name, value in where.items():
+        if isinstance(value, tuple) and len(value) > MAX_PAGE:
+            raise InvalidArgument(f"{len(value)} values of {name} are too many for a list of {kind}s; ask page by page")
     if not 1 <= limit <= MAX_PAGE:
         raise InvalidArgument(f"limit {limit} of a list of {kind}s is not within 1 to {MAX_PAGE}; ask page by page")
 
@@ -123,13 +129,13 @@ class Store(Protocol):
         cls: type[R],
         *,
         namespace: str = "",
-        where: Mapping[str, str] | None = None,
+        where: Where | None = None,
         after: str = "",
         limit: int = MAX_PAGE,
     ) -> list[R]:
         """Records in the order of their keys, those after key ``after``, at most ``limit`` (1 to `MAX_PAGE`).
-        ``where`` compares fields of `FILTERS` for equality. Operations are ordered by id, and ids are time-ordered.
-        ``namespace`` has no meaning for pools, workers and leases, which have none.
+        ``where`` compares fields of `FILTERS`, and ``pk``, for equality. Operations are ordered by id, and ids are
+        time-ordered. ``namespace`` has no meaning for pools, workers and leases, which have none.
 
         Raises:
             InvalidArgument: a field that is not in `FILTERS`, or a limit out of range.

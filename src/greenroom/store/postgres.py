@@ -16,7 +16,7 @@ import contextlib
 import copy
 import random
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from msgspec.structs import replace
@@ -26,7 +26,7 @@ from greenroom.core.errors import GreenroomError, Unavailable
 from greenroom.core.lifecycle import decide
 from greenroom.core.records import Operation, Worker
 from greenroom.store import transaction
-from greenroom.store.port import KEPT_OPERATIONS, MAX_PAGE, EventType, Free, R, W, check_list, not_found
+from greenroom.store.port import KEPT_OPERATIONS, MAX_PAGE, EventType, Free, R, W, Where, check_list, not_found
 from greenroom.store.postgres_change import ChangeRow, Code, Written, effects, row_of, write
 from greenroom.store.postgres_clock import DatabaseClock
 from greenroom.store.postgres_errors import Overtaken
@@ -297,7 +297,7 @@ class PostgresStore:
         cls: type[R],
         *,
         namespace: str = "",
-        where: Mapping[str, str] | None = None,
+        where: Where | None = None,
         after: str = "",
         limit: int = MAX_PAGE,
     ) -> list[R]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from psycopg import sql
 
 from greenroom.core.errors import DataLoss
 from greenroom.core.records import Actor, Lease, Operation, Pool, Replica, Snapshot, Template, Worker
-from greenroom.store.port import FILTERS, Stored
+from greenroom.store.port import FILTERS, Stored, Where
 from greenroom.store.transaction import request_key
 
 #: Actors are spread over so many cells, and these over the partitions of the tables. Part of the schema: never changed.
@@ -131,7 +131,7 @@ class Table:
             ) from error
         return replace(record, used=used) if used else record
 
-    def page(self, namespace: str, where: Mapping[str, str], after: str, limit: int) -> sql.Composed:
+    def page(self, namespace: str, where: Where, after: str, limit: int) -> sql.Composed:
         """The statement of a list. The values are in it, so that it is planned for them: which index is best depends on
         how many rows have them, and some are for certain values only."""
         within = namespace if self._namespace_in_key else ""
@@ -141,7 +141,11 @@ class Table:
         elif namespace and self._namespaced:
             conditions.append(sql.SQL("t.namespace = {}").format(namespace))
         for name, value in where.items():
-            conditions.append(sql.SQL("t.{} = {}").format(sql.Identifier(name), str(value)))
+            if isinstance(value, tuple):
+                among = sql.SQL("t.{} = ANY({}::text[])").format(sql.Identifier(name), [*map(str, value)])
+            else:
+                among = sql.SQL("t.{} = {}").format(sql.Identifier(name), str(value))
+            conditions.append(among)
         select, order = sql.SQL(self.select), sql.SQL("ORDER BY t.pk LIMIT {}").format(limit)
         return sql.SQL("{} WHERE {} {}").format(select, sql.SQL(" AND ").join(conditions), order)
 

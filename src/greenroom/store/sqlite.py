@@ -11,7 +11,6 @@ cancelled leaves its write where it is, in the batch.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +23,7 @@ from greenroom.core.records import OperationState
 from greenroom.store import sqlite_file, transaction
 from greenroom.store.clock import SteadyClock
 from greenroom.store.hold import Hold
-from greenroom.store.port import KEPT_OPERATIONS, MAX_PAGE, Free, R, W, check_list, not_found
+from greenroom.store.port import KEPT_OPERATIONS, MAX_PAGE, Free, R, W, Where, check_list, not_found
 from greenroom.store.sqlite_rows import read, read_page
 from greenroom.store.sqlite_writer import Done, Job, Writer
 from greenroom.store.transaction import Effects
@@ -151,7 +150,7 @@ class SqliteStore:
         cls: type[R],
         *,
         namespace: str = "",
-        where: Mapping[str, str] | None = None,
+        where: Where | None = None,
         after: str = "",
         limit: int = MAX_PAGE,
     ) -> list[R]:

@@ -6,7 +6,7 @@ step, whatever its number of fields.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -15,7 +15,7 @@ import msgspec
 
 from greenroom.core.errors import DataLoss
 from greenroom.core.records import Lease, Operation, Snapshot, Worker
-from greenroom.store.port import FILTERS, R, Stored
+from greenroom.store.port import FILTERS, R, Stored, Where
 from greenroom.store.transaction import request_key
 
 _encode = msgspec.json.Encoder().encode
@@ -63,7 +63,7 @@ class Table:
                 reason="DATABASE_CORRUPT",
             ) from error
 
-    def page(self, namespace: str, where: Mapping[str, str], after: str, limit: int) -> tuple[str, tuple[Any, ...]]:
+    def page(self, namespace: str, where: Where, after: str, limit: int) -> tuple[str, tuple[Any, ...]]:
         """The statement of a list, and its values."""
         conditions, values = ["pk > ?"], [after]
         if namespace and self._namespace_in_key:
@@ -74,8 +74,9 @@ class Table:
             conditions.append("namespace = ?")
             values.append(namespace)
         for name, value in where.items():
-            conditions.append(f"{name} = ?")
-            values.append(str(value))
+            among = value if isinstance(value, tuple) else (value,)
+            conditions.append(f"{name} IN ({', '.join('?' * len(among))})")
+            values += map(str, among)
         sql = f"SELECT data FROM {self.name} WHERE {' AND '.join(conditions)} ORDER BY pk LIMIT ?"
         return sql, (*values, limit)
 
@@ -91,7 +92,7 @@ def read(connection: apsw.Connection, cls: type[R], pk: str) -> R | None:
 
 
 def read_page(
-    connection: apsw.Connection, cls: type[R], namespace: str, where: Mapping[str, str], after: str, limit: int
+    connection: apsw.Connection, cls: type[R], namespace: str, where: Where, after: str, limit: int
 ) -> list[R]:
     table = TABLES[cls]
     return [table.record(data) for (data,) in connection.execute(*table.page(namespace, where, after, limit))]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from greenroom.core.agentapi import AgentCall, Hello, StreamingCall, Welcome
@@ -18,7 +18,7 @@ from greenroom.core.commands import ActorCommand, Change
 from greenroom.core.errors import Unavailable
 from greenroom.core.records import Record
 from greenroom.engine.workers import CallStream, OnProgress, WorkerHub, WorkerListener
-from greenroom.store.port import MAX_PAGE, Event, Free, R, Store, W
+from greenroom.store.port import MAX_PAGE, Event, Free, R, Store, W, Where
 
 T = TypeVar("T")
 
@@ -165,7 +165,7 @@ class SteppedStore:
         cls: type[R],
         *,
         namespace: str = "",
-        where: Mapping[str, str] | None = None,
+        where: Where | None = None,
         after: str = "",
         limit: int = MAX_PAGE,
     ) -> list[R]:

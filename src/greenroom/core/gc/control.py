@@ -33,6 +33,11 @@ CREATING, LIVE, DESTROYING = ResourceState.CREATING, ResourceState.LIVE, Resourc
 
 #: Handles that one answer tells a worker to destroy; it asks for more when it has got a full page.
 PAGE = 500
+#: Between two questions to a worker; spread, so that workers that came together are not asked together.
+PERIOD_S = 30.0
+SPREAD = 0.2
+#: Between two questions to one that does not answer, at most.
+MAX_BACKOFF_S = 300.0
 #: Entries of one report: ten times what a worker may hold (`greenroom.core.records.PoolSpec`).
 MAX_INVENTORY = 100_000
 
@@ -331,3 +336,18 @@ def acknowledge(member: Member, rows: Sequence[Resource]) -> Decision:
 
 def _seq(row: Resource) -> int:
     return row.create_seq
+
+
+# --- when -------------------------------------------------------------------------------------------------
+
+
+def first_pause_s(draw: float, period_s: float = PERIOD_S) -> float:
+    """Before a worker is asked first. ``draw``: random, 0 to 1."""
+    return period_s * draw
+
+
+def pause_s(draw: float, period_s: float = PERIOD_S, *, failures: int = 0) -> float:
+    """Until it is asked again. ``failures``: questions in a row that were not answered."""
+    longest = max(MAX_BACKOFF_S, period_s)
+    base = min(period_s * 2.0 ** min(failures, 10), longest)
+    return base * (1.0 - SPREAD + 2.0 * SPREAD * draw)

@@ -19,6 +19,17 @@ class Kind(enum.StrEnum):
     SNAPSHOT = "snapshot"
 
 
+def log_handle(actor_uid: str) -> str:
+    """Of what an actor has written to its log on a worker: as long as there is the actor."""
+    return f"{_LOG}{actor_uid}"
+
+
+def uid_of_log(handle: str) -> str:
+    return handle.removeprefix(_LOG)
+
+
+_LOG = "log-"
+
 # --- the control plane's ----------------------------------------------------------------------------------
 
 

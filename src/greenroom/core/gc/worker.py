@@ -26,13 +26,6 @@ from greenroom.core.gc.records import (
 #: Destroyed at the same time, of each kind: so many may hang before others of the kind wait.
 PLACES: dict[Kind, int] = {Kind.SANDBOX: 5, Kind.LOG: 3, Kind.SNAPSHOT: 2}
 
-#: Between two reports, unless the control plane names another time; spread, so that workers that began together do not
-#: report together.
-PERIOD_S = 30.0
-SPREAD = 0.2
-#: Between two reports when the control plane does not take them, at most.
-MAX_BACKOFF_S = 300.0
-
 
 # --- registration -----------------------------------------------------------------------------------------
 
@@ -166,22 +159,3 @@ def is_leftover(handle: str, entries: Mapping[str, Entry]) -> bool:
     """Whether what a driver has under that name belongs to nobody. To be asked with the handle's lock held, just before
     it is deleted: what was true when the driver was listed may not be so any more."""
     return handle not in entries
-
-
-# --- when -------------------------------------------------------------------------------------------------
-
-
-def first_pause_s(draw: float) -> float:
-    """Before a process's first report. ``draw``: random, 0 to 1."""
-    return PERIOD_S * draw
-
-
-def pause_s(draw: float, *, asked_s: float = 0.0, failures: int = 0, more: bool = False) -> float:
-    """Until the next report. ``asked_s``: what the control plane has asked for (0: nothing); ``failures``: reports in a
-    row that it did not take; ``more``: it has more to say."""
-    if more and not failures:
-        return 0.0
-    base = asked_s or PERIOD_S
-    if failures:
-        base = min(max(base, PERIOD_S) * 2.0 ** min(failures - 1, 10), MAX_BACKOFF_S)
-    return base * (1.0 - SPREAD + 2.0 * SPREAD * draw)

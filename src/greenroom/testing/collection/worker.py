@@ -97,7 +97,8 @@ class Worker:
 
     ``nested``: each handle is made in the one before. ``restores``: the database is copied once and restored once; that
     cuts all connections, and nothing is made on a worker that was not heard since. ``shared``: numbers grow by
-    themselves, at most so often, and not with each resource (`Member.shared`). ``settles``: it is looked whether things settle.
+    themselves, at most so often, and not with each resource (`Member.shared`). ``settles``: it is looked whether things
+    settle.
     """
 
     handles: int = 2
@@ -113,7 +114,9 @@ class Worker:
     def initial(self) -> State:
         self._settled.clear()
         claim = "claim-0"
-        member = Member(name=NAME, incarnation="disk-0", claim=claim, seq=1 if self.shared else 0, shared=self.shared > 0)
+        member = Member(
+            name=NAME, incarnation="disk-0", claim=claim, seq=1 if self.shared else 0, shared=self.shared > 0
+        )
         papers = Papers(incarnation="disk-0", claim=claim, epoch=1, answered=True)
         none = frozenset[str]()
         return State(member, (), papers, (), none, frozenset(), 0, 0, 0, 0, none, none, none, none)

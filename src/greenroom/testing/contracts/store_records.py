@@ -111,6 +111,10 @@ class Records:
         uid = (await world.actor(Key("ns", "a05"))).uid
         assert [a.name for a in await store.list(Actor, where={"uid": uid})] == ["a05"]
         assert [o.id for o in await store.list(Operation, where={"kind": "Resume", "state": "Running"})] == ["op-r"]
+        some: dict[str, str | tuple[str, ...]] = {"pk": ("ns/a05", "ns/a01", "ns/nobody", "other/a01")}
+        assert [a.name for a in await store.list(Actor, where=some)] == ["a01", "a05"]
+        assert [a.name for a in await store.list(Actor, where=some | {"uid": (uid, "another")})] == ["a05"]
+        assert await store.list(Actor, where={"uid": ()}) == []
         assert [lease.operation for lease in await store.list(Lease, where={"owner": "one"})] == ["op-r"]
         assert [w.name for w in await store.list(Worker, where={"pool": "default", "state": "Active"})] == ["w1", "w2"]
         assert [s.id for s in await store.list(Snapshot, where={"actor_uid": "uid-x", "template": "t"})] == ["golden"]

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 from msgspec.structs import replace
 
 from greenroom.agent.alone import AloneWatch
 from greenroom.agent.enrolment import Enrolment
 from greenroom.agent.fence import Fence
+from greenroom.agent.inventory import answer, of_sandbox, of_snapshot
 from greenroom.agent.journal import Journal
+from greenroom.agent.residents import Wake
+from greenroom.agent.sweeper import Sweeper
 from greenroom.core import agentapi as api
 from greenroom.core.agentapi import AgentCall, Resident, ResidentState
 from greenroom.core.errors import (
@@ -28,7 +31,7 @@ from greenroom.core.errors import (
     Unavailable,
     Unimplemented,
 )
-from greenroom.core.gc.records import Refusal
+from greenroom.core.gc.records import Entry, Kind, Local, Refusal, uid_of_log
 from greenroom.core.records import PhaseTime, Record, Snapshot, SnapshotScope, SnapshotState
 from greenroom.testing.simulation.faults import Fault
 from greenroom.testing.simulation.machine import Machine, Sandbox
@@ -56,13 +59,6 @@ class _Nobody:
 _NOBODY = _Nobody()
 
 
-class _Wake(NamedTuple):
-    """One under way. ``epoch`` is that of its beginning; to let ``scope`` time out ends it."""
-
-    epoch: int
-    scope: asyncio.Timeout
-
-
 class Calls:
     """Attributes:
     end: ends the agent's process; with its argument everything that runs here, too. Set by whoever runs the world.
@@ -77,7 +73,7 @@ class Calls:
         self.end: Callable[[bool], None] = lambda wipe: None
         self._random = draw
         self._fence = Fence(self.worker, cast(Journal, machine.journal), self._resident_generation, self._still_holds)
-        self._wakes: dict[str, _Wake] = {}
+        self._wakes: dict[str, Wake] = {}
         for sandbox in machine.sandboxes.values():
             sandbox.state = ResidentState.FROZEN if sandbox.frozen else ResidentState.RUNNING
             sandbox.identity = replace(sandbox.identity, generation=self._fence.generation(sandbox.uid))
@@ -91,6 +87,7 @@ class Calls:
         for sandbox in self.machine.sandboxes.values():
             sandbox.epoch = self.alone.epoch  # as the agent before this one remembered it
         self.alone.start()
+        self.sweeper = Sweeper(self._sandboxes, self._destroy)
 
     def _new_id(self) -> str:
         return f"{self._random.getrandbits(128):032x}"
@@ -110,8 +107,8 @@ class Calls:
 
     async def _stop_stale(self, uid: str) -> None:
         wake = self._wakes.get(uid)
-        if wake is not None and not self._may_run(wake.epoch) and not wake.scope.expired():
-            wake.scope.reschedule(self.network.loop.time())
+        if wake is not None and not self._may_run(wake.epoch):
+            wake.end()
 
         async def stop() -> None:
             sandbox = self.machine.sandboxes.get(uid)
@@ -157,6 +154,8 @@ class Calls:
                 # One whose name is taken waits; what it has is an empty disk.
                 assert call.refused is None or call.refused.what is not Refusal.WIPE, "no machine comes back twice"
                 return api.Done()
+            case api.Sync():
+                return self._sync(call)
             case api.Start() | api.Restore():
                 epoch = self.alone.now
                 return await self._fence.run(call, lambda _: self._wake(call, epoch), _NOBODY)
@@ -246,25 +245,65 @@ class Calls:
                 state=s.state,
                 endpoint=s.endpoint,
                 operation_id=s.operation_id,
+                sandbox=s.identity.sandbox,
             )
             for uid, s in self.machine.sandboxes.items()
         )
+
+    # --- what is here -------------------------------------------------------------------------------------
+
+    def _sync(self, call: api.Sync) -> api.Synced:
+        """See `greenroom.agent.inventory`."""
+        self.enrolment.close(call.epoch, call.closed_seq)
+        here = {e.handle: e for e in (*self._sandboxes(), *(of_snapshot(h, Local.LIVE) for h in self.machine.held))}
+        entries = [replace(e, state=Local.DYING) if e.handle in self.sweeper else e for e in here.values()]
+        for wake in self._wakes.values():
+            if wake.identity.handle in call.destroy:
+                wake.unwanted = True
+                wake.end()
+        self.sweeper.order([here[handle] for handle in call.destroy if handle in here])
+        _ = self.alone.alone  # whether it has just become so is in the epoch
+        return answer(call, self.enrolment.papers, self.worker, entries, self.residents(), self.alone.epoch)
+
+    def _sandboxes(self) -> Iterator[Entry]:
+        for wake in self._wakes.values():
+            yield of_sandbox(wake.identity, Local.INIT)
+        made = {wake.identity.handle for wake in self._wakes.values()}
+        for sandbox in self.machine.sandboxes.values():
+            if sandbox.identity.handle not in made:
+                yield of_sandbox(sandbox.identity, Local.LIVE)
+
+    async def _destroy(self, entry: Entry) -> None:
+        if entry.kind is Kind.SNAPSHOT:
+            if entry.handle in self.machine.held:
+                self.machine.watch.drops(self.worker, entry.handle)
+                del self.machine.held[entry.handle]
+            return
+        uid = uid_of_log(entry.parent)
+
+        async def end() -> None:
+            sandbox = self.machine.sandboxes.get(uid)
+            if sandbox is not None and sandbox.identity.handle == entry.handle:
+                self.machine.watch.sweeps(sandbox)
+                await self._end(uid)
+
+        await self._fence.aside(uid, end)
 
     # --- wake and end -------------------------------------------------------------------------------------
 
     async def _wake(self, call: api.Start | api.Restore, epoch: int) -> api.Started:
         """``epoch``: when the call came. It ends as soon as that is over."""
         uid = call.actor_uid
-        self.enrolment.check()
+        self.enrolment.admit(call.identity)
         made = self.machine.sandboxes.get(uid)
         frozen = made is not None and made.frozen and made.operation_id == call.operation_id
         if frozen or not self._may_run(epoch):
             raise self._was_alone()
         try:
             async with asyncio.timeout(None) as scope:
-                self._wakes[uid] = _Wake(epoch, scope)
+                self._wakes[uid] = wake = Wake(epoch, scope, call.identity)
                 started = await self._wake_in(call)
-            if self._may_run(epoch):
+            if self._may_run(epoch) and not wake.unwanted:
                 return started
         except TimeoutError:
             if not scope.expired():

@@ -7,13 +7,13 @@ wrote comes later; for each record in the order of the commits, and in no order 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from greenroom.core.commands import ActorCommand, Change, Command
 from greenroom.core.errors import ResourceExhausted, Unavailable
 from greenroom.store.memory import MemoryStore
-from greenroom.store.port import KEPT_OPERATIONS, MAX_PAGE, Event, EventType, Free, R, Stored, W
+from greenroom.store.port import KEPT_OPERATIONS, MAX_PAGE, Event, EventType, Free, R, Stored, W, Where
 from greenroom.store.watch import Watcher
 from greenroom.testing.simloop import Process
 from greenroom.testing.simulation.faults import HEAVY
@@ -199,7 +199,7 @@ class SimStore:
         cls: type[R],
         *,
         namespace: str = "",
-        where: Mapping[str, str] | None = None,
+        where: Where | None = None,
         after: str = "",
         limit: int = MAX_PAGE,
     ) -> list[R]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from greenroom.core.agentapi import ActorCall
-from greenroom.core.records import Actor, ActorState, Key, Snapshot, SnapshotState
+from greenroom.core.records import Actor, ActorState, Key, Operation, OperationState, Snapshot, SnapshotState
 from greenroom.engine.bindings import BindingTable
 from greenroom.store.port import EventType, Stored
 from greenroom.testing.simulation.bookkeeping import Bookkeeping, Violation
@@ -256,6 +256,25 @@ class Oracle:
         line = self.lines[sandbox.uid]
         if line.current is not sandbox and line.actor.state is not ActorState.DELETING and not line.deleted:
             raise self.broken(f"it goes on, and its actor is not there any more: {sandbox}, {line.actor}")
+
+    def sweeps(self, sandbox: Sandbox) -> None:
+        """It is destroyed because nobody has a record of it."""
+        actor = self.lines[sandbox.uid].actor
+        deleted = self.lines[sandbox.uid].deleted
+        if not deleted and (actor.worker, actor.sandbox) == (sandbox.machine.name, sandbox.identity.handle):
+            raise self.broken(f"it is swept, and is its actor's: {sandbox}, {actor}")
+
+    def drops(self, machine: str, snapshot_id: str) -> None:
+        """What a worker holds is removed because nobody has a record of it."""
+        record = self.books.records.get((Snapshot, snapshot_id))
+        wanted = isinstance(record, Snapshot) and record.state is not SnapshotState.CONDEMNED
+        makers = [
+            o
+            for o in self.books.records.values()
+            if isinstance(o, Operation) and o.snapshot == snapshot_id and o.state is OperationState.RUNNING
+        ]
+        if wanted or makers:
+            raise self.broken(f"{machine} drops what somebody needs: {record}, {makers}")
 
     def runs(self, sandbox: Sandbox) -> None:
         """A sandbox runs from this instant."""

@@ -365,6 +365,8 @@ class Actor(_message.Message):
     GOLDEN_FIELD_NUMBER: _builtins.int
     DURABLE_AT_FIELD_NUMBER: _builtins.int
     WORKER_SELECTOR_FIELD_NUMBER: _builtins.int
+    SANDBOX_FIELD_NUMBER: _builtins.int
+    SANDBOX_SEQ_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """DNS label"""
     name: _builtins.str
@@ -393,6 +395,10 @@ class Actor(_message.Message):
     """how often it was resumed"""
     golden: _builtins.bool
     """the hidden actor that a template boots once"""
+    sandbox: _builtins.str
+    """handle of the sandbox that it is bound to; never used twice"""
+    sandbox_seq: _builtins.int
+    """number of that sandbox among what was meant for its worker"""
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -445,10 +451,12 @@ class Actor(_message.Message):
         golden: _builtins.bool = ...,
         durable_at: _timestamp_pb2.Timestamp | None = ...,
         worker_selector: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        sandbox: _builtins.str = ...,
+        sandbox_seq: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "durable_at", b"durable_at", "endpoint", b"endpoint", "resumed_at", b"resumed_at", "state_since", b"state_since", "suspended_at", b"suspended_at", "unsaved_since", b"unsaved_since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "durable_at", b"durable_at", "endpoint", b"endpoint", "generation", b"generation", "golden", b"golden", "labels", b"labels", "last_worker", b"last_worker", "message", b"message", "name", b"name", "namespace", b"namespace", "operation", b"operation", "previous_snapshot", b"previous_snapshot", "reason", b"reason", "resumed_at", b"resumed_at", "snapshot", b"snapshot", "state", b"state", "state_since", b"state_since", "suspended_at", b"suspended_at", "template", b"template", "uid", b"uid", "unsaved_since", b"unsaved_since", "version", b"version", "wakes", b"wakes", "worker", b"worker", "worker_selector", b"worker_selector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "durable_at", b"durable_at", "endpoint", b"endpoint", "generation", b"generation", "golden", b"golden", "labels", b"labels", "last_worker", b"last_worker", "message", b"message", "name", b"name", "namespace", b"namespace", "operation", b"operation", "previous_snapshot", b"previous_snapshot", "reason", b"reason", "resumed_at", b"resumed_at", "sandbox", b"sandbox", "sandbox_seq", b"sandbox_seq", "snapshot", b"snapshot", "state", b"state", "state_since", b"state_since", "suspended_at", b"suspended_at", "template", b"template", "uid", b"uid", "unsaved_since", b"unsaved_since", "version", b"version", "wakes", b"wakes", "worker", b"worker", "worker_selector", b"worker_selector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
