@@ -136,6 +136,23 @@ async def test_t31_a_restored_database_destroys_nothing_until_somebody_looks(wor
     await world.settle()
 
 
+async def test_t31_a_database_that_goes_back_under_a_running_replica(world: SimWorld) -> None:
+    """The replica has seen what the database has forgotten, whatever numbers are given out meanwhile."""
+    assert isinstance(world.store, MemoryStore)
+    tables = world.store._rows._tables
+    backup = dict(tables[Worker])
+    actor = await awake(world, "a")
+    seen = (await record(world)).version
+    await until(lambda: tables[Worker]["w0"].version > seen + 2)  # type: ignore[attr-defined]
+    await until(lambda: world.engine.census._versions["w0"][1] > seen + 1)
+    tables[Worker].update(backup)
+    await until(lambda: tables[Worker]["w0"].distrust)  # type: ignore[attr-defined]
+    assert "greenroom acknowledge worker w0" in (await record(world)).message
+    await world.engine.reconciler.compare("w0", anew=True)
+    assert [r.actor_uid for r in world.agents["w0"].hello().residents] == [actor.uid]
+    await world.engine.drain_worker("w0", undo=True)
+
+
 async def replace_agent_and_keep_its_sandboxes(world: SimWorld) -> None:
     await world.kill_agent("w0")
     await world.start_agent("w0")

@@ -18,11 +18,13 @@ from greenroom.agent.fence import Fence
 from greenroom.core import lifecycle
 from greenroom.core.agentapi import Heartbeat
 from greenroom.core.commands import ActorCommand, BeginSuspend, Change, FinishSuspend, Outcome, TakeOver, View
+from greenroom.core.gc.records import ResourceState
 from greenroom.core.records import Actor, ActorState, Operation, OperationState, Snapshot, Worker
 from greenroom.engine.census import Census
 from greenroom.engine.drivers import Drivers, Phases
 from greenroom.engine.engine import Engine
 from greenroom.engine.follower import Follower
+from greenroom.engine.inventories import Inventories
 from greenroom.engine.reconciler import Reconciler
 from greenroom.engine.recovery import Recovery
 from greenroom.store import transaction
@@ -157,6 +159,25 @@ def nothing_is_revoked(patch: Patch) -> None:
     patch.setattr(Reconciler, "_drop_stale", leave_it)
 
 
+def new_sandboxes_are_nobodys(patch: Patch) -> None:
+    """What was placed on a worker after its rows were read is taken for what nobody has a record of."""
+
+    async def nobody(self: Inventories, entries: Any) -> dict[str, Actor]:
+        return {}
+
+    patch.setattr(Inventories, "_owners_of", nobody)
+
+
+def what_is_being_made_is_nobodys(patch: Patch) -> None:
+    """A snapshot that a worker holds counts only once its record is written."""
+    of_snapshots = Inventories._of_snapshots
+
+    async def without(self: Inventories, worker: str, handles: Any) -> Any:
+        return [row for row in await of_snapshots(self, worker, handles) if row.state is not ResourceState.CREATING]
+
+    patch.setattr(Inventories, "_of_snapshots", without)
+
+
 def suspends_are_answered_when_they_begin(patch: Patch) -> None:
     """Before the snapshot is committed."""
     transition = Engine.transition
@@ -206,6 +227,8 @@ MUTATIONS = [
     Mutation(heartbeats_are_always_answered, 200, "does not know that it is alone|two incarnations", CUT),
     Mutation(workers_of_others_count_as_lost, 30, "counts as lost, and was heard", APART),
     Mutation(nothing_is_revoked, 10, "routes to|answered by", DRAWN),
+    Mutation(new_sandboxes_are_nobodys, 40, "it is swept, and is its actor's", DRAWN),
+    Mutation(what_is_being_made_is_nobodys, 200, "drops what somebody needs", DRAWN),
     Mutation(suspends_are_answered_when_they_begin, 20, "as was said, with", DRAWN),
 ]
 

@@ -19,6 +19,7 @@ wakes elsewhere is not alive twice. No clock is compared with another's for that
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import structlog
@@ -30,6 +31,7 @@ from greenroom.core.errors import (
     GreenroomError,
     NotFound,
 )
+from greenroom.core.gc import control
 from greenroom.core.records import Actor, Worker, WorkerState
 from greenroom.engine import clock
 from greenroom.engine.members import ASKED, LEAVING, WRITE_ATTEMPTS, as_heard, state_of
@@ -83,6 +85,8 @@ class Census:
         self._abandoning: dict[str, asyncio.Task[None]] = {}
         #: ``last_seen`` of each worker, and when (loop time) this value was seen first, looking without a gap.
         self._seen: dict[str, tuple[float, float]] = {}
+        #: Of each worker's record at the last look: when the worker was first registered, and the version.
+        self._versions: dict[str, tuple[float, int]] = {}
         self._looked_at = 0.0
         #: Set, and replaced by a new one, with every look.
         self._looked = asyncio.Event()
@@ -334,6 +338,7 @@ class Census:
         got = clock.monotonic()
         if got - asked > 2 * return_s * LOOK_SHARE:
             self._seen.clear()  # it took too long to count as looking without a gap
+        await self._notice_going_back(workers)
         enrolled = {*self._engine.members.enrolled()}
         heard = {name: at for name, at in self._engine.hub.heard().items() if name in enrolled}
         due: list[str] = []
@@ -351,6 +356,18 @@ class Census:
         self._looked_at = asked
         self._looked.set()
         self._looked = asyncio.Event()
+
+    async def _notice_going_back(self, workers: Sequence[Worker]) -> None:
+        """A record that is older than it was at the last look: the whole database must be. Workers find that by their
+        numbers too, if they are asked before new ones have reached the old."""
+        for worker in workers:
+            since, version = self._versions.get(worker.name, (worker.registered_at, 0))
+            if since == worker.registered_at and worker.version < version:
+                why = f"the record of worker {worker.name} has version {worker.version}, and had {version} before"
+                for each in workers:
+                    await self._engine.members.distrust(each.name, why, control.alarm(each.name, why))
+                break
+        self._versions = {w.name: (w.registered_at, w.version) for w in workers}
 
     def _observe(self, worker: Worker, got: float) -> None:
         """``got``: after the record was read, so that what is seen first is never counted as older than it is."""

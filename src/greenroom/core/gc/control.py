@@ -119,13 +119,14 @@ def _took_back(member: Member, said: Register) -> Decision:
         seq=max(member.seq, highest),
         quarantined=f"it was in epoch {said.epoch} and knows of number {highest}, and the database does not",
     )
-    return Decision(member=new, answer=_registered(new, []), alarm=_alarm(new))
+    return Decision(member=new, answer=_registered(new, []), alarm=alarm(new.name, new.quarantined))
 
 
-def _alarm(member: Member) -> str:
+def alarm(worker: str, why: str) -> str:
+    """Why nobody acts on what is recorded of a worker, and what to do about it."""
     return (
-        f"worker {member.name}: {member.quarantined}; was the database restored? Nothing is destroyed or forgotten "
-        f"there until `greenroom drain worker {member.name} --undo`"
+        f"worker {worker}: {why}; was the database restored? Nothing is destroyed or forgotten "
+        f"there until `greenroom acknowledge worker {worker}`"
     )
 
 
@@ -221,7 +222,7 @@ def sync(
     known = {row.handle: row for row in rows}
     unknown = [entry for entry in inventory.values() if entry.handle not in known]
     if not member.quarantined and (why := _went_back(member, report, unknown, generations)):
-        return _wait(replace(member, quarantined=why), report, _alarm(replace(member, quarantined=why)))
+        return _wait(replace(member, quarantined=why), report, alarm(member.name, why))
     if member.quarantined:
         return _wait(member, report)
     orphans = [
@@ -250,11 +251,11 @@ def sync(
     return Decision(member=member, put=tuple(orphans), removed=tuple(removed), answer=orders)
 
 
-def _wait(member: Member, report: Report, alarm: str = "") -> Decision:
+def _wait(member: Member, report: Report, said: str = "") -> Decision:
     """Nothing is decided; but no number is given out that the worker has seen already."""
     seen = max(member.seq, report.closed_seq, *(entry.create_seq for entry in report.inventory or ()))
     orders = Orders(incarnation=member.incarnation, closed_seq=report.closed_seq)
-    return Decision(member=replace(member, seq=seen), answer=orders, alarm=alarm)
+    return Decision(member=replace(member, seq=seen), answer=orders, alarm=said)
 
 
 def is_current(member: Member, report: Report) -> bool:

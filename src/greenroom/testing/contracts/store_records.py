@@ -131,7 +131,7 @@ class Records:
         assert [t.namespace for t in await store.list(Template)] == ["tea", "team-a", "team", "team0"]
 
     async def test_a_list_refuses_what_it_can_not_do(self, store: Store) -> None:
-        with pytest.raises(InvalidArgument, match="only by: state, template, uid, worker"):
+        with pytest.raises(InvalidArgument, match="only by: pk, state, template, uid, worker"):
             await store.list(Actor, where={"reason": "x"})
         for limit in (0, -1, MAX_PAGE + 1):
             with pytest.raises(InvalidArgument, match=f"limit {limit}"):

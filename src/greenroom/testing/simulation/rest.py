@@ -7,6 +7,7 @@ from collections import Counter
 
 from greenroom.core import states
 from greenroom.core.agentapi import ResidentState
+from greenroom.core.gc import control
 from greenroom.core.records import (
     Actor,
     ActorState,
@@ -20,6 +21,7 @@ from greenroom.core.records import (
     WorkerState,
 )
 from greenroom.engine.config import EngineConfig
+from greenroom.engine.inventories import LOOK_EVERY
 from greenroom.store.memory import MemoryStore
 from greenroom.testing.contracts.store_world import list_all
 from greenroom.testing.simulation.calls import HANG_S
@@ -34,8 +36,8 @@ CORRUPT = SnapshotState.CORRUPT
 def bound_s(clocks: EngineConfig, ahead_s: float) -> float:
     """How long a world may need to come to rest, in seconds: a lease that was taken by a clock that went ahead runs
     out, a janitor takes the operation over, it runs to its deadline and is put back (30 s,
-    `drivers.PUT_BACK_TIMEOUT_S`), a worker counts as away, and what is left on workers is found by the second look; and
-    a margin of 10 s for messages."""
+    `drivers.PUT_BACK_TIMEOUT_S`), a worker counts as away, and what is left on workers is found by the second look, on
+    their disks by the next thorough one; and a margin of 10 s for messages."""
     return (
         clocks.lease_ttl_s
         + ahead_s
@@ -43,7 +45,7 @@ def bound_s(clocks: EngineConfig, ahead_s: float) -> float:
         + clocks.operation_deadline_s
         + 30.0
         + clocks.worker_return_s
-        + 2 * clocks.reconcile_s
+        + (2 + LOOK_EVERY) * clocks.reconcile_s * (1.0 + control.SPREAD)
         + HANG_S[1]
         + 10.0
     )
@@ -95,9 +97,8 @@ def _bindings(actors: list[Actor], replicas: list[Replica]) -> list[str]:
 async def _snapshots(
     store: MemoryStore, actors: list[Actor], machines: dict[str, Machine], bucket: Bucket
 ) -> list[str]:
-    """What has a record is stored, and each record is wanted by somebody. Not the other way round: what arrives after
-    all that would remove it (a snapshot published after its suspend was backed out, a held copy whose release was lost)
-    stays until something collects it."""
+    """What has a record is stored, each record is wanted by somebody, and workers hold nothing else. What is stored may
+    be more: a snapshot that is published after its suspend was backed out is found within a day."""
     records = {s.id: s for s in await list_all(store, Snapshot)}
     present = {i for i, s in records.items() if s.state is SnapshotState.PRESENT}
     wanted = {i for a in actors for i in (a.snapshot, a.previous_snapshot) if i}
@@ -108,6 +109,7 @@ async def _snapshots(
     wanted |= {s.id for s in records.values() if s.golden and s.template in failed}
     return (
         [f"recorded, but not stored: {i}" for i in present - set(bucket.stored)]
+        + [f"held on {m.name} by mistake: {i}" for m in machines.values() for i in m.held if i not in records]
         + [f"still to be uploaded: {s}" for s in records.values() if s.state is SnapshotState.LOCAL]
         + [
             f"wanted by nobody: {records[i]}"
