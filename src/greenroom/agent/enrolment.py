@@ -66,6 +66,11 @@ class Enrolment:
         """Everything that was here is gone: this is an empty disk now. Raises `OSError` if it can't be written down."""
         self._write(rules.begin(Papers(incarnation=self._new_id()), self._new_id()))
 
+    def forget(self) -> None:
+        """Whoever begins on this disk next begins with an empty one. Raises `OSError` if it can't be made so."""
+        self._path.unlink(missing_ok=True)
+        self.papers, self._is_written = rules.begin(Papers(incarnation=self._new_id()), self._new_id()), False
+
     def _write(self, papers: Papers) -> None:
         new = self._path.with_suffix(".new")
         new.write_bytes(msgspec.json.encode(papers))

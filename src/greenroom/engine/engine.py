@@ -57,6 +57,7 @@ from greenroom.engine import clock
 from greenroom.engine.bindings import Binding, BindingTable, Wake
 from greenroom.engine.census import Census
 from greenroom.engine.config import EngineConfig
+from greenroom.engine.decommission import Decommission, Farewell
 from greenroom.engine.drivers import Drivers, Phases
 from greenroom.engine.follower import Follower
 from greenroom.engine.images import Images
@@ -99,6 +100,7 @@ class Engine:
         self.members = Members(self)
         self.census = Census(self)
         self.reconciler = Reconciler(self)
+        self.decommission = Decommission(self)
         self.recovery = Recovery(self)
         self.replicas = Replicas(self)
         self.follower = Follower(self)
@@ -383,6 +385,17 @@ class Engine:
         if not undo:
             self.census.empty(name)
         return written
+
+    async def retire_worker(self, name: str) -> Worker:
+        return await self.decommission.retire(name)
+
+    async def forget_worker(self, name: str, *, accept_loss: bool = False) -> Farewell:
+        return await self.ops.attend(
+            self.spawn(self.decommission.forget(name, accept_loss=accept_loss), f"forget-{name}")
+        )
+
+    async def acknowledge_worker(self, name: str) -> Worker:
+        return await self.decommission.acknowledge(name)
 
     # --- templates and pools ------------------------------------------------------------------------------
 

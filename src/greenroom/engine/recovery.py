@@ -25,7 +25,6 @@ from greenroom.core.records import (
     SnapshotState,
     Template,
     Worker,
-    WorkerState,
 )
 from greenroom.engine import clock
 from greenroom.engine.census import bug_of
@@ -177,7 +176,7 @@ class Recovery:
             worker = await self._ops.read(Worker, snapshot.worker)
         except NotFound:
             return
-        if worker.state is WorkerState.DISCONNECTED and self._engine.uploads.is_gone(worker):
+        if self._engine.uploads.is_gone(worker):
             return
         await self._engine.hub.call(snapshot.worker, api.Release(snapshot_id=snapshot.id))
 

@@ -78,13 +78,13 @@ def register(member: Member | None, rows: Sequence[Resource], said: Register, *,
         return _refuse(member, said, Refusal.NAME_TAKEN)
     if said.replaces != member.epoch:
         return _refuse(member, said, Refusal.REGISTER)
-    # An empty disk under a known name: of what there was nothing is on it.
+    # An empty disk under a known name: of what there was nothing is on it. (What was to go with the old one has gone.)
     new = replace(
         member,
         incarnation=said.incarnation,
         claim=said.claim,
         epoch=member.epoch + 1,
-        standing=Standing.ACTIVE if member.standing is Standing.GONE else member.standing,
+        standing=Standing.ACTIVE if member.standing in (Standing.GONE, Standing.RETIRING) else member.standing,
         quarantined="",
     )
     return Decision(member=new, removed=tuple(rows), answer=_registered(new, []))
@@ -118,7 +118,7 @@ def _took_back(member: Member, said: Register) -> Decision:
 def _alarm(member: Member) -> str:
     return (
         f"worker {member.name}: {member.quarantined}; was the database restored? Nothing is destroyed or forgotten "
-        f"there until `greenroom drain worker {member.name} --undo`"
+        f"there until `greenroom acknowledge worker {member.name}` says that the database is right as it is"
     )
 
 

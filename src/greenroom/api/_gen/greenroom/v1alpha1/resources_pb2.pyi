@@ -147,14 +147,26 @@ class _WorkerStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerSta
     WORKER_STATE_UNSPECIFIED: _WorkerState.ValueType  # 0
     WORKER_STATE_ACTIVE: _WorkerState.ValueType  # 1
     WORKER_STATE_DRAINING: _WorkerState.ValueType  # 2
-    WORKER_STATE_DISCONNECTED: _WorkerState.ValueType  # 3
+    """is emptied, and keeps its disk"""
+    WORKER_STATE_STALLED: _WorkerState.ValueType  # 3
+    """nobody hears it; what is recorded of it stays as it is"""
+    WORKER_STATE_RETIRING: _WorkerState.ValueType  # 4
+    """is emptied, then wiped and forgotten"""
+    WORKER_STATE_GONE: _WorkerState.ValueType  # 5
+    """will not come back; the tombstone of one"""
 
 class WorkerState(_WorkerState, metaclass=_WorkerStateEnumTypeWrapper): ...
 
 WORKER_STATE_UNSPECIFIED: WorkerState.ValueType  # 0
 WORKER_STATE_ACTIVE: WorkerState.ValueType  # 1
 WORKER_STATE_DRAINING: WorkerState.ValueType  # 2
-WORKER_STATE_DISCONNECTED: WorkerState.ValueType  # 3
+"""is emptied, and keeps its disk"""
+WORKER_STATE_STALLED: WorkerState.ValueType  # 3
+"""nobody hears it; what is recorded of it stays as it is"""
+WORKER_STATE_RETIRING: WorkerState.ValueType  # 4
+"""is emptied, then wiped and forgotten"""
+WORKER_STATE_GONE: WorkerState.ValueType  # 5
+"""will not come back; the tombstone of one"""
 Global___WorkerState: _TypeAlias = WorkerState  # noqa: Y015
 
 class _SnapshotState:
