@@ -20,7 +20,7 @@ import structlog
 
 from greenroom.agent.alone import AloneWatch
 from greenroom.agent.classes import Classes
-from greenroom.agent.enrolment import Enrolment
+from greenroom.agent.enrolment import PAPERS, Enrolment
 from greenroom.agent.erase import erase
 from greenroom.agent.fence import Fence, from_os
 from greenroom.agent.held import Held
@@ -115,7 +115,7 @@ class Agent:
         config, root = self._config, self._config.state_dir
         for name in ("cache", "logs"):
             (root / name).mkdir(parents=True, exist_ok=True)
-        self._enrolment = Enrolment(root / "papers.json", config.worker)
+        self._enrolment = Enrolment(root / PAPERS, config.worker)
         self._journal = Journal(root / "journal")
         self._staging = Staging(root / "staging")
         self._held = Held(root / "held", config.worker, self._snapshots)

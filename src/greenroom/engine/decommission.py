@@ -4,10 +4,10 @@
 and ends; then its record goes. Each step can be repeated, by any replica that is linked to the worker, so what is cut
 short goes on with the next sweep.
 
-*Given up* (GONE): by a person, or because this process has watched for its sign for ``worker_gone_s`` and seen none. What
-was awake there is CRASHED and wakes elsewhere, what only its disk had is lost. Its record stays, as a tombstone: should
-it come back, it is told to wipe itself. Nobody may give up a worker that may still be heard, because what runs there may
-go on running then; by the rules of `greenroom.engine.census` one that is not heard has frozen itself.
+*Given up* (GONE): by a person, or because this process has watched for its sign for ``worker_gone_s`` and seen none.
+What was awake there is CRASHED and wakes elsewhere, what only its disk had is lost. Its record stays, as a tombstone:
+should it come back, it is told to wipe itself. Nobody may give up a worker that may still be heard, because what runs
+there may go on running then; by the rules of `greenroom.engine.census` one that is not heard has frozen itself.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class Decommission:
     async def _retire(self, name: str) -> None:
         try:
             await self._engine.suspend_all([name], cause="drain")
-            if awake := await self._engine.census.all(Actor, worker=name):
-                log.warning("worker can't retire yet: actors are awake", worker=name, actors=[str(a.key) for a in awake])
+            if awake := (await self.losses(name)).actors:
+                log.warning("worker can't retire yet: actors are awake", worker=name, actors=awake)
                 return
             await self._engine.uploads.flush(name)
             record = await self._store.get(Worker, name)
@@ -117,9 +117,8 @@ class Decommission:
                     f"{known.name}` lists them, and their operations end by themselves",
                     reason="WORKER_IN_USE",
                 )
-            doomed = record
             try:
-                await self._ops.steadily(lambda: self._store.remove(doomed))
+                await self._ops.steadily(lambda: self._store.remove(record))  # noqa: B023  # awaited at once
             except Conflict:
                 continue
             return True
@@ -158,7 +157,7 @@ class Decommission:
     def _heard(self, record: Worker) -> FailedPrecondition:
         left_s = self._engine.replicas.longest_return_s - self._engine.census.unheard_s(record)
         when = (
-            f"nobody hears it, but not for long enough: what runs there may not be frozen yet. Try again in {left_s:.0f} s"
+            f"nobody hears it, but what runs there may not be frozen yet. Try again in {left_s:.0f} s"
             if record.state is WorkerState.STALLED
             else f"it is heard. `greenroom retire worker {record.name}` empties it first, and loses nothing; one whose "
             "agent has just ended counts as away after a while"
@@ -176,8 +175,8 @@ class Decommission:
         return Losses(tuple(str(a.key) for a in actors), tuple(s.id for s in local if s.worker == name))
 
     async def give_up(self, worker: Worker) -> None:
-        """For a sweep, with the record of a worker that is not connected: when this process has watched for its sign for
-        ``worker_gone_s``, or it was being retired and nothing is lost with it, then it is GONE."""
+        """For a sweep, with the record of a worker that is not connected: when this process has watched for its sign
+        for ``worker_gone_s``, or it was being retired and nothing is lost with it, then it is GONE."""
         if worker.state is not WorkerState.STALLED or self._engine.census.may_be_heard(worker):
             return
         gone_s = self._engine.config.worker_gone_s
@@ -208,8 +207,8 @@ class Decommission:
         return gone
 
     async def settle(self, worker: Worker) -> None:
-        """What was awake on a worker that is GONE is CRASHED, which frees its slots; what only its disk had is lost. What
-        an operation holds there is that operation's to end, and looked at again by the next sweep."""
+        """What was awake on a worker that is GONE is CRASHED, which frees its slots. What an operation holds there is
+        that operation's to end, and looked at again by the next sweep."""
         why = f"worker {worker.name} is gone: {worker.message}"
         for actor in await self._engine.census.all(Actor, worker=worker.name):
             if actor.state not in BUSY:
