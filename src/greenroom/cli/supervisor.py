@@ -198,6 +198,11 @@ class Supervisor:
                         break
                     self._retiring[name] = keeper = self._keep_on(name)  # it has registered in the last moment
                 await self._engine.decommission.retire(name)
+                if keeper.done():  # its disk is erased, and then its record goes; or it was killed as it began
+                    await asyncio.wait({self._engine.decommission.begin(name)})
+                    if not await self._is_over(name):
+                        self._retiring[name] = keeper = self._keep_on(name)
+                    continue
             except GreenroomError as error:
                 log.error("worker can't end yet", worker=name, error=error.message)
             await asyncio.wait({keeper}, timeout=RETIRE_PAUSE_S)  # it ends when its disk is erased

@@ -21,6 +21,7 @@ from msgspec.structs import replace
 from greenroom.core import agentapi as api
 from greenroom.core.errors import Conflict, FailedPrecondition, GreenroomError, NotFound
 from greenroom.core.gc import control
+from greenroom.core.gc.verdict import DATABASE
 from greenroom.core.records import Actor, Snapshot, SnapshotState, Worker, WorkerState
 from greenroom.core.states import BUSY
 from greenroom.engine.members import RETIRING, WRITE_ATTEMPTS, member_of
@@ -96,8 +97,8 @@ class Decommission:
             if record.cordon != RETIRING or record.distrust:
                 return  # somebody has undone it, or has to look first
             await self._engine.members.ask(name, api.Shutdown(wipe=True, erase=True))
-            await self._remove(record)
-            log.info("worker retired", worker=name, incarnation=record.incarnation)
+            if await self._remove(record):
+                self._engine.removals.add("worker", name, DATABASE, "it has retired, and erased its disk")
         except NotFound:
             pass  # another replica was quicker
         except GreenroomError as error:
@@ -138,7 +139,10 @@ class Decommission:
         if record.state is WorkerState.GONE:
             await self.settle(record)
             await self._engine.uploads.sweep()
-            return Farewell(record, await self._remove(record), Losses())
+            removed = await self._remove(record)
+            if removed:
+                self._engine.removals.add("worker", name, DATABASE, "somebody has said that it is to be forgotten")
+            return Farewell(record, removed, Losses())
         if self._engine.census.may_be_heard(record):
             raise self._heard(record)
         losses = await self.losses(name)

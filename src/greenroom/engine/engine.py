@@ -60,12 +60,14 @@ from greenroom.engine.config import EngineConfig
 from greenroom.engine.decommission import Decommission, Farewell
 from greenroom.engine.drivers import Drivers, Phases
 from greenroom.engine.follower import Follower
+from greenroom.engine.garbage import Garbage
 from greenroom.engine.images import Images
 from greenroom.engine.members import ASKED, Members
 from greenroom.engine.operations import Operations
 from greenroom.engine.port import DEFAULT_WAIT_S, ExecStream
 from greenroom.engine.reconciler import Reconciler
 from greenroom.engine.recovery import Recovery
+from greenroom.engine.removals import Removals
 from greenroom.engine.replicas import Replicas
 from greenroom.engine.streams import RemoteExec, merged_logs
 from greenroom.engine.templates import Preparer
@@ -90,6 +92,7 @@ class Engine:
         self.hub = hub
         self.config = config
         self.bindings = BindingTable(lambda worker: self.census.is_trusted(worker))
+        self.removals = Removals(self)
         self.ops = Operations(self)
         self.drivers = Drivers(self)
         self.wakes = Wakes(self)
@@ -102,6 +105,7 @@ class Engine:
         self.reconciler = Reconciler(self)
         self.decommission = Decommission(self)
         self.recovery = Recovery(self)
+        self.garbage = Garbage(self)
         self.replicas = Replicas(self)
         self.follower = Follower(self)
         hub.listener = self.census

@@ -14,7 +14,9 @@ from greenroom.core.agentapi import ActorStats
 from greenroom.core.records import Actor, Key, Operation, Pool, PoolSpec, Template, TemplateSpec, Worker
 from greenroom.engine.bindings import Binding, BindingTable, Wake
 from greenroom.engine.decommission import Farewell
+from greenroom.engine.garbage import Garbage
 from greenroom.engine.images import Images
+from greenroom.engine.removals import Removals
 from greenroom.store.port import Store
 
 #: How long a mutation waits for its operation unless the caller says otherwise.
@@ -62,6 +64,10 @@ class ControlPlane(Waker, Protocol):
 
     @property
     def images(self) -> Images: ...
+    @property
+    def garbage(self) -> Garbage: ...
+    @property
+    def removals(self) -> Removals: ...
 
     async def create_actor(
         self,

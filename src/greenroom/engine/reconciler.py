@@ -49,8 +49,13 @@ class Reconciler:
         if task is None:
             task = self._ops.spawn(self._settle(worker), f"settle-{worker}")
             self._comparing[worker] = task
-            task.add_done_callback(lambda _: self._comparing.pop(worker))
+            task.add_done_callback(lambda done: self._compared(worker, done))
         return await self._ops.attend(task)
+
+    def _compared(self, worker: str, done: asyncio.Task[list[str]]) -> None:
+        self._comparing.pop(worker)
+        if not done.cancelled():
+            self._engine.removals.syncs["failed" if done.exception() else "done"] += 1
 
     async def compare_quietly(self, worker: str) -> None:
         try:
@@ -177,7 +182,6 @@ class Reconciler:
                 return
         except NotFound:
             pass
-        log.info("discards a sandbox that no record speaks of", worker=worker, actor=resident.name)
         call = api.Discard(
             operation_id=f"stray-{resident.actor_uid}-{resident.generation}",
             actor_uid=resident.actor_uid,
@@ -186,7 +190,9 @@ class Reconciler:
         try:
             await self._engine.hub.call(worker, call)
         except LeaseLost:
-            pass  # it has been taken over meanwhile, and is none any more
+            return  # it has been taken over meanwhile, and is none any more
+        why = f"no record speaks of this sandbox of actor {resident.namespace}/{resident.name}"
+        self._engine.removals.add("sandbox", resident.actor_uid, worker, why)
 
     async def exited(self, worker: str, event: api.SandboxExited) -> None:
         """A sandbox has ended by itself. An operation that holds the actor just now may have had its answer before

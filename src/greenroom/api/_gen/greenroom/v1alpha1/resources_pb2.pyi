@@ -994,6 +994,99 @@ class Worker(_message.Message):
 Global___Worker: _TypeAlias = Worker  # noqa: Y015
 
 @_typing.final
+class Judged(_message.Message):
+    """--- garbage collection ------------------------------------------------------------------------------------------
+
+    Something that exists, and whether it stays.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    WHERE_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    GOES_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    WHEN_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """actor, template, snapshot, object, sandbox, copy, image or worker"""
+    id: _builtins.str
+    where: _builtins.str
+    """a worker, "snapshot store" or "database" """
+    size_bytes: _builtins.int
+    """0: not known, or none"""
+    goes: _builtins.bool
+    why: _builtins.str
+    when: _builtins.str
+    """when it goes; "" for what is kept"""
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp:
+        """absent: not known"""
+
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        id: _builtins.str = ...,
+        where: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
+        goes: _builtins.bool = ...,
+        why: _builtins.str = ...,
+        when: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["goes", b"goes", "id", b"id", "kind", b"kind", "since", b"since", "size_bytes", b"size_bytes", "when", b"when", "where", b"where", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Judged: _TypeAlias = Judged  # noqa: Y015
+
+@_typing.final
+class Removal(_message.Message):
+    """Something that was destroyed, or could not be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    WHERE_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    id: _builtins.str
+    where: _builtins.str
+    size_bytes: _builtins.int
+    why: _builtins.str
+    failure: _builtins.str
+    """why it could not be destroyed; it is tried again"""
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        id: _builtins.str = ...,
+        where: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        at: _timestamp_pb2.Timestamp | None = ...,
+        why: _builtins.str = ...,
+        failure: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "failure", b"failure", "id", b"id", "kind", b"kind", "size_bytes", b"size_bytes", "where", b"where", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Removal: _TypeAlias = Removal  # noqa: Y015
+
+@_typing.final
 class CachedImage(_message.Message):
     """--- images on workers -----------------------------------------------------------------------------------------
 
