@@ -88,7 +88,7 @@ def _row(one: Judged | Removal) -> list[str]:
     now = time.time()
     size = human_bytes(one.size_bytes) if one.size_bytes else ""
     if isinstance(one, Judged):
-        age = human_age(now - one.since) if one.since is not None else ""
+        age = human_age(now - one.made_at) if one.made_at is not None else ""
         return [one.kind, one.id, one.where, size, age, one.why, one.when]
     failed = f"; failed: {one.failure}" if one.failure else ""
     return [one.kind, one.id, one.where, size, human_age(now - one.at), one.why + failed]
@@ -125,7 +125,7 @@ def sentence(one: Judged) -> str:
         facts = [f"on {one.where}"]
     if one.size_bytes:
         facts.append(human_bytes(one.size_bytes))
-    if one.since is not None:
-        facts.append(f"{human_age(time.time() - one.since)} old")
+    if one.made_at is not None:
+        facts.append(f"{human_age(time.time() - one.made_at)} old")
     said = f"will go {one.when} because {one.why}" if one.goes else f"kept because {one.why}"
     return f"{one.kind}/{one.id} ({', '.join(facts)}): {said}"

@@ -183,9 +183,10 @@ class Garbage:
         """By kind what is garbage now, and by state how many workers there are (and how many are ``distrusted``)."""
         if self._figures is None or clock.monotonic() - self._figures[0] > FIGURES_AGE_S:
             now, by_kind = self._engine.now(), dict[str, Figures]()
-            for one in await self._would_go([]):
+            unheard: list[str] = []  # who can't be asked has a state of its own among the workers
+            for one in await self._would_go(unheard):
                 had = by_kind.get(one.kind, Figures())
-                age_s = max(0.0, now - one.since) if one.since is not None else 0.0
+                age_s = max(0.0, now - one.made_at) if one.made_at is not None else 0.0
                 by_kind[one.kind] = Figures(had.objects + 1, had.size_bytes + one.size_bytes, max(had.oldest_s, age_s))
             states = {str(state): 0 for state in WorkerState} | {"distrusted": 0}
             for worker in await self._engine.census.all(Worker):
@@ -236,7 +237,7 @@ class Garbage:
         if actor is None:
             return []
         operation = await self._get(Operation, actor.operation) if actor.operation else None
-        found = [judged("actor", key, verdict.DATABASE, verdict.actor(actor, operation), since=actor.created_at)]
+        found = [judged("actor", key, verdict.DATABASE, verdict.actor(actor, operation), made_at=actor.created_at)]
         for snapshot in await self._engine.census.all(Snapshot, actor_uid=actor.uid):
             found.append(await self._judge_snapshot(snapshot))
         return found + await self._find_there(actor.uid)
@@ -247,7 +248,9 @@ class Garbage:
             return []
         actors = await self._engine.census.all(Actor, template=template.name)
         users = sum(a.namespace == template.namespace and not a.golden for a in actors)
-        return [judged("template", key, verdict.DATABASE, verdict.template(template, users), since=template.created_at)]
+        return [
+            judged("template", key, verdict.DATABASE, verdict.template(template, users), made_at=template.created_at)
+        ]
 
     async def _find_snapshot(self, id: str) -> list[Judged]:
         snapshot = await self._get(Snapshot, id)
@@ -300,18 +303,18 @@ class Garbage:
         local = snapshot.state is SnapshotState.LOCAL
         where = f"worker {snapshot.worker}" if local else verdict.SNAPSHOT_STORE
         size = snapshot.size_bytes
-        return judged("snapshot", snapshot.id, where, said, size_bytes=size, since=snapshot.created_at)
+        return judged("snapshot", snapshot.id, where, said, size_bytes=size, made_at=snapshot.created_at)
 
     def _judge_worker(self, worker: Worker) -> Judged:
         said = verdict.worker(worker, self._engine.now(), gone_s=self._engine.config.worker_gone_s)
-        return judged("worker", worker.name, verdict.DATABASE, said, since=worker.registered_at or None)
+        return judged("worker", worker.name, verdict.DATABASE, said, made_at=worker.registered_at or None)
 
     def _judge_image(self, cache: ImageCache, image: CachedImage) -> Judged:
         # A sandbox that is only kept warm is no user: it is ended for the image to go.
         users = tuple(user for user in image.users if not is_warm(user))
         said = verdict.image(cache, replace(image, users=users))
         where = ",".join(cache.workers)
-        return judged("image", image.digest, where, said, size_bytes=image.disk_bytes, since=image.last_used_at)
+        return judged("image", image.digest, where, said, size_bytes=image.disk_bytes, made_at=image.last_used_at)
 
     async def _judge_there(self, worker: Worker, name: str = "") -> list[Judged]:
         """What a worker has (of that name or owner)."""
@@ -326,7 +329,7 @@ class Garbage:
                 snapshot = await self._get(Snapshot, one.owner)
                 uid = snapshot.actor_uid if snapshot is not None else ""
                 said = verdict.copy(one, worker, snapshot, await self._working_with(one.owner, uid))
-            found.append(judged(one.kind, one.id, one.worker, said, size_bytes=one.size_bytes, since=one.since))
+            found.append(judged(one.kind, one.id, one.worker, said, size_bytes=one.size_bytes, made_at=one.made_at))
         return found
 
     async def _working_with(self, snapshot_id: str, uid: str) -> Operation | None:

@@ -44,7 +44,7 @@ Verdict = Kept | Goes
 
 
 class Judged(Record, frozen=True, kw_only=True):
-    """One thing and its verdict. ``since``: when it was made (seconds since the epoch), None when nobody knows;
+    """One thing and its verdict. ``made_at``: when it was made (seconds since the epoch), None when nobody knows;
     ``size_bytes`` 0: not known, or none; ``when``: "" for what is kept."""
 
     kind: str
@@ -54,7 +54,7 @@ class Judged(Record, frozen=True, kw_only=True):
     why: str
     when: str = ""
     size_bytes: int = 0
-    since: float | None = None
+    made_at: float | None = None
 
 
 class There(Record, frozen=True, kw_only=True):
@@ -66,16 +66,16 @@ class There(Record, frozen=True, kw_only=True):
     id: str
     owner: str
     size_bytes: int = 0
-    since: float | None = None
+    made_at: float | None = None
 
 
 def judged(
-    kind: str, id: str, where: str, verdict: Verdict, *, size_bytes: int = 0, since: float | None = None
+    kind: str, id: str, where: str, verdict: Verdict, *, size_bytes: int = 0, made_at: float | None = None
 ) -> Judged:
     goes = isinstance(verdict, Goes)
     when = verdict.when if isinstance(verdict, Goes) else ""
     return Judged(
-        kind=kind, id=id, where=where, goes=goes, why=verdict.why, when=when, size_bytes=size_bytes, since=since
+        kind=kind, id=id, where=where, goes=goes, why=verdict.why, when=when, size_bytes=size_bytes, made_at=made_at
     )
 
 
@@ -236,7 +236,9 @@ def copy(there: There, place: Worker | None, snapshot: Snapshot | None, operatio
         return Kept(why=f"operation {operation.id} ({operation.kind}) works with it")
     if snapshot is None:
         return Goes(why="no snapshot of that id exists", when=_when(there, place))
-    if snapshot.worker != there.worker or snapshot.state in (SnapshotState.CONDEMNED, SnapshotState.CORRUPT):
+    if snapshot.worker != there.worker:
+        return Goes(why=f"snapshot {snapshot.id} is on another worker", when=_when(there, place))
+    if snapshot.state in (SnapshotState.CONDEMNED, SnapshotState.CORRUPT):
         return Goes(why=f"snapshot {snapshot.id} is {snapshot.state.lower()}", when=_when(there, place))
     name = f"{snapshot.namespace}/{snapshot.actor}"
     if snapshot.state is SnapshotState.LOCAL:

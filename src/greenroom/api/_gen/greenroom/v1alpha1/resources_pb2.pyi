@@ -1006,7 +1006,7 @@ class Judged(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     WHERE_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
-    SINCE_FIELD_NUMBER: _builtins.int
+    MADE_AT_FIELD_NUMBER: _builtins.int
     GOES_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
     WHEN_FIELD_NUMBER: _builtins.int
@@ -1022,7 +1022,7 @@ class Judged(_message.Message):
     when: _builtins.str
     """when it goes; "" for what is kept"""
     @_builtins.property
-    def since(self) -> _timestamp_pb2.Timestamp:
+    def made_at(self) -> _timestamp_pb2.Timestamp:
         """absent: not known"""
 
     def __init__(
@@ -1032,14 +1032,14 @@ class Judged(_message.Message):
         id: _builtins.str = ...,
         where: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
-        since: _timestamp_pb2.Timestamp | None = ...,
+        made_at: _timestamp_pb2.Timestamp | None = ...,
         goes: _builtins.bool = ...,
         why: _builtins.str = ...,
         when: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["made_at", b"made_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["goes", b"goes", "id", b"id", "kind", b"kind", "since", b"since", "size_bytes", b"size_bytes", "when", b"when", "where", b"where", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["goes", b"goes", "id", b"id", "kind", b"kind", "made_at", b"made_at", "size_bytes", b"size_bytes", "when", b"when", "where", b"where", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
