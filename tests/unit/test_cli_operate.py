@@ -331,10 +331,10 @@ def test_forget(mine: Shell) -> None:
 
 def test_acknowledge(mine: Shell) -> None:
     change_worker(mine, "default-0", distrust="it was in epoch 3, and the database does not know that", epoch=4)
-    titles, first = mine("get", "worker", "default-0").stdout.splitlines()
+    _, first = mine("get", "worker", "default-0").stdout.splitlines()
     assert "Active, distrusted" in first
     shown = mine("describe", "worker", "default-0").stdout
-    assert "distrust:            it was in epoch 3" in shown and "epoch:               4" in shown
+    assert "distrust:           it was in epoch 3" in shown and "epoch:              4" in shown
     assert mine("acknowledge", "worker", "default-0").stdout == (
         "worker/default-0 acknowledged: what the database does not know there goes now\n"
     )
