@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -28,7 +29,6 @@ from greenroom.core.errors import (
     Unavailable,
     Unimplemented,
 )
-from greenroom.core.gc.records import Refusal
 from greenroom.core.records import PhaseTime, Record, Snapshot, SnapshotScope, SnapshotState
 from greenroom.testing.simulation.faults import Fault
 from greenroom.testing.simulation.machine import Machine, Sandbox
@@ -154,9 +154,9 @@ class Calls:
             case api.Enrol():
                 if call.registered is not None:
                     self.enrolment.registered(call.registered)
-                # One whose name is taken waits; what it has is an empty disk.
-                assert call.refused is None or call.refused.what is not Refusal.WIPE, "no machine comes back twice"
-                return api.Done()
+                elif call.refused is not None and self.enrolment.must_wipe(call.refused):
+                    await self._wipe()
+                return api.Done()  # one whose name is taken waits; what it has is an empty disk
             case api.Start() | api.Restore():
                 epoch = self.alone.now
                 return await self._fence.run(call, lambda _: self._wake(call, epoch), _NOBODY)
@@ -189,6 +189,12 @@ class Calls:
                 return api.Done()
             case _:
                 raise Unimplemented(f"simulated agents know no {type(call).__name__}")
+
+    async def _wipe(self) -> None:
+        """It was given up, and is back."""
+        there = {*self.machine.sandboxes, *self._wakes}
+        await asyncio.gather(*(self._fence.aside(uid, partial(self._end, uid)) for uid in there))
+        self.enrolment.renew()
 
     async def _work(self, how_long: tuple[float, float, float]) -> tuple[PhaseTime, ...]:
         """What a backend does takes its time."""
