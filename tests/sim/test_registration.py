@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from greenroom.agent.enrolment import Enrolment
-from greenroom.core.errors import Unavailable
+from greenroom.core.errors import FailedPrecondition, Unavailable
 from greenroom.core.gc.records import Papers, Registered
 from greenroom.core.records import Actor, Worker
 from greenroom.store.memory import MemoryStore
@@ -130,6 +130,10 @@ async def test_t31_a_restored_database_destroys_nothing_until_somebody_looks(wor
         await world.engine.reconciler.compare("w0", anew=True)
     assert [r.actor_uid for r in world.agents["w0"].hello().residents] == [actor.uid], "nothing was discarded"
     await world.engine.drain_worker("w0", undo=True)
+    assert (await record(world)).distrust, "to let it take actors again says nothing about the database"
+    with pytest.raises(FailedPrecondition, match="greenroom acknowledge worker w0"):
+        await world.engine.retire_worker("w0")
+    await world.engine.acknowledge_worker("w0")
     await world.engine.reconciler.compare("w0", anew=True)
     assert not world.agents["w0"].hello().residents
     assert not (await record(world)).distrust

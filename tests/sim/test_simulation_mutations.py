@@ -29,8 +29,10 @@ from greenroom.engine.reconciler import Reconciler
 from greenroom.engine.recovery import Recovery
 from greenroom.store import transaction
 from greenroom.testing.simulation.calls import Calls
+from greenroom.testing.simulation.clients import User
 from greenroom.testing.simulation.faults import Fault
 from greenroom.testing.simulation.plan import Plan
+from greenroom.testing.simulation.replica import Replica
 from greenroom.testing.simulation.run import Broken, run_all
 
 Patch = pytest.MonkeyPatch
@@ -194,6 +196,17 @@ def suspends_are_answered_when_they_begin(patch: Patch) -> None:
     patch.setattr(Engine, "transition", at_once)
 
 
+def given_up_while_they_may_be_heard(patch: Patch) -> None:
+    """People say of any worker that it will not come back, and are believed."""
+
+    async def any_worker(self: User, replica: Replica) -> None:
+        worker = self._random.choice(sorted(self._world.machines))
+        await replica.ask("forget", lambda: replica.engine.forget_worker(worker, accept_loss=True))
+
+    patch.setattr(Census, "may_be_heard", lambda self, record: False)
+    patch.setattr(User, "_forget", any_worker)
+
+
 @dataclass(frozen=True)
 class Mutation:
     """``within``: seeds in which it is noticed; ``by``: what is said of it (one of these); ``world``: what is other
@@ -226,6 +239,7 @@ MUTATIONS = [
     Mutation(nothing_is_frozen_that_is_alone, 30, "somebody routes there|two incarnations", APART),
     Mutation(heartbeats_are_always_answered, 200, "does not know that it is alone|two incarnations", CUT),
     Mutation(workers_of_others_count_as_lost, 30, "counts as lost, and was heard", APART),
+    Mutation(given_up_while_they_may_be_heard, 20, "counts as lost, and was heard|followed it|routes there", APART),
     Mutation(nothing_is_revoked, 10, "routes to|answered by", DRAWN),
     Mutation(new_sandboxes_are_nobodys, 40, "it is swept, and is its actor's", DRAWN),
     Mutation(what_is_being_made_is_nobodys, 200, "drops what somebody needs", DRAWN),

@@ -214,7 +214,7 @@ async def furnish(control: FakeControl) -> None:
     await night.resume("dave", "03:00:00", prefer=(NEAR,))
     await night.resume("erin", "03:01:00", prefer=(AWAY,))
     await night.suspend("erin", "03:07:40", state=SnapshotState.LOCAL)
-    await night.worker(AWAY, state=WorkerState.DISCONNECTED, last_seen=at("03:09:02"))
+    await night.worker(AWAY, state=WorkerState.STALLED, last_seen=at("03:09:02"))
     await night.crash("alice", "03:09:17", f"worker {AWAY} went away and did not come back within 15 s")
 
     op = await night.begin("Resume", "bob", "03:10:55", owner=DEAD, cause="request", lease_ttl_s=113.0)

@@ -48,6 +48,10 @@ from greenroom.core.records import (
     WorkerState,
 )
 from greenroom.engine.bindings import Binding, BindingTable, Wake
+from greenroom.engine.decommission import Farewell, Losses
+from greenroom.engine.garbage import Garbage
+from greenroom.engine.images import Images
+from greenroom.engine.removals import Removals
 from greenroom.store.memory import MemoryStore
 
 DIGEST = "sha256:" + "ab" * 32
@@ -333,6 +337,47 @@ class FakeControl:
                 if actor.state in (ActorState.RUNNING, ActorState.PAUSED):
                     await self.suspend(actor.key, wait_s=0)
         return worker
+
+    async def retire_worker(self, name: str) -> Worker:
+        worker = await self.drain_worker(name)
+        worker = await self.store.put(replace(worker, state=WorkerState.RETIRING, cordon="retiring"))
+        self._spawn(self._retire(name))
+        return worker
+
+    async def _retire(self, name: str) -> None:
+        await self.gate.wait()
+        while (worker := await self.store.get(Worker, name)).used:
+            await asyncio.sleep(0.01)
+        await self.store.remove(worker)
+
+    async def forget_worker(self, name: str, *, accept_loss: bool = False) -> Farewell:
+        worker = await self.store.get(Worker, name)
+        if worker.state is WorkerState.GONE:
+            await self.store.remove(worker)
+            return Farewell(worker, True, Losses())
+        if worker.state is not WorkerState.STALLED:
+            raise FailedPrecondition(f"worker {name} can't be forgotten: it is heard", reason="WORKER_HEARD")
+        awake = tuple(str(a.key) for a in await self.store.list(Actor, where={"worker": name}))
+        if awake and not accept_loss:
+            raise FailedPrecondition(f"worker {name} may come back: say --yes", reason="WORKER_HOLDS_STATE")
+        gone = await self.store.put(replace(worker, state=WorkerState.GONE, message="somebody said so"))
+        return Farewell(gone, False, Losses(awake, ("snap-1",) if accept_loss else ()))
+
+    async def acknowledge_worker(self, name: str) -> Worker:
+        worker = await self.store.get(Worker, name)
+        return await self.store.put(replace(worker, distrust=""))
+
+    @property
+    def images(self) -> Images:
+        raise NotImplementedError("no workers here")
+
+    @property
+    def garbage(self) -> Garbage:
+        raise NotImplementedError("no workers here")
+
+    @property
+    def removals(self) -> Removals:
+        raise NotImplementedError("no workers here")
 
     # --- inside an actor ---
 

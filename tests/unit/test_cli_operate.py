@@ -12,7 +12,7 @@ from cli_kit import Shell, Terminal, process
 from click.testing import CliRunner
 from msgspec.structs import replace
 
-from greenroom.cli import operate
+from greenroom.cli import decommission, operate
 from greenroom.cli.main import cli
 from greenroom.core.commands import Advance
 from greenroom.core.errors import Unavailable
@@ -66,6 +66,12 @@ def change_worker(shell: Shell, name: str, **fields: Any) -> None:
         (["cancel", "operation"], "say which operation; `greenroom get operations` lists them"),
         (["drain", "pool/x"], "only workers can be drained"),
         (["drain", "worker", "x", "--undo", "--wait"], "--undo has nothing to wait for"),
+        (["retire", "pool/x"], "only workers can be retired"),
+        (["forget", "actor", "x"], "only workers can be forgotten"),
+        (["acknowledge", "worker"], "say which worker; `greenroom get workers` lists them"),
+        (["gc", "--dry-run", "--history"], "each ask for something else"),
+        (["gc", "--explain", "x", "--images"], "--images is about a round"),
+        (["up", "--metrics=9464"], "'9464' is not host:port, for example 127.0.0.1:9464"),
         (["explain"], "Missing argument 'ACTOR...'"),
         (["explain", "template/x"], "is not an actor"),
         (["explain", "x", "--last=101"], "101 is not in the range"),
@@ -285,6 +291,54 @@ def test_a_drain_that_is_waited_for(mine: Shell, monkeypatch: pytest.MonkeyPatch
     change_worker(mine, "default-0", state=WorkerState.ACTIVE)
     terminal.end(4)
     assert "somebody has undone the drain" in terminal.shown
+
+
+def test_retire(mine: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operate, "POLL_S", 0.05)
+    monkeypatch.setattr(decommission, "POLL_S", 0.05)
+    mine("resume", "mine")
+    done = mine("retire", "worker", "default-0", "--wait")
+    assert done.stdout == "worker/default-0 retiring, 1 of 4 slots taken\nworker/default-0 has retired\n"
+    assert mine.actor("mine").state == "Suspended"
+    assert "does not exist" in mine("retire", "worker", "default-0", code=3).stderr
+
+
+def test_a_retirement_that_does_not_come_to_its_end(mine: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decommission, "POLL_S", 0.05)
+    mine.server.call(mine.control.gate.clear)
+    late = mine("retire", "worker", "default-0", "--wait", "--timeout=0.1", code=124)
+    assert (
+        "worker/default-0 is empty and has not ended after 0.1 s; it goes on, and `greenroom gc --expl" in late.stderr
+    )
+    assert mine("get", "worker", "default-0").stdout.splitlines()[1].split()[2] == "Retiring"
+
+
+def test_forget(mine: Shell) -> None:
+    mine("resume", "mine")
+    assert "it is heard" in mine("forget", "worker", "default-0", code=4).stderr
+    change_worker(mine, "default-0", state=WorkerState.STALLED)
+    assert "say --yes" in mine("forget", "worker", "default-0", code=4).stderr
+    gone = mine("forget", "worker", "default-0", "--yes")
+    assert gone.stdout == "worker/default-0 is gone; should it come back, it wipes itself\n"
+    assert gone.stderr.splitlines() == [
+        "actor/default/mine lost what it did since it woke",
+        "snapshot/snap-1 lost: it was nowhere else",
+    ]
+    assert mine("get", "workers", "--state=gone").stdout.splitlines()[1].split()[0] == "default-0"
+    assert mine("forget", "worker", "default-0").stdout == "worker/default-0 forgotten\n"
+    assert "does not exist" in mine("forget", "worker", "default-0", code=3).stderr
+
+
+def test_acknowledge(mine: Shell) -> None:
+    change_worker(mine, "default-0", distrust="it was in epoch 3, and the database does not know that", epoch=4)
+    _, first = mine("get", "worker", "default-0").stdout.splitlines()
+    assert "Active, distrusted" in first
+    shown = mine("describe", "worker", "default-0").stdout
+    assert "distrust:           it was in epoch 3" in shown and "epoch:              4" in shown
+    assert mine("acknowledge", "worker", "default-0").stdout == (
+        "worker/default-0 acknowledged: what the database does not know there goes now\n"
+    )
+    assert mine("acknowledge", "worker/default-0").stdout == "worker/default-0 is trusted already; nothing to do\n"
 
 
 def test_a_watch_shows_slots_that_are_taken(mine: Shell) -> None:

@@ -177,7 +177,7 @@ def asleep(**fields: object) -> lc.View:
 def test_a_resume_says_which_workers_it_could_not_have() -> None:
     workers = (
         worker("full", used=2),
-        worker("gone", state=WorkerState.DISCONNECTED),
+        worker("gone", state=WorkerState.STALLED),
         worker("good"),
         worker("ill", failures=3, quarantined_until=99.0),
         worker("far"),
@@ -187,7 +187,7 @@ def test_a_resume_says_which_workers_it_could_not_have() -> None:
     assert op and op.worker == "good"
     said = {r.worker: r.why for r in op.rejected}
     assert set(said) == {"full", "gone", "ill", "far"}
-    assert "full" in said["full"] and "Disconnected" in said["gone"]
+    assert "full" in said["full"] and "Stalled" in said["gone"]
     assert "quarantine" in said["ill"] and "connected" in said["far"]
 
 

@@ -48,7 +48,7 @@ def test_gates() -> None:
         worker("a", pool="other", capacity=9),
         worker("b", used=2),
         worker("c", state=WorkerState.DRAINING, capacity=9),
-        worker("d", state=WorkerState.DISCONNECTED, capacity=9),
+        worker("d", state=WorkerState.STALLED, capacity=9),
         worker("e", fingerprint="f2", capacity=9),
         worker("f", backend="gvisor", capacity=9),
     )

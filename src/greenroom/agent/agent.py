@@ -20,7 +20,8 @@ import structlog
 
 from greenroom.agent.alone import AloneWatch
 from greenroom.agent.classes import Classes
-from greenroom.agent.enrolment import Enrolment
+from greenroom.agent.enrolment import PAPERS, Enrolment
+from greenroom.agent.erase import erase
 from greenroom.agent.fence import Fence, from_os
 from greenroom.agent.held import Held
 from greenroom.agent.images import WorkerImages
@@ -89,6 +90,8 @@ class Agent:
         self.links: set[Link] = set()
         #: Whether this agent has been asked to end, and waits for its actors to be suspended.
         self.is_leaving = False
+        #: Whether the state disk goes when it ends.
+        self._erases = False
         #: Where events go.
         self.on_exit = self._tell_exit
         #: Resolves when the control plane asked this agent to end.
@@ -105,7 +108,7 @@ class Agent:
         config, root = self._config, self._config.state_dir
         for name in ("cache", "logs"):
             (root / name).mkdir(parents=True, exist_ok=True)
-        self._enrolment = Enrolment(root / "papers.json", config.worker)
+        self._enrolment = Enrolment(root / PAPERS, config.worker)
         self._journal = Journal(root / "journal")
         self._staging = Staging(root / "staging")
         self._held = Held(root / "held", config.worker, self._snapshots)
@@ -177,6 +180,11 @@ class Agent:
         await self._backend.close(keep_running=not wipe)
         await self._images.close(wipe=wipe)
         self._journal.close()
+        if self._erases:
+            try:
+                await asyncio.to_thread(erase, self._config.state_dir)
+            except (GreenroomError, OSError) as error:
+                log.error("the state disk is not erased", path=str(self._config.state_dir), error=str(error))
 
     # --- what is said and heard without a call ------------------------------------------------------------
 
@@ -292,6 +300,8 @@ class Agent:
                     await reporter.data(generation, data)
                 return api.Done()
             case api.Shutdown():
+                if call.erase:
+                    await self._give_up()
                 if not self.shutdown.done():
                     self.shutdown.set_result(call.wipe)
                 return api.Done()
@@ -301,6 +311,8 @@ class Agent:
     # --- whose disk this is -------------------------------------------------------------------------------
 
     def _present(self, call: api.Present) -> Record:
+        if self._erases:
+            raise Unavailable(f"worker {self._config.worker} ends for good", reason="WORKER_DISCONNECTED")
         try:
             return self._enrolment.present(call.epoch)
         except OSError as error:
@@ -311,7 +323,7 @@ class Agent:
             if call.registered is not None:
                 self._enrolment.registered(call.registered)
             elif call.refused is not None and self._enrolment.must_wipe(call.refused):
-                log.error("another process has this worker's name or disk: what runs here ends")
+                log.error("this worker was given up, or another process has its name or disk: what runs here ends")
                 await self._wipe()
                 self._enrolment.renew()
             elif call.refused is not None and call.refused.what is Refusal.NAME_TAKEN and not self.shutdown.done():
@@ -320,6 +332,15 @@ class Agent:
         except OSError as error:
             raise from_os(error) from error
         return api.Done()
+
+    async def _give_up(self) -> None:
+        """This worker ends for good: its papers go first, so that nothing is made here any more."""
+        self._erases = True
+        try:
+            self._enrolment.forget()
+        except OSError as error:
+            raise from_os(error) from error
+        await self._wipe()
 
     async def _wipe(self) -> None:
         """Ends all residents. What is held stays: it may be all that is left of actors that sleep."""

@@ -21,6 +21,9 @@ from greenroom.core.gc.records import Orders, Papers, Refused, Register, Registe
 
 log = structlog.get_logger(__name__)
 
+#: Below the state directory.
+PAPERS = "papers.json"
+
 
 class Enrolment:
     """``new_id``: a random name that nobody else ever draws."""
@@ -29,11 +32,7 @@ class Enrolment:
         self._path = path
         self._worker = worker
         self._new_id = new_id
-        try:
-            found = msgspec.json.decode(path.read_bytes(), type=Papers)
-        except (OSError, msgspec.MsgspecError):
-            found = Papers(incarnation=new_id())
-        self.papers = rules.begin(found, new_id())
+        self.papers = rules.begin(_read(path) or Papers(incarnation=new_id()), new_id())
         self._is_written = False
 
     def present(self, replaces: int) -> Register:
@@ -97,8 +96,26 @@ class Enrolment:
         """Everything that was here is gone: this is an empty disk now. Raises `OSError` if it can't be written down."""
         self._write(rules.begin(Papers(incarnation=self._new_id()), self._new_id()))
 
+    def forget(self) -> None:
+        """Whoever begins on this disk next begins with an empty one. Raises `OSError` if it can't be made so."""
+        self._path.unlink(missing_ok=True)
+        self.papers, self._is_written = rules.begin(Papers(incarnation=self._new_id()), self._new_id()), False
+
     def _write(self, papers: Papers) -> None:
         new = self._path.with_suffix(".new")
         new.write_bytes(msgspec.json.encode(papers))
         new.replace(self._path)
         self.papers, self._is_written = papers, True
+
+
+def was_registered(path: Path) -> bool:
+    """Whether the worker with these papers was ever admitted, so that there may be something on its disk."""
+    papers = _read(path)
+    return papers is not None and papers.epoch > 0
+
+
+def _read(path: Path) -> Papers | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Papers)
+    except (OSError, msgspec.MsgspecError):
+        return None

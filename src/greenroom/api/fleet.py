@@ -108,6 +108,24 @@ class Workers(Service, pb_grpc.WorkersServicer):
     async def DrainWorker(self, request: Any, context: Any) -> Any:
         return convert.to_message(await self._control.drain_worker(request.name, undo=request.undo))
 
+    @rpc
+    async def RetireWorker(self, request: Any, context: Any) -> Any:
+        return convert.to_message(await self._control.retire_worker(request.name))
+
+    @rpc
+    async def ForgetWorker(self, request: Any, context: Any) -> Any:
+        said = await self._control.forget_worker(request.name, accept_loss=request.accept_loss)
+        return pb.ForgetWorkerResponse(
+            worker=convert.to_message(said.worker),
+            removed=said.removed,
+            lost_actors=said.losses.actors,
+            lost_snapshots=said.losses.snapshots,
+        )
+
+    @rpc
+    async def AcknowledgeWorker(self, request: Any, context: Any) -> Any:
+        return convert.to_message(await self._control.acknowledge_worker(request.name))
+
 
 class Snapshots(Service, pb_grpc.SnapshotsServicer):
     @rpc

@@ -24,6 +24,7 @@ from greenroom.core.records import (
     Template,
     Worker,
 )
+from greenroom.engine.removals import MAX_REMEMBERED
 from greenroom.store.port import MAX_PAGE, EventType
 
 #: What the API shows; leases stay inside.
@@ -113,6 +114,28 @@ class System(Service, pb_grpc.SystemServicer):
         replicas = await self._page(Replica, request, "", answer)
         answer.replicas.extend(convert.to_message(msgspec.structs.replace(r, uses={})) for r in replicas)
         return answer
+
+    @rpc
+    async def Collect(self, request: Any, context: Any) -> Any:
+        async with self._streams.open():
+            report = await self._control.garbage.collect(dry_run=request.dry_run, images=request.images)
+        return pb.CollectResponse(
+            would_go=map(convert.to_message, report.would_go),
+            removed=map(convert.to_message, report.removed),
+            failures=report.failures,
+        )
+
+    @rpc
+    async def ExplainObject(self, request: Any, context: Any) -> Any:
+        found = await self._control.garbage.explain(request.object, request.namespace)
+        return pb.ExplainObjectResponse(found=map(convert.to_message, found))
+
+    @rpc
+    async def ListRemovals(self, request: Any, context: Any) -> Any:
+        if request.limit < 0:
+            raise InvalidArgument(f"limit must be 0 or more, not {request.limit}")
+        latest = self._control.removals.latest(request.limit or MAX_REMEMBERED)
+        return pb.ListRemovalsResponse(removals=map(convert.to_message, latest))
 
     @rpc
     async def Watch(self, request: Any, context: Any) -> None:

@@ -178,6 +178,10 @@ def _failures(worker: Worker, now: float) -> str:
     return str(worker.failures)
 
 
+def _worker_state(worker: Worker, now: float) -> str:
+    return f"{worker.state}, distrusted" if worker.distrust else str(worker.state)
+
+
 def _images(worker: Worker) -> str:
     """``3.2 GiB``, and how much of it is too much."""
     over = f", {human_bytes(worker.image_over_bytes)} over" if worker.image_over_bytes else ""
@@ -241,7 +245,7 @@ WORKERS = Kind(
     (
         ("NAME", _text("name")),
         ("POOL", _text("pool")),
-        ("STATE", _text("state")),
+        ("STATE", _worker_state),
         ("USED", lambda w, now: f"{w.used}/{w.capacity}"),
         ("BACKEND", _text("backend")),
         ("FAILURES", _failures),
@@ -249,6 +253,8 @@ WORKERS = Kind(
         ("LABELS", lambda w, now: pairs_text(w.labels)),
     ),
     (
+        ("CORDON", _text("cordon")),
+        ("EPOCH", _text("epoch")),
         ("IMAGES", lambda w, now: _images(w)),
         ("FINGERPRINT", _text("fingerprint")),
         ("MESSAGE", _text("message")),

@@ -1,4 +1,4 @@
-"""Commands of whoever looks after a Greenroom: ``cancel`` and ``drain``."""
+"""Commands of whoever looks after a Greenroom: ``cancel`` and ``drain``. More are in `greenroom.cli.decommission`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from greenroom.core.errors import Cancelled, DeadlineExceeded, FailedPreconditio
 from greenroom.core.records import Operation, OperationState, Worker, WorkerState
 
 
-def _only(kind: Kind, what: tuple[str, ...], verb: str) -> list[str]:
+def only(kind: Kind, what: tuple[str, ...], verb: str) -> list[str]:
     """The names in ``TYPE NAME...`` or ``TYPE/NAME...``, all of one type."""
     wanted = kinds.targets(what)
     if any(found is not kind for found, _ in wanted):
@@ -46,7 +46,7 @@ def cancel(what: tuple[str, ...], wait: bool, timeout: float) -> None:
     """
     options, code = settings(), 0
     with options.connect() as client:
-        for operation_id in _only(kinds.OPERATIONS, what, "cancelled"):
+        for operation_id in only(kinds.OPERATIONS, what, "cancelled"):
             failed = _cancel(client, options, operation_id, wait, timeout)
             code = code or failed
     if code:
@@ -110,31 +110,32 @@ def drain(what: tuple[str, ...], undo: bool, wait: bool, timeout: float) -> None
         raise click.UsageError("--undo has nothing to wait for")
     options = settings()
     with options.connect() as client:
-        names = _only(kinds.WORKERS, what, "drained")
+        names = only(kinds.WORKERS, what, "drained")
         for name in names:
             request = pb.DrainWorkerRequest(name=name, undo=undo)
             answer = client.workers.DrainWorker(request, timeout=options.read_timeout_s)
             worker = convert.from_message(Worker, answer)
-            click.echo(f"worker/{name} takes actors again" if undo else f"worker/{name} draining, {_slots(worker)}")
+            click.echo(f"worker/{name} takes actors again" if undo else f"worker/{name} draining, {slots(worker)}")
         for name in names if wait else ():
-            _wait_until_empty(client, options, name, timeout)
+            wait_until_empty(client, options, name, timeout, "drain")
             click.echo(f"worker/{name} is empty")
 
 
-def _slots(worker: Worker) -> str:
+def slots(worker: Worker) -> str:
     return f"{worker.used} of {worker.capacity} slots taken"
 
 
-def _wait_until_empty(client: Client, options: Settings, name: str, timeout_s: float) -> None:
-    """Asks again and again instead of watching: how far each actor is has to be asked for anyway."""
+def wait_until_empty(client: Client, options: Settings, name: str, timeout_s: float, what: str) -> None:
+    """For a ``what``, as a drain. Asks again and again instead of watching: how far each actor is has to be asked for
+    anyway."""
     end = time.monotonic() + timeout_s
     with Several() if on_terminal() else nullcontext() as shown:
         while (worker := kinds.WORKERS.fetch(client, "", name, options.read_timeout_s)).used:
             if worker.state is WorkerState.ACTIVE:
-                raise FailedPrecondition(f"worker/{name} takes actors again: somebody has undone the drain")
+                raise FailedPrecondition(f"worker/{name} takes actors again: somebody has undone the {what}")
             if time.monotonic() > end:
                 raise DeadlineExceeded(
-                    f"worker/{name}: {_slots(worker)} after {timeout_s:g} s; it goes on, and "
+                    f"worker/{name}: {slots(worker)} after {timeout_s:g} s; it goes on, and "
                     f"`greenroom describe worker {name}` lists the actors that are still there"
                 )
             if shown is not None:

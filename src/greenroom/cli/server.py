@@ -22,6 +22,7 @@ import structlog
 
 from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2_grpc
 from greenroom.api.link import AgentHub
+from greenroom.api.metrics import MetricsServer
 from greenroom.api.server import MAX_SOCKET_PATH_BYTES, ApiServer, stop
 from greenroom.api.service import ServerInfo
 from greenroom.cli.supervisor import AgentPaths, Supervisor, awake_actors
@@ -55,6 +56,7 @@ class ServerOptions:
     any number of replicas share, each with a ``name`` of its own. ``snapshots``: where sleeping actors are kept, which
     replicas and workers share ("": below the data directory); ``images`` likewise. ``images_high``,
     ``images_low``: marks of evicting images, in bytes (0: none). ``peers``: where workers serve layers to each other.
+    ``metrics``: where Prometheus gets figures.
     ``no_workers``: keeps no agents."""
 
     data_dir: Path
@@ -71,6 +73,7 @@ class ServerOptions:
     images_high: int = 0
     images_low: int = 0
     peers: tuple[str, int] | None = None
+    metrics: tuple[str, int] | None = None
     name: str = "server"
     no_workers: bool = False
     labels: dict[str, str] = field(default_factory=dict)
@@ -92,6 +95,7 @@ class Server:
         self.gateway: Gateway | None = None
         self.api: ApiServer | None = None
         self.supervisor: Supervisor | None = None
+        self.metrics: MetricsServer | None = None
         self._link: grpc.aio.Server | None = None
         self._later: asyncio.Task[None] | None = None
 
@@ -144,6 +148,9 @@ class Server:
         await self.gateway.start(*options.listen)
         self.api = ApiServer(self.engine, info=self._info())
         await self.api.start([f"unix:{self.run_dir / 'api.sock'}", *options.api])
+        if options.metrics:
+            self.metrics = MetricsServer(self.engine)
+            await self.metrics.start(*options.metrics)
         self._link = grpc.aio.server(options=[("grpc.http2.min_ping_interval_without_data_ms", _MIN_PING_MS)])
         link_pb2_grpc.add_AgentLinkServicer_to_server(hub, self._link)
         self._link.add_insecure_port(control)
@@ -235,6 +242,8 @@ class Server:
             await _step(self.supervisor.close(spare=spare))
         if self.api:
             await _step(self.api.close(grace_s=1.0))
+        if self.metrics:
+            await _step(self.metrics.close())
         if self.engine:
             await _step(self.engine.replicas.leave())
             await _step(self.engine.close())

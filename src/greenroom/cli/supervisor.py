@@ -7,36 +7,32 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
 
+from greenroom.agent.enrolment import PAPERS, was_registered
+from greenroom.agent.erase import erase
 from greenroom.cli.agent import END_SIGNAL, WIPE_SIGNAL
 from greenroom.core import states
 from greenroom.core.agentapi import Shutdown
-from greenroom.core.errors import Conflict, GreenroomError, NotFound
-from greenroom.core.records import Actor, Pool, PoolSpec, Worker
+from greenroom.core.errors import GreenroomError
+from greenroom.core.records import Actor, Pool, PoolSpec, Worker, WorkerState
 from greenroom.engine.engine import Engine
+from greenroom.engine.members import RETIRING
 from greenroom.store.port import Event, Store
 
 log = structlog.get_logger(__name__)
-
-#: See `Worker.cordon`.
-RETIRING = "retiring"
 
 #: An agent that died is started again after this, doubling up to the last while it keeps dying young.
 FIRST_PAUSE_S = 0.2
 LAST_PAUSE_S = 10.0
 #: An agent that ran at least this long did not die of its start.
 HEALTHY_S = 10.0
-#: How long the agent of a worker that is too much may take to connect, before it is ended without having been asked.
-CONNECT_TIMEOUT_S = 30.0
-#: Between attempts to suspend what runs on a worker that is too much (the disk is full, for example).
+#: How often a worker that is too much is told so again, while it can't end (the disk is full, for example).
 RETIRE_PAUSE_S = 10.0
-#: Tries of a conditional write against what else is written about the same worker.
-WRITE_ATTEMPTS = 10
 #: How long an agent that is to end is waited for, should it be about to connect.
 YOUNG_S = 10.0
 #: How long an agent may take to end after it was asked to: its sandboxes and its network are removed meanwhile.
@@ -68,7 +64,7 @@ class Supervisor:
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._retiring: dict[str, asyncio.Task[None]] = {}
         self._processes: dict[str, asyncio.subprocess.Process] = {}
-        self._specs: dict[str, PoolSpec] = {}
+        self._pools: dict[str, Pool] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -106,7 +102,7 @@ class Supervisor:
         for name, pool in wanted.items():
             if name in self._retiring:
                 continue
-            if name in self._keepers and self._specs[name].slots != pool.spec.slots:
+            if name in self._keepers and self._pools[name].spec.slots != pool.spec.slots:
                 # Actors go on running meanwhile: the agent that comes with the new number takes them over.
                 await self._end(name, self._keepers.pop(name), wipe=False)
             if name not in self._keepers:
@@ -117,22 +113,29 @@ class Supervisor:
 
     async def _retire_leftovers(self) -> None:
         """Workers of an earlier server that no pool asks for any more (``up`` with fewer of them): they are started
-        once more, so that nothing that runs there is left behind."""
-        for worker in await self._engine.store.list(Worker):
-            if not (self._paths.workers / worker.name).is_dir():
+        once more, so that nothing that runs there is left behind. Also one whose retirement was cut short when it had
+        erased its disk: then a fresh one retires in its place."""
+        workers = await self._engine.store.list(Worker)
+        for worker in workers:
+            cut_short = worker.cordon == RETIRING and worker.name.startswith(self._paths.prefix)
+            if not (cut_short or (self._paths.workers / worker.name).is_dir()):
                 continue  # another server's, or an agent's that was started by hand
             if worker.name in self._keepers:
-                if worker.cordon == RETIRING:  # it was too much for a while, and that was cut short
-                    await self._mark(worker.name, "")
                 continue
             spec = PoolSpec(backend=worker.backend, slots=worker.capacity)
             pool = Pool(name=worker.pool, uid="", spec=spec, created_at=worker.registered_at)
             self._retiring[worker.name] = self._keeper(worker.name, pool)
             self._engine.spawn(self._retire(worker.name), f"retire-{worker.name}")
+        left = {path.name for path in self._paths.workers.glob("*") if path.is_dir()} - {w.name for w in workers}
+        for name in sorted(left - self._keepers.keys()):
+            await self._clear(name)
 
     def _keeper(self, name: str, pool: Pool) -> asyncio.Task[None]:
-        self._specs[name] = pool.spec
-        return asyncio.create_task(self._keep(name, pool), name=f"keep-{name}")
+        self._pools[name] = pool
+        return self._keep_on(name)
+
+    def _keep_on(self, name: str) -> asyncio.Task[None]:
+        return asyncio.create_task(self._keep(name, self._pools[name]), name=f"keep-{name}")
 
     async def _keep(self, name: str, pool: Pool) -> None:
         """Runs one agent, again and again."""
@@ -147,6 +150,8 @@ class Supervisor:
                 continue
             self._processes[name] = process
             status = await process.wait()
+            if name in self._retiring and not (self._paths.workers / name / PAPERS).exists():
+                return  # it has retired
             pause = FIRST_PAUSE_S if time.monotonic() - started > HEALTHY_S else min(pause * 2, LAST_PAUSE_S)
             log.warning("agent ended, starts again", worker=name, status=status, in_s=pause)
             await asyncio.sleep(pause)
@@ -183,58 +188,53 @@ class Supervisor:
         )
 
     async def _retire(self, name: str) -> None:
-        """A worker that is too much: its actors are suspended first, then it ends and is forgotten."""
-        store = self._engine.store
-        while not self._closed:
+        """A worker that is too much: it is retired (`greenroom.engine.decommission`), and not started again then. One
+        that dies meanwhile is, so that nothing that runs there is left behind."""
+        while not self._closed and (keeper := self._retiring.get(name)) is not None:
             try:
-                await self._empty(name)
-                break
-            except NotFound:
-                break  # it never connected
+                if await self._is_over(name):
+                    await self._end(name, keeper, wipe=True)
+                    if self._closed or await self._is_over(name):
+                        break
+                    self._retiring[name] = keeper = self._keep_on(name)  # it has registered in the last moment
+                await self._engine.decommission.retire(name)
+                if keeper.done():  # its disk is erased, and then its record goes; or it was killed as it began
+                    await asyncio.wait({self._engine.decommission.begin(name)})
+                    if not await self._is_over(name):
+                        self._retiring[name] = keeper = self._keep_on(name)
+                    continue
             except GreenroomError as error:
                 log.error("worker can't end yet", worker=name, error=error.message)
-            await asyncio.sleep(RETIRE_PAUSE_S)
-        if (keeper := self._retiring.get(name)) is None:
+            await asyncio.wait({keeper}, timeout=RETIRE_PAUSE_S)  # it ends when its disk is erased
+        if self._retiring.pop(name, None) is None:
             return  # the server ends, and all its agents with it
-        await self._end(name, keeper, wipe=True)
-        with contextlib.suppress(NotFound):
-            await self._write(name, store.remove)
-        self._retiring.pop(name, None)
+        await self._clear(name)
         await self._reconcile()  # it may be wanted again by now
 
-    async def _empty(self, name: str) -> None:
-        """Suspends what is awake there, and uploads what only this worker has."""
-        await self._mark(name, RETIRING)
-        await self._engine.census.wait_for_worker(name, time.monotonic() + CONNECT_TIMEOUT_S)
-        await self._engine.suspend_all([name])
-        while awake := await awake_actors(self._engine.store, name):
-            log.error("worker can't end yet: actors are awake", worker=name, actors=[str(a.key) for a in awake])
-            await asyncio.sleep(RETIRE_PAUSE_S)
-            await self._engine.suspend_all([name])
-        await self._engine.uploads.flush(name)
+    async def _is_over(self, name: str) -> bool:
+        """Whether nothing is expected of a worker: it never registered, has retired, or was given up."""
+        worker = await self._engine.members.find(name)
+        return worker is None or worker.state is WorkerState.GONE
 
-    async def _mark(self, name: str, cordon: str) -> None:
-        if await self._engine.members.cordon(name, cordon) is None:
-            raise NotFound(f"worker {name} never connected")
-
-    async def _write(self, name: str, write: Callable[[Worker], Awaitable[object]]) -> None:
-        """Writes a worker's row, again when somebody else wrote it meanwhile: it says by itself when it comes and goes.
-
-        Raises:
-            NotFound: it is not there.
-        """
-        for _ in range(WRITE_ATTEMPTS):
-            try:
-                await write(await self._engine.store.get(Worker, name))
+    async def _clear(self, name: str) -> None:
+        """What a worker that nobody knows any more leaves here. Not one that was told of something: what a restored
+        database knows nothing of is not discarded."""
+        directory = self._paths.workers / name
+        try:
+            if await self._engine.members.find(name) is not None:
+                return  # its tombstone
+            if was_registered(directory / PAPERS):
+                log.error("a worker that the database does not know has left its disk", path=str(directory))
                 return
-            except Conflict:
-                continue
-        raise Conflict(f"worker {name} keeps changing")
+            await asyncio.to_thread(erase, directory)
+        except (GreenroomError, OSError) as error:
+            log.error("what a worker has left is not removed", path=str(directory), error=str(error))
 
     async def _end(self, name: str, keeper: asyncio.Task[None], *, wipe: bool) -> None:
         # One that is just being started takes over first what an agent before it left; ended before it handles signals,
         # it would leave that behind.
-        await self._engine.census.wait_for_worker(name, asyncio.get_running_loop().time() + YOUNG_S)
+        if not keeper.done():
+            await self._engine.census.wait_for_worker(name, asyncio.get_running_loop().time() + YOUNG_S)
         keeper.cancel()
         await asyncio.gather(keeper, return_exceptions=True)
         process = self._processes.pop(name, None)

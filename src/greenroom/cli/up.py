@@ -14,6 +14,7 @@ from greenroom.cli.up_options import (
     deadline,
     deadlines,
     image_options,
+    metrics_address,
     name_for,
     replica_name,
     seconds,
@@ -121,6 +122,13 @@ WORKER_RETURN_SHARED_S = 30.0
     show_default=True,
     help='Seconds that a wake-up waits for a free slot before it is answered "no capacity".',
 )
+@click.option(
+    "--metrics",
+    type=metrics_address,
+    metavar="HOST:PORT",
+    default="",
+    help="Where Prometheus gets figures (/metrics), as 127.0.0.1:9464; without a login  [default: nowhere].",
+)
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 def up(
     data: Path | None,
@@ -145,6 +153,7 @@ def up(
     lease_ttl: float,
     worker_return: float | None,
     capacity_wait: float,
+    metrics: tuple[str, int] | None,
     log_level: str,
 ) -> None:
     """Starts a server with its workers; ends on Ctrl-C, after suspending every running actor."""
@@ -189,6 +198,7 @@ def up(
         images_high=images_high,
         images_low=images_low,
         peers=peers,
+        metrics=metrics,
         name=name_for(store, name),
         no_workers=no_workers,
         labels=worker_labels(labels),

@@ -112,6 +112,16 @@ def listen_address(value: str | tuple[str, int]) -> tuple[str, int] | None:
     return host, int(port)
 
 
+def metrics_address(value: str | tuple[str, int]) -> tuple[str, int] | None:
+    """``host:port``; "" for None. Any address: a scraper in a cluster comes from another machine."""
+    if not value or isinstance(value, tuple):
+        return value or None
+    host, colon, port = value.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise click.BadParameter(f"{value!r} is not host:port, for example 127.0.0.1:9464")
+    return host.strip("[]"), int(port)
+
+
 def image_options(command: F) -> F:
     """What ``up`` and ``agent`` let one say of the images of a worker."""
     high = click.option(

@@ -279,9 +279,12 @@ class Stats(Call, frozen=True, kw_only=True):
 
 
 class Shutdown(Call, frozen=True, kw_only=True):
-    """The agent destroys its pooled sandboxes and network and ends. With ``wipe`` also every resident actor."""
+    """The agent destroys its pooled sandboxes and network and ends. With ``wipe`` also every resident actor. With
+    ``erase`` its state disk too: when it answers, what runs there has ended and its papers are gone, so whatever comes
+    back with that disk is a worker that nobody knows; the rest of the disk goes while it ends. -> `Done`"""
 
     wipe: bool = False
+    erase: bool = False
 
 
 # --- answers ----------------------------------------------------------------------------------------------

@@ -208,8 +208,8 @@ class Crash(Command, frozen=True, kw_only=True):
     """The live incarnation is gone. Changes nothing unless the actor is running or paused on that worker with a
     generation not above ``generation``. Recorded as the operation ``operation_id``.
 
-    ``lost``: because its worker counts as lost. Then only while the worker's record says DISCONNECTED, too: who hears
-    the worker writes that first, and what goes on there is not crashed by a decision that is late.
+    ``lost``: because its worker counts as lost. Then only while the worker's record says STALLED or GONE: who hears the
+    worker writes that first, and what goes on there is not crashed by a decision that is late.
     """
 
     needs = frozenset({"source", "previous", "place"})

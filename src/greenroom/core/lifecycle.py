@@ -733,7 +733,7 @@ def _crash(view: View, c: Crash) -> Change:
         or actor.state not in (ActorState.RUNNING, ActorState.PAUSED)
     ):
         return Change(outcome=Outcome.ALREADY, actor=actor)
-    if c.lost and view.place is not None and view.place.state is not WorkerState.DISCONNECTED:
+    if c.lost and view.place is not None and view.place.state not in (WorkerState.STALLED, WorkerState.GONE):
         return Change(outcome=Outcome.ALREADY, actor=actor)  # it has been heard again
     return Change(
         actor=replace(

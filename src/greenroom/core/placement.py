@@ -53,10 +53,10 @@ def choose(workers: Iterable[Worker], demand: Demand, now: float) -> tuple[Worke
 
     Raises:
         FailedPrecondition: no worker of the pool could ever run it (reason ``NO_COMPATIBLE_WORKER``).
-        ResourceExhausted: all that could are full, draining or disconnected (reason ``NO_CAPACITY``). ``metadata``:
+        ResourceExhausted: all that could are full, being emptied or stalled (reason ``NO_CAPACITY``). ``metadata``:
             ``only``, the names of these, when others of the pool have a free slot.
     """
-    of_pool = [w for w in workers if w.pool == demand.pool]
+    of_pool = [w for w in workers if w.pool == demand.pool and w.state is not WorkerState.GONE]
     ranking = rank(of_pool, demand, now)
     if ranking.order:
         return ranking.order[0], ranking.rejected
@@ -101,7 +101,7 @@ def rank(workers: Iterable[Worker], demand: Demand, now: float) -> Ranking:
     fit: list[Worker] = []
     rejected: list[Rejection] = []
     for worker in workers:
-        if worker.pool != demand.pool:
+        if worker.pool != demand.pool or worker.state is WorkerState.GONE:
             continue
         why = never(worker, demand) or not_now(worker, demand, now)
         if why is None:

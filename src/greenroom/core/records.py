@@ -253,8 +253,10 @@ class Pool(Record, frozen=True, kw_only=True):
 
 class WorkerState(enum.StrEnum):
     ACTIVE = "Active"
-    DRAINING = "Draining"
-    DISCONNECTED = "Disconnected"
+    DRAINING = "Draining"  # is emptied, and keeps its disk
+    RETIRING = "Retiring"  # is emptied, then wiped and forgotten
+    STALLED = "Stalled"  # nobody hears it: what is recorded of it stays as it is
+    GONE = "Gone"  # will not come back: nothing of it counts; a tombstone, so that it is told to wipe itself if it does
 
 
 class Worker(Record, frozen=True, kw_only=True):
@@ -264,10 +266,10 @@ class Worker(Record, frozen=True, kw_only=True):
     the control plane last heard it. ``images``: digests of images that are there already (a hint). ``failures``: how
     many wake-ups in a row have failed there for a reason that is the worker's; until ``quarantined_until`` it gets
     one only when no other worker fits. ``cordon``: why it gets none at all and is emptied ("": it is not): ``asked``,
-    ``leaving`` (its agent is to end), ``retiring`` (its pool was made smaller). ``image_bytes``: what its images take,
-    of which ``image_over_bytes`` are more than it was told to keep and in use. ``incarnation`` names its state disk,
-    ``claim`` and ``epoch`` are of its last registration (`greenroom.core.gc`); ``distrust``: why what is recorded of it
-    is not acted on until somebody has looked, "" when it is."""
+    ``leaving`` (its agent is to end), ``retiring`` (then it is wiped and forgotten). ``image_bytes``: what its images
+    take, of which ``image_over_bytes`` are more than it was told to keep and in use. ``incarnation`` names its state
+    disk, ``claim`` and ``epoch`` are of its last registration (`greenroom.core.gc`); ``distrust``: why what is recorded
+    of it is not acted on until somebody has looked, "" when it is."""
 
     name: str
     pool: str

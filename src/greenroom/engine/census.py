@@ -34,7 +34,7 @@ from greenroom.core.errors import (
 from greenroom.core.gc import control
 from greenroom.core.records import Actor, Worker, WorkerState
 from greenroom.engine import clock
-from greenroom.engine.members import ASKED, LEAVING, WRITE_ATTEMPTS, as_heard, state_of
+from greenroom.engine.members import ASKED, AWAY, LEAVING, RETIRING, WRITE_ATTEMPTS, as_heard, state_of
 from greenroom.store.port import R
 
 if TYPE_CHECKING:
@@ -246,11 +246,16 @@ class Census:
 
     async def _mark_away(self, worker: str) -> None:
         def change(record: Worker) -> Worker | None:
-            if worker in self._engine.hub.connected() or record.state is WorkerState.DISCONNECTED:
+            if worker in self._engine.hub.connected() or record.state in AWAY:
                 return None
-            return replace(record, state=WorkerState.DISCONNECTED, last_seen=self._engine.now())
+            return replace(record, state=WorkerState.STALLED, last_seen=self._engine.now())
 
         await self._engine.members.change(worker, change)
+
+    def may_be_heard(self, record: Worker) -> bool:
+        """Whether this replica or another one may hear it, or has heard it so lately that what runs there may not be
+        frozen yet."""
+        return self._hears(record.name) or self._is_fresh(record)
 
     def _is_fresh(self, record: Worker) -> bool:
         """Whether some replica may have heard it so lately that it does not count as lost."""
@@ -258,7 +263,7 @@ class Census:
 
     def is_alive(self, record: Worker | None) -> bool:
         """Whether the process that is registered under that name may be heard by somebody."""
-        return record is not None and record.state is not WorkerState.DISCONNECTED and self._is_fresh(record)
+        return record is not None and record.state not in AWAY and self._is_fresh(record)
 
     def unheard_s(self, record: Worker) -> float:
         """For how long this process has watched a worker's record without a gap and seen no sign of it."""
@@ -280,7 +285,7 @@ class Census:
             record = await self._ops.read(Worker, worker)
         except NotFound:
             return False
-        return record.state is not WorkerState.DISCONNECTED and self._is_fresh(record)
+        return record.state not in AWAY and self._is_fresh(record)
 
     async def _abandon_if_lost(self, worker: str) -> None:
         """A worker that did not come back to this process: lost, unless others hear it. What an operation holds there
@@ -302,9 +307,11 @@ class Census:
                 record = await self._store.get(Worker, worker)
             except NotFound:
                 return bool(actors)
+            if record.state is WorkerState.GONE:
+                return True
             lost = not self._hears(worker) and (self._engine.config.exclusive or not self._is_fresh(record))
-            if lost and (actors or record.state is not WorkerState.DISCONNECTED):
-                await self._store.put(replace(record, state=WorkerState.DISCONNECTED))
+            if lost and (actors or record.state is not WorkerState.STALLED):
+                await self._store.put(replace(record, state=WorkerState.STALLED))
             return lost
 
         for _ in range(WRITE_ATTEMPTS):
@@ -345,11 +352,14 @@ class Census:
         for worker in workers:
             self._engine.trust.noted(worker)
             self._observe(worker, got)
-            if got - heard.get(worker.name, -return_s) < return_s * BACKED_SHARE:
+            if worker.state is WorkerState.GONE:
+                if worker.name in heard:
+                    self._present_again(worker.name)
+            elif got - heard.get(worker.name, -return_s) < return_s * BACKED_SHARE:
                 old = got - self._backed.get(worker.name, -return_s) >= return_s * NOTE_SHARE
-                if old or worker.state is WorkerState.DISCONNECTED:
+                if old or worker.state is WorkerState.STALLED:
                     due.append(worker.name)
-            elif not (worker.state is WorkerState.DISCONNECTED or worker.name in self._away or self._is_fresh(worker)):
+            elif not (worker.state is WorkerState.STALLED or worker.name in self._away or self._is_fresh(worker)):
                 self._engine.spawn(self._abandon_if_lost(worker.name), f"lost-{worker.name}")
         await asyncio.gather(*map(self._note, due))
         self._forget({w.name for w in workers})
@@ -387,13 +397,23 @@ class Census:
     async def _note(self, worker: str) -> None:
         asked = 0.0
 
-        def change(record: Worker) -> Worker:
+        def change(record: Worker) -> Worker | None:
             nonlocal asked
             asked = clock.monotonic()  # not before the record was read, which may have taken long
+            if record.state is WorkerState.GONE:
+                return None
             return as_heard(record, self._engine.now())
 
         if await self._engine.members.change(worker, change) is not None:
             self._backed[worker] = asked
+
+    def _present_again(self, worker: str) -> None:
+        """It is connected, stood still, and was given up meanwhile: it has to register, and is told to wipe itself."""
+        hello = self._engine.hub.connected().get(worker)
+        self._welcomed.discard(worker)
+        self._engine.members.gone(worker)
+        if hello is not None:
+            self.worker_connected(hello)
 
     # --- workers that end ---------------------------------------------------------------------------------
 
@@ -418,7 +438,9 @@ class Census:
 
     async def _mark_leaving(self, worker: str, boot_id: str) -> bool:
         def change(record: Worker) -> Worker | None:
-            return replace(record, state=state_of(LEAVING), cordon=LEAVING) if record.boot_id == boot_id else None
+            if record.boot_id != boot_id or record.state is WorkerState.GONE or record.cordon == RETIRING:
+                return None
+            return replace(record, state=state_of(LEAVING), cordon=LEAVING)
 
         return await self._engine.members.change(worker, change) is not None
 
@@ -460,14 +482,19 @@ class Census:
         connected = self._engine.hub.connected()
         for worker in await self.all(Worker):
             try:
-                if worker.name in connected:
+                if worker.state is WorkerState.GONE:
+                    await self._engine.decommission.settle(worker)
+                elif worker.name in connected:
                     # Who began to empty it has died, or did not get it done.
                     if worker.cordon == ASKED and worker.used:
                         self.empty(worker.name)
                     elif worker.cordon == LEAVING:
                         self.worker_leaving(worker.name, worker.boot_id)
+                    elif worker.cordon == RETIRING:
+                        self._engine.decommission.begin(worker.name)
                 elif worker.name not in self._away:
                     await self._abandon_if_lost(worker.name)
+                    await self._engine.decommission.give_up(worker)
             except GreenroomError as error:
                 log.warning("worker not looked after, tries again", worker=worker.name, error=error.message)
 

@@ -57,8 +57,10 @@ from greenroom.engine import clock
 from greenroom.engine.bindings import Binding, BindingTable, Wake
 from greenroom.engine.census import Census
 from greenroom.engine.config import EngineConfig
+from greenroom.engine.decommission import Decommission, Farewell
 from greenroom.engine.drivers import Drivers, Phases
 from greenroom.engine.follower import Follower
+from greenroom.engine.garbage import Garbage
 from greenroom.engine.images import Images
 from greenroom.engine.inventories import Inventories
 from greenroom.engine.members import ASKED, Members
@@ -66,6 +68,7 @@ from greenroom.engine.operations import Operations
 from greenroom.engine.port import DEFAULT_WAIT_S, ExecStream
 from greenroom.engine.reconciler import Reconciler
 from greenroom.engine.recovery import Recovery
+from greenroom.engine.removals import Removals
 from greenroom.engine.replicas import Replicas
 from greenroom.engine.streams import RemoteExec, merged_logs
 from greenroom.engine.templates import Preparer
@@ -90,6 +93,7 @@ class Engine:
         self.hub = hub
         self.config = config
         self.bindings = BindingTable(lambda worker: self.census.is_trusted(worker))
+        self.removals = Removals(self)
         self.ops = Operations(self)
         self.drivers = Drivers(self)
         self.wakes = Wakes(self)
@@ -101,7 +105,9 @@ class Engine:
         self.census = Census(self)
         self.inventories = Inventories(self)
         self.reconciler = Reconciler(self)
+        self.decommission = Decommission(self)
         self.recovery = Recovery(self)
+        self.garbage = Garbage(self)
         self.replicas = Replicas(self)
         self.follower = Follower(self)
         hub.listener = self.census
@@ -385,6 +391,17 @@ class Engine:
         if not undo:
             self.census.empty(name)
         return written
+
+    async def retire_worker(self, name: str) -> Worker:
+        return await self.decommission.retire(name)
+
+    async def forget_worker(self, name: str, *, accept_loss: bool = False) -> Farewell:
+        return await self.ops.attend(
+            self.spawn(self.decommission.forget(name, accept_loss=accept_loss), f"forget-{name}")
+        )
+
+    async def acknowledge_worker(self, name: str) -> Worker:
+        return await self.decommission.acknowledge(name)
 
     # --- templates and pools ------------------------------------------------------------------------------
 

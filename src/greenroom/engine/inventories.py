@@ -24,7 +24,7 @@ from msgspec.structs import replace
 
 from greenroom.core import agentapi as api
 from greenroom.core.errors import Conflict, Unavailable
-from greenroom.core.gc import control
+from greenroom.core.gc import control, verdict
 from greenroom.core.gc import records as gc
 from greenroom.core.records import (
     Actor,
@@ -44,6 +44,12 @@ if TYPE_CHECKING:
 #: What a worker has on its disk is compared with the records when it has changed, and once in so many times: the
 #: records may have changed.
 LOOK_EVERY = 10
+
+
+#: What people call what a worker has.
+KINDS = {gc.Kind.SANDBOX: "sandbox", gc.Kind.SNAPSHOT: "copy", gc.Kind.LOG: "log"}
+#: Of a snapshot whose copy on a worker is of no use any more.
+GOING = (SnapshotState.CONDEMNED, SnapshotState.CORRUPT)
 
 
 class There(NamedTuple):
@@ -75,6 +81,8 @@ class Inventories:
         self.said: dict[str, api.Synced] = {}
         #: By worker: the digest of what was on its disk when that was last compared, and how often it was not since.
         self._compared: dict[str, tuple[str, int]] = {}
+        #: By worker: what it was told to destroy and has not said yet to be gone, by handle.
+        self._ordered: dict[str, dict[str, gc.Entry]] = {}
 
     async def ask(self, worker: str, orders: tuple[str, ...] = ()) -> There:
         """``orders``: handles that it is to destroy (`There.destroy`).
@@ -96,6 +104,7 @@ class Inventories:
             await self._engine.members.distrust(worker, decision.member.quarantined, decision.alarm)
         if not isinstance(decision.answer, gc.Orders):
             raise Unavailable(f"worker {worker} has registered anew meanwhile", reason="WORKER_NOT_REGISTERED")
+        self._note_gone(worker, said.report)
         return There(
             actors=actors,
             residents={resident.sandbox or resident.actor_uid: resident for resident in said.residents},
@@ -105,8 +114,41 @@ class Inventories:
             destroy=decision.answer.destroy,
         )
 
+    async def listed(self, worker: str) -> list[verdict.There]:
+        """Its sandboxes, and the snapshots that it holds; nothing comes of this question. Raises as `ask`."""
+        await self.ask(worker)
+        entries = self.said[worker].report.inventory or ()
+        return [
+            verdict.There(
+                worker=worker, kind=KINDS[e.kind], id=e.handle, owner=gc.uid_of_log(e.parent) if e.parent else e.handle
+            )
+            for e in entries
+            if e.kind is not gc.Kind.LOG and e.state is not gc.Local.DYING
+        ]
+
+    def look_closely(self, worker: str) -> None:
+        """The next time also at what has not changed on its disk."""
+        self._compared.pop(worker, None)
+
+    def is_sweeping(self, worker: str) -> bool:
+        """Whether it was told to destroy something and has not said yet that it is gone."""
+        return bool(self._ordered.get(worker))
+
+    def _note_gone(self, worker: str, report: gc.Report) -> None:
+        """Of what was ordered to be destroyed, what is."""
+        if report.inventory is None:
+            return
+        there = {entry.handle: entry for entry in report.inventory}
+        ordered = self._ordered.setdefault(worker, {})
+        for handle in [*ordered.keys() - there.keys()]:
+            entry = ordered.pop(handle)
+            whose = f" of actor {entry.owner}" if entry.owner else ""
+            why = f"no record speaks of this {entry.kind}{whose}"
+            self._engine.removals.add(KINDS[entry.kind], handle, worker, why)
+
     def forget(self, worker: str) -> None:
         """It has gone."""
+        self._ordered.pop(worker, None)
         self.said.pop(worker, None)
         self._compared.pop(worker, None)
 
@@ -121,6 +163,9 @@ class Inventories:
         self, worker: str, record: Worker, rows: Iterable[gc.Resource], orders: tuple[str, ...]
     ) -> api.Synced:
         last = self.said.get(worker)
+        if orders and last is not None:
+            entries = {entry.handle: entry for entry in last.report.inventory or ()}
+            self._ordered.setdefault(worker, {}).update((h, entries[h]) for h in orders if h in entries)
         call = api.Sync(
             epoch=record.epoch,
             closed_seq=max(control.closable(member_of(record), rows), 0),
@@ -172,7 +217,7 @@ class Inventories:
         records = {s.id: s.state for s in await self._all(Snapshot, "pk", handles)}
         rows = {op.snapshot: gc.ResourceState.CREATING for op in running if op.snapshot}
         rows |= {
-            snapshot: gc.ResourceState.DESTROYING if state is SnapshotState.CONDEMNED else gc.ResourceState.LIVE
+            snapshot: gc.ResourceState.DESTROYING if state in GOING else gc.ResourceState.LIVE
             for snapshot, state in records.items()
         }
         return [

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from greenroom.core import agentapi as api
 from greenroom.core import placement
-from greenroom.core.errors import AlreadyExists, Conflict, NotFound, Unavailable
+from greenroom.core.errors import AlreadyExists, Conflict, FailedPrecondition, NotFound, Unavailable
 from greenroom.core.gc import control
 from greenroom.core.gc import records as gc
 from greenroom.core.records import Record, Worker, WorkerState
@@ -32,8 +32,11 @@ WRITE_ATTEMPTS = 100
 ANSWER_TIMEOUT_S = 30.0
 #: By how much ``last_seen`` grows at least with each new value.
 MIN_STEP_S = 0.001
-#: Why no actor is woken on a worker (`Worker.cordon`): somebody wants it empty; its agent was asked to end.
-ASKED, LEAVING = "asked", "leaving"
+#: Why no actor is woken on a worker (`Worker.cordon`): somebody wants it empty; its agent was asked to end; it is to be
+#: wiped and forgotten when it is empty.
+ASKED, LEAVING, RETIRING = "asked", "leaving", "retiring"
+#: States of a worker that nobody hears.
+AWAY = frozenset({WorkerState.STALLED, WorkerState.GONE})
 
 
 class Members:
@@ -71,6 +74,8 @@ class Members:
                 heard=self._engine.census.is_alive(known),
             )
             if isinstance(decision.answer, gc.Refused):
+                if known is not None and known.state is WorkerState.GONE:
+                    log.warning("a worker that was given up is back: it is told to wipe itself", worker=hello.worker)
                 await self.ask(hello.worker, api.Enrol(refused=decision.answer))
                 if decision.answer.what is gc.Refusal.NAME_TAKEN:
                     raise Unavailable(f"another worker {hello.worker} is alive, with another disk", reason="NAME_TAKEN")
@@ -119,12 +124,21 @@ class Members:
             raise Unavailable(f"worker {worker} did not answer {name} within {ANSWER_TIMEOUT_S:g} s") from None
 
     async def cordon(self, name: str, why: str) -> Worker | None:
-        """No actor is woken there from now on (``why``: `ASKED`, `LEAVING`), or again ("")."""
+        """No actor is woken there from now on (``why``: `ASKED`, `LEAVING`, `RETIRING`), or again (""). Returns None
+        when there is no such worker.
 
-        def change(worker: Worker) -> Worker | None:
-            away = worker.state is WorkerState.DISCONNECTED
-            new = replace(worker, cordon=why, state=worker.state if away else state_of(why))
-            return new if why else replace(new, distrust="", message="")  # somebody has looked
+        Raises:
+            FailedPrecondition: it is gone (reason ``WORKER_GONE``).
+        """
+
+        def change(worker: Worker) -> Worker:
+            if worker.state is WorkerState.GONE:
+                raise FailedPrecondition(
+                    f"worker {name} is gone: {worker.message}; nothing is on it any more. `greenroom forget worker "
+                    f"{name}` removes its tombstone, and an agent with an empty disk takes its name",
+                    reason="WORKER_GONE",
+                )
+            return replace(worker, cordon=why, state=worker.state if worker.state in AWAY else state_of(why))
 
         return await self.change(name, change)
 
@@ -153,6 +167,7 @@ class Members:
 
 def member_of(worker: Worker) -> gc.Member:
     """A worker as the rules of the collection know it."""
+    standing = gc.Standing.GONE if worker.state is WorkerState.GONE else _STANDINGS.get(worker.cordon)
     return gc.Member(
         name=worker.name,
         incarnation=worker.incarnation,
@@ -160,8 +175,12 @@ def member_of(worker: Worker) -> gc.Member:
         epoch=worker.epoch,
         seq=worker.version,
         shared=True,
+        standing=standing or gc.Standing.DRAINING,
         quarantined=worker.distrust,
     )
+
+
+_STANDINGS = {"": gc.Standing.ACTIVE, RETIRING: gc.Standing.RETIRING}
 
 
 def _enrolled(known: Worker | None, hello: api.Hello, member: gc.Member, now: float) -> Worker:
@@ -189,14 +208,19 @@ def _enrolled(known: Worker | None, hello: api.Hello, member: gc.Member, now: fl
         # Another agent: the one that was to end has ended, and what failed on it may not fail on this one.
         cordon = "" if known.cordon == LEAVING else known.cordon
         new = replace(placement.after_success(new), cordon=cordon)
-    return as_heard(replace(new, state=WorkerState.DISCONNECTED), now)
+    if member.standing is gc.Standing.ACTIVE:  # also an empty disk where the one before is gone, or was to go
+        new = replace(new, cordon="", message="" if known.state is WorkerState.GONE else new.message)
+    return as_heard(replace(new, state=WorkerState.STALLED), now)
 
 
 def state_of(cordon: str) -> WorkerState:
+    if cordon == RETIRING:
+        return WorkerState.RETIRING
     return WorkerState.DRAINING if cordon else WorkerState.ACTIVE
 
 
 def as_heard(worker: Worker, now: float) -> Worker:
-    """The worker as one that was just heard: with another ``last_seen`` than before, whatever the clock says."""
-    state = state_of(worker.cordon) if worker.state is WorkerState.DISCONNECTED else worker.state
+    """The worker as one that was just heard: with another ``last_seen`` than before, whatever the clock says. (Not for
+    one that is GONE.)"""
+    state = state_of(worker.cordon) if worker.state is WorkerState.STALLED else worker.state
     return replace(worker, last_seen=max(now, worker.last_seen + MIN_STEP_S), state=state)

@@ -13,7 +13,10 @@ from typing import Protocol
 from greenroom.core.agentapi import ActorStats
 from greenroom.core.records import Actor, Key, Operation, Pool, PoolSpec, Template, TemplateSpec, Worker
 from greenroom.engine.bindings import Binding, BindingTable, Wake
+from greenroom.engine.decommission import Farewell
+from greenroom.engine.garbage import Garbage
 from greenroom.engine.images import Images
+from greenroom.engine.removals import Removals
 from greenroom.store.port import Store
 
 #: How long a mutation waits for its operation unless the caller says otherwise.
@@ -61,6 +64,10 @@ class ControlPlane(Waker, Protocol):
 
     @property
     def images(self) -> Images: ...
+    @property
+    def garbage(self) -> Garbage: ...
+    @property
+    def removals(self) -> Removals: ...
 
     async def create_actor(
         self,
@@ -117,6 +124,34 @@ class ControlPlane(Waker, Protocol):
     async def drain_worker(self, name: str, *, undo: bool = False) -> Worker:
         """No actor is woken on the worker any more, and those that are awake there are suspended, behind this call;
         it is empty when ``used`` is 0. With ``undo`` it takes actors again. Doing either twice changes nothing.
+
+        Raises:
+            NotFound: no such worker.
+        """
+
+    async def retire_worker(self, name: str) -> Worker:
+        """As `drain_worker`; and when it is empty its agent erases its state disk and ends, and it is recorded no more.
+        Answers at once. ``drain_worker(undo=True)`` takes it back until then.
+
+        Raises:
+            NotFound: no such worker.
+            FailedPrecondition: it is gone (reason ``WORKER_GONE``).
+        """
+
+    async def forget_worker(self, name: str, *, accept_loss: bool = False) -> Farewell:
+        """Says that a worker that nobody hears will not come back: what was awake there is CRASHED and may wake
+        elsewhere, what only its disk had is lost, and a tombstone stays. Of one that is gone already the tombstone is
+        removed; should its disk come back then, it counts as one that this database knows too little of.
+
+        Raises:
+            NotFound: no such worker.
+            FailedPrecondition: it may be heard (reason ``WORKER_HEARD``); something would be lost, and ``accept_loss``
+                does not say that it may (``WORKER_HOLDS_STATE``); operations are bound to it (``WORKER_IN_USE``).
+        """
+
+    async def acknowledge_worker(self, name: str) -> Worker:
+        """What the database says of a worker is right as it is, though it was restored: what it does not know there may
+        go (`Worker.distrust`). Nothing to do is success.
 
         Raises:
             NotFound: no such worker.

@@ -70,8 +70,13 @@ class Reconciler:
         if task is None:
             task = self._ops.spawn(self._settle(worker), f"settle-{worker}")
             self._comparing[worker] = task
-            task.add_done_callback(lambda _: self._comparing.pop(worker))
+            task.add_done_callback(lambda done: self._compared(worker, done))
         return await self._ops.attend(task)
+
+    def _compared(self, worker: str, done: asyncio.Task[list[str]]) -> None:
+        self._comparing.pop(worker)
+        if not done.cancelled():
+            self._engine.removals.syncs["failed" if done.exception() else "done"] += 1
 
     async def compare_quietly(self, worker: str) -> None:
         try:

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from greenroom.core import agentapi as api
 from greenroom.core.commands import Change, TakeOver
 from greenroom.core.errors import GreenroomError, LeaseHeld, NotFound
+from greenroom.core.gc.verdict import SNAPSHOT_STORE
 from greenroom.core.records import (
     Lease,
     Operation,
@@ -25,7 +26,6 @@ from greenroom.core.records import (
     SnapshotState,
     Template,
     Worker,
-    WorkerState,
 )
 from greenroom.engine import clock
 from greenroom.engine.census import bug_of
@@ -41,6 +41,7 @@ log = structlog.get_logger(__name__)
 UNPUBLISH_WITHIN_S = 24 * 3600.0
 #: Snapshots that are removed at a time: a bucket answers each after a tenth of a second.
 MAX_DELETIONS = 16
+CONDEMNED = "nothing wakes from it any more"
 
 
 class Recovery:
@@ -148,15 +149,15 @@ class Recovery:
         while True:
             await asyncio.sleep(self._engine.config.janitor_s)
             try:
-                await self._remove_condemned()
+                await self.remove_condemned()
                 await self._engine.uploads.sweep()
                 await self._store.trim()
             except Exception as error:  # whatever it is, the next round must come
                 log.warning("janitor tries again", error=str(error), exc_info=bug_of(error))
 
-    async def _remove_condemned(self) -> None:
+    async def remove_condemned(self) -> None:
         """A page of them, some at a time; the next round takes the next."""
-        turns = asyncio.Semaphore(MAX_DELETIONS)
+        turns, removals = asyncio.Semaphore(MAX_DELETIONS), self._engine.removals
 
         async def one(snapshot: Snapshot) -> None:
             async with turns:
@@ -165,8 +166,9 @@ class Recovery:
                         await self._release(snapshot)
                     await self._engine.snapshots.delete(snapshot.id)
                     await self._store.remove(snapshot)
+                    removals.add("snapshot", snapshot.id, SNAPSHOT_STORE, CONDEMNED, size_bytes=snapshot.size_bytes)
                 except GreenroomError as error:
-                    log.info("snapshot not removed, tries again", snapshot=snapshot.id, error=error.message)
+                    removals.fail("snapshot", snapshot.id, SNAPSHOT_STORE, CONDEMNED, error.message)
 
         condemned = await self._store.list(Snapshot, where={"state": SnapshotState.CONDEMNED})
         await asyncio.gather(*map(one, condemned))
@@ -177,7 +179,7 @@ class Recovery:
             worker = await self._ops.read(Worker, snapshot.worker)
         except NotFound:
             return
-        if worker.state is WorkerState.DISCONNECTED and self._engine.uploads.is_gone(worker):
+        if self._engine.uploads.is_gone(worker):
             return
         await self._engine.hub.call(snapshot.worker, api.Release(snapshot_id=snapshot.id))
 

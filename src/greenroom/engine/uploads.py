@@ -15,7 +15,7 @@ import structlog
 from greenroom.core import agentapi as api
 from greenroom.core.commands import FinishUpload, LoseSnapshot
 from greenroom.core.errors import DataLoss, DeadlineExceeded, GreenroomError, NotFound
-from greenroom.core.records import Key, Snapshot, SnapshotState, Worker
+from greenroom.core.records import Key, Snapshot, SnapshotState, Worker, WorkerState
 from greenroom.engine import clock
 
 if TYPE_CHECKING:
@@ -90,10 +90,7 @@ class Uploads:
                 if len(self._under_way) < MAX_BEGUN:
                     self.begin(snapshot)
             elif self.is_gone(workers.get(snapshot.worker)):
-                away_s = self._engine.config.worker_gone_s
-                await self._lose(
-                    snapshot, f"it was on worker {snapshot.worker} only, which has been away for more than {away_s:g} s"
-                )
+                await self._lose(snapshot, f"it was on worker {snapshot.worker} only, which is gone")
 
     async def flush(self, worker: str) -> None:
         """Uploads everything that is only on that worker, before it ends for good. Raises what an upload fails with."""
@@ -102,9 +99,8 @@ class Uploads:
                 await self._ops.attend(self.begin(snapshot))
 
     def is_gone(self, worker: Worker | None) -> bool:
-        """Whether a worker has been away for so long that its disk counts as lost: this process has watched for its
-        sign all the while."""
-        return worker is None or self._engine.census.unheard_s(worker) >= self._engine.config.worker_gone_s
+        """Whether a worker's disk counts as lost (`greenroom.engine.decommission`)."""
+        return worker is None or worker.state is WorkerState.GONE
 
     async def _lose(self, snapshot: Snapshot, why: str) -> None:
         try:

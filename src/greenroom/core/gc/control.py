@@ -85,13 +85,13 @@ def register(member: Member | None, rows: Sequence[Resource], said: Register, *,
         return _refuse(member, said, Refusal.NAME_TAKEN)
     if said.replaces != member.epoch:
         return _refuse(member, said, Refusal.REGISTER)
-    # An empty disk under a known name: of what there was nothing is on it.
+    # An empty disk under a known name: of what there was nothing is on it. (What was to go with the old one has gone.)
     new = replace(
         member,
         incarnation=said.incarnation,
         claim=said.claim,
         epoch=member.epoch + 1,
-        standing=Standing.ACTIVE if member.standing is Standing.GONE else member.standing,
+        standing=Standing.ACTIVE if member.standing in (Standing.GONE, Standing.RETIRING) else member.standing,
         quarantined="",
     )
     return Decision(member=new, removed=tuple(rows), answer=_registered(new, []))
@@ -126,7 +126,7 @@ def alarm(worker: str, why: str) -> str:
     """Why nobody acts on what is recorded of a worker, and what to do about it."""
     return (
         f"worker {worker}: {why}; was the database restored? Nothing is destroyed or forgotten "
-        f"there until `greenroom acknowledge worker {worker}`"
+        f"there until `greenroom acknowledge worker {worker}` says that the database is right as it is"
     )
 
 

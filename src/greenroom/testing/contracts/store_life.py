@@ -276,7 +276,7 @@ class Life:
         )
         assert (await world.apply(report)).outcome is Outcome.ALREADY, "it has been heard again"
         worker = await world.store.get(Worker, actor.worker)
-        await world.store.put(replace(worker, state=WorkerState.DISCONNECTED))
+        await world.store.put(replace(worker, state=WorkerState.STALLED))
         assert (await world.apply(report)).outcome is Outcome.CHANGED
 
     async def test_a_late_crash_report_changes_nothing(self, world: World) -> None:

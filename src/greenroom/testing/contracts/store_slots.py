@@ -116,10 +116,10 @@ class Slots:
             await world.do(BeginSuspend, key)
         assert (await store.get(Worker, "w1")).used == 0
 
-    async def test_full_draining_and_disconnected_workers_take_nobody(self, store: Store) -> None:
+    async def test_full_draining_and_stalled_workers_take_nobody(self, store: Store) -> None:
         world = await World(store).setup({"w1": 1, "w2": 5, "w3": 5})
         await store.put(replace(await store.get(Worker, "w2"), state=WorkerState.DRAINING))
-        await store.put(replace(await store.get(Worker, "w3"), state=WorkerState.DISCONNECTED))
+        await store.put(replace(await store.get(Worker, "w3"), state=WorkerState.STALLED))
         assert (await world.begin(BeginResume, await world.create("a"))).worker == "w1"
         with pytest.raises(ResourceExhausted):
             await world.begin(BeginResume, await world.create("b"))

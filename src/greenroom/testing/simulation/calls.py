@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -31,7 +32,7 @@ from greenroom.core.errors import (
     Unavailable,
     Unimplemented,
 )
-from greenroom.core.gc.records import Entry, Kind, Local, Refusal, uid_of_log
+from greenroom.core.gc.records import Entry, Kind, Local, uid_of_log
 from greenroom.core.records import PhaseTime, Record, Snapshot, SnapshotScope, SnapshotState
 from greenroom.testing.simulation.faults import Fault
 from greenroom.testing.simulation.machine import Machine, Sandbox
@@ -151,9 +152,9 @@ class Calls:
             case api.Enrol():
                 if call.registered is not None:
                     self.enrolment.registered(call.registered)
-                # One whose name is taken waits; what it has is an empty disk.
-                assert call.refused is None or call.refused.what is not Refusal.WIPE, "no machine comes back twice"
-                return api.Done()
+                elif call.refused is not None and self.enrolment.must_wipe(call.refused):
+                    await self._wipe()
+                return api.Done()  # one whose name is taken waits; what it has is an empty disk
             case api.Sync():
                 return self._sync(call)
             case api.Start() | api.Restore():
@@ -188,6 +189,12 @@ class Calls:
                 return api.Done()
             case _:
                 raise Unimplemented(f"simulated agents know no {type(call).__name__}")
+
+    async def _wipe(self) -> None:
+        """It was given up, and is back."""
+        there = {*self.machine.sandboxes, *self._wakes}
+        await asyncio.gather(*(self._fence.aside(uid, partial(self._end, uid)) for uid in there))
+        self.enrolment.renew()
 
     async def _work(self, how_long: tuple[float, float, float]) -> tuple[PhaseTime, ...]:
         """What a backend does takes its time."""

@@ -7,8 +7,8 @@ import random
 from collections import Counter
 from typing import Protocol
 
-from greenroom.core.errors import AlreadyExists, GreenroomError, Unavailable
-from greenroom.core.records import Actor, Key, Operation, OperationState, TemplateSpec
+from greenroom.core.errors import AlreadyExists, FailedPrecondition, GreenroomError, Unavailable
+from greenroom.core.records import Actor, Key, Operation, OperationState, TemplateSpec, Worker, WorkerState
 from greenroom.engine.engine import Engine
 from greenroom.testing.simulation.machine import Machine
 from greenroom.testing.simulation.oracle import Oracle
@@ -32,11 +32,14 @@ ACTS = {
     "hurry": 2,
     "cancel": 1,
     "drain": 0.3,
+    "forget": 1,
     "apply": 0.3,
     "unapply": 0.2,
 }
 #: Requests of a burst, and the longest time between two, in seconds.
 BURST, BURST_PAUSE_S = 6, 2.0
+#: How often somebody says that a worker will not come back, and the longest time between, in seconds.
+FORGETS, FORGET_PAUSE_S = 12, 2.0
 
 
 class World(Protocol):
@@ -114,6 +117,8 @@ class User:
                 await replica.ask(act, lambda: engine.drain_worker(worker))
                 await asyncio.sleep(self._random.random() * DRAINED_S)
                 await replica.ask(act, lambda: engine.drain_worker(worker, undo=True))
+            case "forget":
+                await self._forget(replica)
             case "apply":
                 template = Key(key.namespace, self._random.choice(OTHER_TEMPLATES))
                 await replica.ask(act, lambda: engine.apply_template(template, self._world.spec))
@@ -122,6 +127,20 @@ class User:
                 await replica.ask(act, lambda: engine.delete_template(template))
             case _:
                 raise AssertionError(act)
+
+    async def _forget(self, replica: Replica) -> None:
+        """Says of a worker that is away that it will not come back, again and again until that is believed, or it is
+        heard."""
+        engine, away = replica.engine, {"state": str(WorkerState.STALLED)}
+        for _ in range(FORGETS):
+            found = sorted(w.name for w in await replica.ask("list", lambda: engine.store.list(Worker, where=away)))
+            if not found:
+                return
+            try:
+                await replica.ask("forget", lambda: engine.forget_worker(found[0], accept_loss=True))  # noqa: B023
+                self.did["forgotten"] += 1
+            except FailedPrecondition:
+                await asyncio.sleep(self._random.random() * FORGET_PAUSE_S)
 
 
 async def _cancel(engine: Engine, key: Key) -> Operation | None:

@@ -986,6 +986,21 @@ class WorkersStub:
                 request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.DrainWorkerRequest.SerializeToString,
                 response_deserializer=greenroom_dot_v1alpha1_dot_resources__pb2.Worker.FromString,
                 _registered_method=True)
+        self.RetireWorker = channel.unary_unary(
+                '/greenroom.v1alpha1.Workers/RetireWorker',
+                request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.RetireWorkerRequest.SerializeToString,
+                response_deserializer=greenroom_dot_v1alpha1_dot_resources__pb2.Worker.FromString,
+                _registered_method=True)
+        self.ForgetWorker = channel.unary_unary(
+                '/greenroom.v1alpha1.Workers/ForgetWorker',
+                request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ForgetWorkerRequest.SerializeToString,
+                response_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ForgetWorkerResponse.FromString,
+                _registered_method=True)
+        self.AcknowledgeWorker = channel.unary_unary(
+                '/greenroom.v1alpha1.Workers/AcknowledgeWorker',
+                request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.AcknowledgeWorkerRequest.SerializeToString,
+                response_deserializer=greenroom_dot_v1alpha1_dot_resources__pb2.Worker.FromString,
+                _registered_method=True)
 
 
 class WorkersServicer:
@@ -1011,6 +1026,32 @@ class WorkersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RetireWorker(self, request, context):
+        """As DrainWorker; when it is empty its agent erases its state disk and ends, and the worker is recorded no more.
+        Answers at once. A DrainWorker takes it back until then.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForgetWorker(self, request, context):
+        """Says that a worker will not come back: what was awake there is CRASHED, what only its disk had is lost, a tombstone
+        stays, and should it come back, it wipes itself. Of one that is GONE already the tombstone is removed. Refused while
+        it may be heard (WORKER_HEARD), and while something would be lost that `accept_loss` does not give up
+        (WORKER_HOLDS_STATE; the metadata names `actors` and `snapshots`).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AcknowledgeWorker(self, request, context):
+        """Says that what is recorded of a worker is right, though the database was restored (`distrust`): what is not recorded
+        may go.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkersServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -1027,6 +1068,21 @@ def add_WorkersServicer_to_server(servicer, server):
             'DrainWorker': grpc.unary_unary_rpc_method_handler(
                     servicer.DrainWorker,
                     request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.DrainWorkerRequest.FromString,
+                    response_serializer=greenroom_dot_v1alpha1_dot_resources__pb2.Worker.SerializeToString,
+            ),
+            'RetireWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetireWorker,
+                    request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.RetireWorkerRequest.FromString,
+                    response_serializer=greenroom_dot_v1alpha1_dot_resources__pb2.Worker.SerializeToString,
+            ),
+            'ForgetWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetWorker,
+                    request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ForgetWorkerRequest.FromString,
+                    response_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ForgetWorkerResponse.SerializeToString,
+            ),
+            'AcknowledgeWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcknowledgeWorker,
+                    request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.AcknowledgeWorkerRequest.FromString,
                     response_serializer=greenroom_dot_v1alpha1_dot_resources__pb2.Worker.SerializeToString,
             ),
     }
@@ -1110,6 +1166,87 @@ class Workers:
             target,
             '/greenroom.v1alpha1.Workers/DrainWorker',
             greenroom_dot_v1alpha1_dot_api__pb2.DrainWorkerRequest.SerializeToString,
+            greenroom_dot_v1alpha1_dot_resources__pb2.Worker.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetireWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/greenroom.v1alpha1.Workers/RetireWorker',
+            greenroom_dot_v1alpha1_dot_api__pb2.RetireWorkerRequest.SerializeToString,
+            greenroom_dot_v1alpha1_dot_resources__pb2.Worker.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/greenroom.v1alpha1.Workers/ForgetWorker',
+            greenroom_dot_v1alpha1_dot_api__pb2.ForgetWorkerRequest.SerializeToString,
+            greenroom_dot_v1alpha1_dot_api__pb2.ForgetWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AcknowledgeWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/greenroom.v1alpha1.Workers/AcknowledgeWorker',
+            greenroom_dot_v1alpha1_dot_api__pb2.AcknowledgeWorkerRequest.SerializeToString,
             greenroom_dot_v1alpha1_dot_resources__pb2.Worker.FromString,
             options,
             channel_credentials,
@@ -1862,6 +1999,21 @@ class SystemStub:
                 request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ListReplicasRequest.SerializeToString,
                 response_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ListReplicasResponse.FromString,
                 _registered_method=True)
+        self.Collect = channel.unary_unary(
+                '/greenroom.v1alpha1.System/Collect',
+                request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.CollectRequest.SerializeToString,
+                response_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.CollectResponse.FromString,
+                _registered_method=True)
+        self.ExplainObject = channel.unary_unary(
+                '/greenroom.v1alpha1.System/ExplainObject',
+                request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ExplainObjectRequest.SerializeToString,
+                response_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ExplainObjectResponse.FromString,
+                _registered_method=True)
+        self.ListRemovals = channel.unary_unary(
+                '/greenroom.v1alpha1.System/ListRemovals',
+                request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ListRemovalsRequest.SerializeToString,
+                response_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ListRemovalsResponse.FromString,
+                _registered_method=True)
 
 
 class SystemServicer:
@@ -1890,6 +2042,28 @@ class SystemServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Collect(self, request, context):
+        """A round of the whole garbage collection, now; or only what it would destroy. What can't be looked at or destroyed
+        now is told in `failures`, and holds up nothing else.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExplainObject(self, request, context):
+        """Whether something is kept or goes, and why. Answers with everything that is called so.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRemovals(self, request, context):
+        """What the replica that answers has destroyed since it started, the latest thousand, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SystemServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -1907,6 +2081,21 @@ def add_SystemServicer_to_server(servicer, server):
                     servicer.ListReplicas,
                     request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ListReplicasRequest.FromString,
                     response_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ListReplicasResponse.SerializeToString,
+            ),
+            'Collect': grpc.unary_unary_rpc_method_handler(
+                    servicer.Collect,
+                    request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.CollectRequest.FromString,
+                    response_serializer=greenroom_dot_v1alpha1_dot_api__pb2.CollectResponse.SerializeToString,
+            ),
+            'ExplainObject': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainObject,
+                    request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ExplainObjectRequest.FromString,
+                    response_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ExplainObjectResponse.SerializeToString,
+            ),
+            'ListRemovals': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRemovals,
+                    request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ListRemovalsRequest.FromString,
+                    response_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ListRemovalsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1992,6 +2181,87 @@ class System:
             '/greenroom.v1alpha1.System/ListReplicas',
             greenroom_dot_v1alpha1_dot_api__pb2.ListReplicasRequest.SerializeToString,
             greenroom_dot_v1alpha1_dot_api__pb2.ListReplicasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Collect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/greenroom.v1alpha1.System/Collect',
+            greenroom_dot_v1alpha1_dot_api__pb2.CollectRequest.SerializeToString,
+            greenroom_dot_v1alpha1_dot_api__pb2.CollectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainObject(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/greenroom.v1alpha1.System/ExplainObject',
+            greenroom_dot_v1alpha1_dot_api__pb2.ExplainObjectRequest.SerializeToString,
+            greenroom_dot_v1alpha1_dot_api__pb2.ExplainObjectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRemovals(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/greenroom.v1alpha1.System/ListRemovals',
+            greenroom_dot_v1alpha1_dot_api__pb2.ListRemovalsRequest.SerializeToString,
+            greenroom_dot_v1alpha1_dot_api__pb2.ListRemovalsResponse.FromString,
             options,
             channel_credentials,
             insecure,

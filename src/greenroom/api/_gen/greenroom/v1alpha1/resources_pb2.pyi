@@ -147,14 +147,26 @@ class _WorkerStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerSta
     WORKER_STATE_UNSPECIFIED: _WorkerState.ValueType  # 0
     WORKER_STATE_ACTIVE: _WorkerState.ValueType  # 1
     WORKER_STATE_DRAINING: _WorkerState.ValueType  # 2
-    WORKER_STATE_DISCONNECTED: _WorkerState.ValueType  # 3
+    """is emptied, and keeps its disk"""
+    WORKER_STATE_STALLED: _WorkerState.ValueType  # 3
+    """nobody hears it; what is recorded of it stays as it is"""
+    WORKER_STATE_RETIRING: _WorkerState.ValueType  # 4
+    """is emptied, then wiped and forgotten"""
+    WORKER_STATE_GONE: _WorkerState.ValueType  # 5
+    """will not come back; the tombstone of one"""
 
 class WorkerState(_WorkerState, metaclass=_WorkerStateEnumTypeWrapper): ...
 
 WORKER_STATE_UNSPECIFIED: WorkerState.ValueType  # 0
 WORKER_STATE_ACTIVE: WorkerState.ValueType  # 1
 WORKER_STATE_DRAINING: WorkerState.ValueType  # 2
-WORKER_STATE_DISCONNECTED: WorkerState.ValueType  # 3
+"""is emptied, and keeps its disk"""
+WORKER_STATE_STALLED: WorkerState.ValueType  # 3
+"""nobody hears it; what is recorded of it stays as it is"""
+WORKER_STATE_RETIRING: WorkerState.ValueType  # 4
+"""is emptied, then wiped and forgotten"""
+WORKER_STATE_GONE: WorkerState.ValueType  # 5
+"""will not come back; the tombstone of one"""
 Global___WorkerState: _TypeAlias = WorkerState  # noqa: Y015
 
 class _SnapshotState:
@@ -988,6 +1000,99 @@ class Worker(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_snapshots) -> _WhichOneofReturnType__memory_snapshots | None: ...
 
 Global___Worker: _TypeAlias = Worker  # noqa: Y015
+
+@_typing.final
+class Judged(_message.Message):
+    """--- garbage collection ------------------------------------------------------------------------------------------
+
+    Something that exists, and whether it stays.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    WHERE_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    MADE_AT_FIELD_NUMBER: _builtins.int
+    GOES_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    WHEN_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """actor, template, snapshot, object, sandbox, copy, image or worker"""
+    id: _builtins.str
+    where: _builtins.str
+    """a worker, "snapshot store" or "database" """
+    size_bytes: _builtins.int
+    """0: not known, or none"""
+    goes: _builtins.bool
+    why: _builtins.str
+    when: _builtins.str
+    """when it goes; "" for what is kept"""
+    @_builtins.property
+    def made_at(self) -> _timestamp_pb2.Timestamp:
+        """absent: not known"""
+
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        id: _builtins.str = ...,
+        where: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        made_at: _timestamp_pb2.Timestamp | None = ...,
+        goes: _builtins.bool = ...,
+        why: _builtins.str = ...,
+        when: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["made_at", b"made_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["goes", b"goes", "id", b"id", "kind", b"kind", "made_at", b"made_at", "size_bytes", b"size_bytes", "when", b"when", "where", b"where", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Judged: _TypeAlias = Judged  # noqa: Y015
+
+@_typing.final
+class Removal(_message.Message):
+    """Something that was destroyed, or could not be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    WHERE_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    id: _builtins.str
+    where: _builtins.str
+    size_bytes: _builtins.int
+    why: _builtins.str
+    failure: _builtins.str
+    """why it could not be destroyed; it is tried again"""
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        id: _builtins.str = ...,
+        where: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        at: _timestamp_pb2.Timestamp | None = ...,
+        why: _builtins.str = ...,
+        failure: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "failure", b"failure", "id", b"id", "kind", b"kind", "size_bytes", b"size_bytes", "where", b"where", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Removal: _TypeAlias = Removal  # noqa: Y015
 
 @_typing.final
 class CachedImage(_message.Message):
