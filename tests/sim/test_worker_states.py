@@ -12,8 +12,18 @@ from typing import Any
 import pytest
 
 from greenroom.agent.erase import erase
-from greenroom.core.errors import FailedPrecondition, NotFound
-from greenroom.core.records import Actor, ActorState, Durability, Snapshot, SnapshotState, Worker, WorkerState
+from greenroom.core import placement
+from greenroom.core.errors import FailedPrecondition, NotFound, ResourceExhausted
+from greenroom.core.records import (
+    Actor,
+    ActorState,
+    Durability,
+    OperationState,
+    Snapshot,
+    SnapshotState,
+    Worker,
+    WorkerState,
+)
 from greenroom.testing.world import QUICK, SimWorld
 
 RETURN_S = 0.4
@@ -222,6 +232,51 @@ async def test_a_worker_that_nobody_hears_for_long_enough_is_gone_by_itself(make
         away.heal()
         await world.settle()
         assert not [s for s in away.backend._sandboxes.values() if s.owner.uid == actor.uid]
+
+
+async def test_an_operation_that_is_bound_to_it_ends(world: SimWorld) -> None:
+    """And nothing holds the actor, or a slot, any more."""
+    actor = await saved_and_awake(world)
+    away = Partition(world, actor.worker)
+    asked = asyncio.create_task(world.engine.suspend(actor.key))
+    await forget(world, actor.worker, accept_loss=True)
+    async with asyncio.timeout(10):
+        ended = await asked
+    assert ended.state is not OperationState.RUNNING
+
+    async def settled() -> bool:
+        return (await world.actor(actor.key)).state is ActorState.CRASHED
+
+    await until(settled)
+    assert (await record(world, actor.worker)).used == 0
+    assert (await world.request(actor.key)).count == 2
+    farewell = await world.engine.forget_worker(actor.worker)
+    assert farewell.removed and away.backend._sandboxes
+
+
+async def test_who_waits_for_what_only_a_silent_worker_has_is_told_the_way_out(
+    make_world: Callable[..., Any],
+) -> None:
+    async with make_world(config=replace(QUICK, worker_return_s=RETURN_S, capacity_wait_s=0.2)) as world:
+        await world.apply(durability=Durability.LOCAL)
+
+        async def never(*_: Any, **__: Any) -> Snapshot:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        key = await world.create("a")
+        await world.request(key)
+        publish, world.snapshots.publish = world.snapshots.publish, never  # type: ignore[method-assign]
+        await world.engine.suspend(key)
+        holder = (await world.store.get(Snapshot, (await world.actor(key)).snapshot)).worker
+        away = Partition(world, holder)
+        await until_stalled(world, holder)
+        workers = await world.engine.census.all(Worker)
+        snapshot = await world.store.get(Snapshot, (await world.actor(key)).snapshot)
+        with pytest.raises(ResourceExhausted, match=f"greenroom forget worker {holder}"):
+            placement.choose(workers, placement.Demand(pool="default", snapshot=snapshot), world.engine.now())
+        world.snapshots.publish = publish  # type: ignore[method-assign]
+        away.heal()
 
 
 async def test_a_gone_worker_is_not_drained_nor_retired(world: SimWorld) -> None:

@@ -80,6 +80,7 @@ class ServerOptions:
     lease_ttl_s: float = 30.0
     stall_s: float = 60.0
     worker_return_s: float = 15.0
+    worker_gone_s: float = 86400.0
     deadlines_s: dict[OperationKind, float] = field(default_factory=dict)
     operation_deadline_s: float = 300.0
     capacity_wait_s: float = 60.0
@@ -136,6 +137,7 @@ class Server:
             lease_ttl_s=options.lease_ttl_s,
             stall_s=options.stall_s,
             worker_return_s=options.worker_return_s,
+            worker_gone_s=options.worker_gone_s,
             deadlines_s=DEADLINES_S | options.deadlines_s,
             prepare_deadline_s=options.deadlines_s.get(OperationKind.PREPARE, PREPARE_DEADLINE_S),
             operation_deadline_s=options.operation_deadline_s,

@@ -116,6 +116,15 @@ WORKER_RETURN_SHARED_S = 30.0
     "away for half of it, awake actors freeze  [default: 15, with PostgreSQL 30].",
 )
 @click.option(
+    "--worker-gone",
+    type=seconds(10, 366 * 86400),
+    metavar="SECONDS",
+    default=86400.0,
+    show_default="1 day",
+    help="A worker that nobody has heard for so long is gone, with what only its disk has; `greenroom forget` says so "
+    "earlier.",
+)
+@click.option(
     "--capacity-wait",
     type=click.FloatRange(min=0),
     default=60.0,
@@ -152,6 +161,7 @@ def up(
     stall_timeout: float,
     lease_ttl: float,
     worker_return: float | None,
+    worker_gone: float,
     capacity_wait: float,
     metrics: tuple[str, int] | None,
     log_level: str,
@@ -176,6 +186,12 @@ def up(
     if peers and peers[1]:
         raise click.UsageError(f"--peers {peers[0]}:{peers[1]}: each worker needs a port of its own; write port 0")
     deadline_s, deadlines_s = deadlines(deadline_options)
+    return_s = worker_return or (WORKER_RETURN_SHARED_S if store else WORKER_RETURN_S)
+    if worker_gone < return_s:
+        raise click.UsageError(
+            f"--worker-gone ({worker_gone:g} s) has to be at least --worker-return ({return_s:g} s): a worker is lost "
+            "before it can be gone"
+        )
     configure(log_level)
     files = prepare()
     default = PoolSpec()
@@ -204,7 +220,8 @@ def up(
         labels=worker_labels(labels),
         lease_ttl_s=lease_ttl,
         stall_s=stall_timeout,
-        worker_return_s=worker_return or (WORKER_RETURN_SHARED_S if store else WORKER_RETURN_S),
+        worker_return_s=return_s,
+        worker_gone_s=worker_gone,
         operation_deadline_s=deadline_s,
         deadlines_s=deadlines_s,
         capacity_wait_s=capacity_wait,

@@ -74,11 +74,18 @@ def choose(workers: Iterable[Worker], demand: Demand, now: float) -> tuple[Worke
             "anew",
             reason="NO_COMPATIBLE_WORKER",
         )
+    held = [w.name for w in able if w.state is WorkerState.STALLED and _is_only_on(w, demand.snapshot)]
+    way_out = (
+        f"its snapshot is on worker {held[0]} only, which nobody hears: start its agent again, or give up what it has "
+        f"with `greenroom forget worker {held[0]}`"
+        if held
+        else "suspend an actor, or raise the pool's replicas"
+    )
     raise ResourceExhausted(
         f"no free slot in pool {demand.pool!r}: {len(able)} workers, "
         f"{sum(w.used for w in able)} of {sum(w.capacity for w in able)} slots taken"
         + (f" ({reasons})" if reasons else "")
-        + "; suspend an actor, or raise the pool's replicas",
+        + f"; {way_out}",
         reason="NO_CAPACITY",
         metadata={"only": ",".join(w.name for w in able)} if _free_but_unfit(of_pool, able) else {},
     )
@@ -158,6 +165,10 @@ def not_now(worker: Worker, demand: Demand, now: float) -> str | None:
 
 def _has_it(worker: Worker, snapshot: Snapshot | None) -> bool:
     return snapshot is None or snapshot.state is not SnapshotState.LOCAL or snapshot.worker == worker.name
+
+
+def _is_only_on(worker: Worker, snapshot: Snapshot | None) -> bool:
+    return snapshot is not None and snapshot.state is SnapshotState.LOCAL and snapshot.worker == worker.name
 
 
 def can_run(worker: Worker, snapshot: Snapshot) -> bool:

@@ -258,6 +258,10 @@ class WorkerState(enum.StrEnum):
     STALLED = "Stalled"  # nobody hears it: what is recorded of it stays as it is
     GONE = "Gone"  # will not come back: nothing of it counts; a tombstone, so that it is told to wipe itself if it does
 
+    @classmethod
+    def _missing_(cls, value: object) -> WorkerState | None:
+        return cls.STALLED if value == "Disconnected" else None  # what it was called in records that are older
+
 
 class Worker(Record, frozen=True, kw_only=True):
     """One agent process. ``used`` of ``capacity`` slots are taken; a slot is taken and freed only in the same

@@ -30,8 +30,8 @@ class EngineConfig:
         stall_s: how long an operation may go on without anything moving (bytes, a phase), before it is given up.
         prepare_deadline_s: how long the preparation of a template may run: a large image on a slow link.
         worker_return_s: how long a worker that is gone may take to come back before its actors count as lost.
-        worker_gone_s: how long a worker may be away before its disk counts as lost, and the snapshots with it that are
-            nowhere else.
+        worker_gone_s: how long a worker may be away before it counts as GONE by itself, and its disk as lost. Long: a
+            person who knows better can say so at once.
         drain_grace_s: how long an asked-for suspend waits for requests in flight before it cuts them.
         capacity_wait_s: how long a wake-up waits for a slot before it answers "no capacity".
         max_waiting: wake-ups that may wait for a slot in one pool.
@@ -58,7 +58,7 @@ class EngineConfig:
     stall_s: float = 60.0
     prepare_deadline_s: float = PREPARE_DEADLINE_S
     worker_return_s: float = 15.0
-    worker_gone_s: float = 600.0
+    worker_gone_s: float = 86400.0
     drain_grace_s: float = 1.0
     capacity_wait_s: float = 60.0
     max_waiting: int = 4096
