@@ -267,7 +267,7 @@ class Oracle:
     def drops(self, machine: str, snapshot_id: str) -> None:
         """What a worker holds is removed because nobody has a record of it."""
         record = self.books.records.get((Snapshot, snapshot_id))
-        wanted = isinstance(record, Snapshot) and record.state is not SnapshotState.CONDEMNED
+        wanted = isinstance(record, Snapshot) and record.state not in (SnapshotState.CONDEMNED, SnapshotState.CORRUPT)
         makers = [
             o
             for o in self.books.records.values()
