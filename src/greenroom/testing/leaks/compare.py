@@ -166,16 +166,7 @@ def _place(rows: Rows, worker: Worker | None, name: str, place: Place, warm: int
     actors = {a.uid: a for a in rows.actors}
     if worker is None or worker.backend not in _UNSEEN:
         yield from _sandboxes(name, place, [a for a in rows.actors if a.worker == name], warm)
-    held = {s.id: s for s in rows.snapshots if s.worker == name and (s.held or s.state is SnapshotState.LOCAL)}
-    owed = {f"{s.id}/{file}" for s in held.values() for file in ("manifest.json", *(f.name for f in s.files))}
-    for path in place.held - owed:
-        yield f"held copy: {path} on worker {name}, of which no snapshot says so"
-    for path in owed - place.held:
-        snapshot = held[path.split("/", 1)[0]]
-        if snapshot.state is SnapshotState.LOCAL:
-            yield f"lost: {path} of {snapshot.namespace}/{snapshot.actor}, which only worker {name} had"
-        else:
-            yield f"held copy: {path} is not on worker {name}, where its row says that it is"
+    yield from _held(rows, name, place)
     yield from (f"staged: of actor {_who(uid, actors)} on worker {name}" for uid in place.staged)
     yield from (f"cached: {entry} on worker {name}" for entry in place.cached)
     for uid, files in place.logs.items():
@@ -189,6 +180,21 @@ def _place(rows: Rows, worker: Worker | None, name: str, place: Place, warm: int
     if WARM in place.uses and all(box.uid for box in place.sandboxes):
         yield f"image use: by warm sandboxes of worker {name}, which has none"
     yield from (f"unfinished: {entry} of worker {name}" for entry in place.unfinished)
+
+
+def _held(rows: Rows, name: str, place: Place) -> Iterator[str]:
+    """Copies of snapshots against what their rows say. A line for each snapshot, whatever there is of it."""
+    held = {s.id: s for s in rows.snapshots if s.worker == name and (s.held or s.state is SnapshotState.LOCAL)}
+    owed = {f"{s.id}/{file}" for s in held.values() for file in ("manifest.json", *(f.name for f in s.files))}
+    for snapshot_id in {path.partition("/")[0] for path in place.held - owed}:
+        why = "has more files than its row says" if snapshot_id in held else "of which no row says so"
+        yield f"held copy: {snapshot_id} on worker {name}, {why}"
+    for snapshot_id in {path.partition("/")[0] for path in owed - place.held}:
+        snapshot = held[snapshot_id]
+        if snapshot.state is SnapshotState.LOCAL:
+            yield f"lost: {snapshot_id} of {snapshot.namespace}/{snapshot.actor}, which only worker {name} had"
+        else:
+            yield f"held copy: {snapshot_id} is not on worker {name}, where its row says that it is"
 
 
 def _sandboxes(name: str, place: Place, bound: list[Actor], warm: int) -> Iterator[str]:

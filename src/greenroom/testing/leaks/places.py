@@ -146,7 +146,7 @@ def _place(
         if pids:
             processes[sid] = (*processes.get(sid, ()), *pids)
     netns = NETNS_DIRECTORY / scope
-    held = (path.split("/", 2)[-1] for path in files_below(state_dir / "held" / "snapshots"))
+    held = (path.partition("/")[2] for path in files_below(state_dir / "held" / "snapshots"))  # after its two digits
     unfinished = [p.name for p in entries(state_dir) if _UNFINISHED.search(p.name) and p.name != "journal.new"]
     unfinished += [f"trash/{p.name}" for p in entries(root / "trash")]
     return Place(
