@@ -2,11 +2,11 @@
 
 One server keeps up to two workers, a third one runs by itself. Clients create, wake, suspend and delete actors (of a
 template whose suspends are answered early, and one whose are not), apply and delete templates, and make the pool
-smaller and larger. At a random moment an agent, the control plane, both or none is killed, and started again. When nothing is
-under way any more the database is compared with the machine (`greenroom.testing.leaks`): processes, mounts, network
-namespaces and interfaces, cgroups, directories, copies of snapshots, logs, uses of images, rows, objects. And actors
-with what their clients were told: none is forgotten or back from the dead, none counts less than it said, and one that
-ran and was left alone is the same process still.
+smaller and larger. At a random moment an agent, the control plane, both or none is killed, and started again. When
+nothing is under way any more the database is compared with the machine (`greenroom.testing.leaks`): processes, mounts,
+network namespaces and interfaces, cgroups, directories, copies of snapshots, logs, uses of images, rows, objects. And
+actors with what their clients were told: none is forgotten or back from the dead, none counts less than it said, and
+one that ran and was left alone is the same process still.
 
 Goal: no finding.
 

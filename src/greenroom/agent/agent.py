@@ -269,6 +269,12 @@ class Agent:
             case api.ListResident():
                 _ = self._alone.alone  # whether it has just become so is in the epoch
                 return api.Residents(residents=self._residents.listed(), epoch=self._alone.epoch)
+            case api.ListLogs():
+                return api.LogsListed(actor_uids=tuple(await asyncio.to_thread(self._logs.uids)))
+            case api.ForgetLogs():
+                for uid in call.actor_uids:
+                    await self._logs.forget(uid)
+                return api.Done()
             case api.Stats():
                 return await self._backend.stats(self._residents.get(call.actor_uid).sid)
             case api.Exec():
@@ -424,7 +430,7 @@ class Agent:
         marks = Marks()
         await self._residents.end(call.actor_uid)
         if call.forget:
-            await asyncio.to_thread(self._logs.forget, call.actor_uid)
+            await self._logs.forget(call.actor_uid)
         marks.end("discard")
         return api.Done(phases=tuple(marks.phases))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
@@ -17,7 +18,7 @@ from greenroom.cli.agent import END_SIGNAL, WIPE_SIGNAL
 from greenroom.core import states
 from greenroom.core.agentapi import Shutdown
 from greenroom.core.errors import Conflict, GreenroomError, NotFound
-from greenroom.core.records import Actor, Pool, PoolSpec, Worker
+from greenroom.core.records import Actor, Pool, PoolSpec, Snapshot, SnapshotState, Worker
 from greenroom.engine.engine import Engine
 from greenroom.store.port import Event, Store
 
@@ -68,7 +69,7 @@ class Supervisor:
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._retiring: dict[str, asyncio.Task[None]] = {}
         self._processes: dict[str, asyncio.subprocess.Process] = {}
-        self._specs: dict[str, PoolSpec] = {}
+        self._pools: dict[str, Pool] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -106,7 +107,7 @@ class Supervisor:
         for name, pool in wanted.items():
             if name in self._retiring:
                 continue
-            if name in self._keepers and self._specs[name].slots != pool.spec.slots:
+            if name in self._keepers and self._pools[name].spec.slots != pool.spec.slots:
                 # Actors go on running meanwhile: the agent that comes with the new number takes them over.
                 await self._end(name, self._keepers.pop(name), wipe=False)
             if name not in self._keepers:
@@ -117,21 +118,37 @@ class Supervisor:
 
     async def _retire_leftovers(self) -> None:
         """Workers of an earlier server that no pool asks for any more (``up`` with fewer of them): they are started
-        once more, so that nothing that runs there is left behind."""
-        for worker in await self._engine.store.list(Worker):
-            if not (self._paths.workers / worker.name).is_dir():
-                continue  # another server's, or an agent's that was started by hand
-            if worker.name in self._keepers:
-                if worker.cordon == RETIRING:  # it was too much for a while, and that was cut short
-                    await self._mark(worker.name, "")
+        once more, so that nothing that runs there is left behind. A directory is what says that a worker is this
+        server's, and not another's, or an agent's that was started by hand."""
+        rows = {worker.name: worker for worker in await self._engine.store.list(Worker)}
+        pools = {pool.name: pool for pool in await self._engine.store.list(Pool)}
+        for name in await asyncio.to_thread(self._directories):
+            worker = rows.get(name)
+            if name in self._keepers:
+                if worker is not None and worker.cordon == RETIRING:  # too much for a while, and that was cut short
+                    await self._mark(name, "")
                 continue
-            spec = PoolSpec(backend=worker.backend, slots=worker.capacity)
-            pool = Pool(name=worker.pool, uid="", spec=spec, created_at=worker.registered_at)
-            self._retiring[worker.name] = self._keeper(worker.name, pool)
-            self._engine.spawn(self._retire(worker.name), f"retire-{worker.name}")
+            pool = pools.get(name.removeprefix(self._paths.prefix).rpartition("-")[0])
+            if worker is not None:
+                spec = PoolSpec(backend=worker.backend, slots=worker.capacity)
+                pool = Pool(name=worker.pool, uid="", spec=spec, created_at=worker.registered_at)
+            elif await asyncio.to_thread(_remove_empty, self._paths.workers / name):
+                continue  # its end was cut short just before this
+            if pool is None:
+                log.warning("what is left of a worker stays: nothing says what it was", worker=name)
+                continue
+            self._retiring[name] = self._keeper(name, pool)
+            self._engine.spawn(self._retire(name), f"retire-{name}")
+
+    def _directories(self) -> list[str]:
+        """Names of the workers that have one."""
+        try:
+            return sorted(path.name for path in self._paths.workers.iterdir() if path.is_dir())
+        except FileNotFoundError:
+            return []
 
     def _keeper(self, name: str, pool: Pool) -> asyncio.Task[None]:
-        self._specs[name] = pool.spec
+        self._pools[name] = pool
         return asyncio.create_task(self._keep(name, pool), name=f"keep-{name}")
 
     async def _keep(self, name: str, pool: Pool) -> None:
@@ -183,8 +200,8 @@ class Supervisor:
         )
 
     async def _retire(self, name: str) -> None:
-        """A worker that is too much: its actors are suspended first, then it ends and is forgotten."""
-        store = self._engine.store
+        """A worker that is too much: its actors are suspended first, then it ends and is forgotten, and its directory
+        goes."""
         while not self._closed:
             try:
                 await self._empty(name)
@@ -194,13 +211,32 @@ class Supervisor:
             except GreenroomError as error:
                 log.error("worker can't end yet", worker=name, error=error.message)
             await asyncio.sleep(RETIRE_PAUSE_S)
-        if (keeper := self._retiring.get(name)) is None:
+        while (keeper := self._retiring.get(name)) is not None:
+            if await self._end(name, keeper, wipe=True):
+                break
+            if name in self._retiring:  # it was killed, and what it ran lives on: another agent takes that over
+                self._retiring[name] = self._keeper(name, self._pools[name])
+        if keeper is None:
             return  # the server ends, and all its agents with it
-        await self._end(name, keeper, wipe=True)
-        with contextlib.suppress(NotFound):
-            await self._write(name, store.remove)
+        await self._forget(name)
         self._retiring.pop(name, None)
         await self._reconcile()  # it may be wanted again by now
+
+    async def _forget(self, name: str) -> None:
+        """The row and the directory of a worker that has ended, with nothing left on it. The directory itself goes
+        last: a server that is killed on the way finds the row or the directory at its next start."""
+        store, directory = self._engine.store, self._paths.workers / name
+        local = await self._engine.census.all(Snapshot, state=SnapshotState.LOCAL)
+        if any(snapshot.worker == name for snapshot in local):
+            log.error("worker stays: actors' snapshots are on its disk and nowhere else", worker=name)
+            return
+        try:
+            await asyncio.to_thread(_remove_contents, directory)
+        except OSError as error:
+            log.error("what is left of a worker could not be removed", worker=name, error=str(error))
+        with contextlib.suppress(NotFound):
+            await self._write(name, store.remove)
+        await asyncio.to_thread(_remove_empty, directory)
 
     async def _empty(self, name: str) -> None:
         """Suspends what is awake there, and uploads what only this worker has."""
@@ -231,7 +267,8 @@ class Supervisor:
                 continue
         raise Conflict(f"worker {name} keeps changing")
 
-    async def _end(self, name: str, keeper: asyncio.Task[None], *, wipe: bool) -> None:
+    async def _end(self, name: str, keeper: asyncio.Task[None], *, wipe: bool) -> bool:
+        """Whether the agent ended in order, and so left what it was to leave."""
         # One that is just being started takes over first what an agent before it left; ended before it handles signals,
         # it would leave that behind.
         await self._engine.census.wait_for_worker(name, asyncio.get_running_loop().time() + YOUNG_S)
@@ -239,7 +276,7 @@ class Supervisor:
         await asyncio.gather(keeper, return_exceptions=True)
         process = self._processes.pop(name, None)
         if process is None or process.returncode is not None:
-            return
+            return False
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
                 try:
@@ -252,6 +289,7 @@ class Supervisor:
             log.error("agent does not end, is killed", worker=name)
             process.kill()
             await process.wait()
+        return process.returncode == 0
 
     async def close(self, *, spare: Collection[str] = ()) -> None:
         """Ends all agents; what still runs on them is destroyed, so suspend everything first. On the workers of
@@ -262,6 +300,21 @@ class Supervisor:
         keepers = self._keepers | self._retiring
         self._keepers, self._retiring = {}, {}
         await asyncio.gather(*(self._end(name, keeper, wipe=name not in spare) for name, keeper in keepers.items()))
+
+
+def _remove_contents(directory: Path) -> None:
+    """Of a directory that need not be there; it stays itself."""
+    for path in directory.iterdir() if directory.is_dir() else ():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _remove_empty(directory: Path) -> bool:
+    """Whether it is gone."""
+    try:
+        directory.rmdir()
+    except OSError:  # there is something in it, or it is gone already
+        return not directory.is_dir()
+    return True
 
 
 async def awake_actors(store: Store, worker: str = "") -> list[Actor]:

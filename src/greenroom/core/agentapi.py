@@ -201,6 +201,16 @@ class ListResident(Call, frozen=True, kw_only=True):
     """-> `Residents`"""
 
 
+class ListLogs(Call, frozen=True, kw_only=True):
+    """-> `LogsListed`"""
+
+
+class ForgetLogs(Call, frozen=True, kw_only=True):
+    """The logs of these actors are removed; unknown is fine. They are deleted, so none of them comes back. -> `Done`"""
+
+    actor_uids: tuple[str, ...]
+
+
 class Warm(Call, frozen=True, kw_only=True):
     """Hint: actors of this template will wake here; keep sandboxes ready for it. -> `Done`"""
 
@@ -294,6 +304,12 @@ class Residents(Record, frozen=True, kw_only=True):
 
     epoch: int = 0
     residents: tuple[Resident, ...] = ()
+
+
+class LogsListed(Record, frozen=True, kw_only=True):
+    """Actors (uid) of whom a worker has logs."""
+
+    actor_uids: tuple[str, ...] = ()
 
 
 class Exited(Record, frozen=True, kw_only=True):
@@ -408,6 +424,8 @@ AgentCall = (
     | Freeze
     | Thaw
     | ListResident
+    | ListLogs
+    | ForgetLogs
     | Warm
     | Exec
     | Logs
@@ -440,6 +458,8 @@ ANSWERS: dict[str, type[Record]] = {
     "Freeze": Done,
     "Thaw": Started,
     "ListResident": Residents,
+    "ListLogs": LogsListed,
+    "ForgetLogs": Done,
     "Warm": Done,
     "Exec": Exited,
     "Logs": Done,

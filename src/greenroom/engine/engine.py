@@ -59,6 +59,7 @@ from greenroom.engine.census import ASKED, Census
 from greenroom.engine.config import EngineConfig
 from greenroom.engine.drivers import Drivers, Phases
 from greenroom.engine.follower import Follower
+from greenroom.engine.forgotten import Forgotten
 from greenroom.engine.images import Images
 from greenroom.engine.operations import Operations
 from greenroom.engine.port import DEFAULT_WAIT_S, ExecStream
@@ -96,6 +97,7 @@ class Engine:
         self.uploads = Uploads(self)
         self.census = Census(self)
         self.recovery = Recovery(self)
+        self.forgotten = Forgotten(self)
         self.replicas = Replicas(self)
         self.follower = Follower(self)
         hub.listener = self.census
@@ -117,6 +119,7 @@ class Engine:
         self.spawn(self.recovery.loop(), "recovery-loop")
         self.spawn(self.recovery.janitor_loop(), "janitor-loop")
         self.spawn(self.census.reconcile_loop(), "reconcile-loop")
+        self.spawn(self.forgotten.loop(), "forgotten-loop")
 
     async def _adopt_later(self) -> None:
         while True:

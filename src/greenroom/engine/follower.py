@@ -37,6 +37,7 @@ class Follower:
     async def loop(self) -> None:
         while True:
             events = self._store.watch()  # first, so that nothing falls between the look and the feed
+            self._engine.forgotten.look_again()
             try:
                 if not self._engine.config.exclusive:
                     await self._look()
@@ -68,6 +69,8 @@ class Follower:
 
     async def _follow_actor(self, actor: Actor, event: Event) -> None:
         deleted = event.type is EventType.DELETED
+        if deleted:
+            self._engine.forgotten.deleted(actor)
         if actor.state is ActorState.RUNNING and not deleted:
             if event.foreign:  # what this process wakes, it binds itself
                 await self._bind(actor)

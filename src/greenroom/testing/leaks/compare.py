@@ -191,10 +191,8 @@ def _held(rows: Rows, name: str, place: Place) -> Iterator[str]:
         yield f"held copy: {snapshot_id} on worker {name}, {why}"
     for snapshot_id in {path.partition("/")[0] for path in owed - place.held}:
         snapshot = held[snapshot_id]
-        if snapshot.state is SnapshotState.LOCAL:
+        if snapshot.state is SnapshotState.LOCAL:  # of another one the copy is a cache, which a worker may lose
             yield f"lost: {snapshot_id} of {snapshot.namespace}/{snapshot.actor}, which only worker {name} had"
-        else:
-            yield f"held copy: {snapshot_id} is not on worker {name}, where its row says that it is"
 
 
 def _sandboxes(name: str, place: Place, bound: list[Actor], warm: int) -> Iterator[str]:

@@ -168,7 +168,9 @@ class Calls:
             case api.ListResident():
                 _ = self.alone.alone  # whether it has just become so is in the epoch
                 return api.Residents(epoch=self.alone.epoch, residents=self.residents())
-            case api.Warm():
+            case api.ListLogs():
+                return api.LogsListed()
+            case api.Warm() | api.ForgetLogs():
                 return api.Done()
             case api.Shutdown():
                 self.end(call.wipe)
