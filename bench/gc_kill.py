@@ -29,12 +29,16 @@ from greenroom.testing.leftovers import leftovers
 from greenroom.testing.python_image import build_python_image
 
 HOME = WORK / "gc_kill"
+#: Rest that takes longer is worth a line.
+SLOW_S = 8.0
 
 
 async def run(rounds: Rounds, count: int) -> None:
     for number in range(1, count + 1):
         found = await rounds.round()
         say(f"round {number}: {rounds.seconds[-1]:.1f} s, {len(found)} findings")
+        if rounds.last and rounds.last[0][0] > SLOW_S and not found:
+            say(f"  after {rounds.last[0][0]} s there was still: {rounds.last[0][1]}")
         for finding in found:
             say(f"  after {finding.victim} was killed: {finding.what}")
 

@@ -80,6 +80,8 @@ class Rounds:
     findings: list[Finding] = field(default_factory=list)
     kills: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
+    #: What took longest to come to rest in the last round: since when the rest was awaited, and what.
+    last: list[tuple[float, str]] = field(default_factory=list)
     server: LiveServer = field(init=False)
     agent: LiveAgent = field(init=False)
     load: Load = field(init=False)
@@ -187,10 +189,12 @@ class Rounds:
         """What is left when all is at rest, and was not left before."""
         began, old = time.monotonic(), {f.what for f in self.findings}
         kinds = {f.kind for f in self.findings}
+        self.last = []
         while True:
             left = [line for line in await asyncio.to_thread(self._leaks) if line not in old]
             if not left:
                 return []
+            self.last = [(round(time.monotonic() - began, 1), line) for line in left]
             known = all(Finding(0, "", line).kind in kinds for line in left)
             if time.monotonic() - began > (SETTLE_KNOWN_S if known else SETTLE_S):
                 return left
@@ -238,7 +242,7 @@ class Rounds:
                     known.deleted = True
                     continue
                 found += self._same(before.get(name), actor, boxes.get(actor.uid), known.disturbed)
-                found += await self._counts(session, name, before.get(name) if not known.disturbed else None, actor)
+                found += await self._counts(client, session, actor, before.get(name) if not known.disturbed else None)
         found += [f"unknown: actor default/{name}, which nobody made" for name in actors]
         return found
 
@@ -252,18 +256,19 @@ class Rounds:
         return []
 
     async def _counts(
-        self, session: aiohttp.ClientSession, name: str, was: Incarnation | None, actor: Actor
+        self, client: AioClient, session: aiohttp.ClientSession, actor: Actor, was: Incarnation | None
     ) -> list[str]:
-        """What it remembers is at least what clients were told. Wakes it."""
+        """What it remembers is at least what clients were told. Wakes it; another one may have to sleep for that."""
         until = time.monotonic() + ANSWER_S
-        while (said := await self.load.ask(session, name, "/info")) is None:
+        while (said := await self.load.ask(session, actor.name, "/info")) is None:
             if time.monotonic() > until:
                 return [f"unusable: actor {actor.key}, which was {actor.state}"]
             await asyncio.sleep(_POLL_S)
-        counted = self.load.known[name].counted
+        counted = self.load.known[actor.name].counted
         if said["file"] < counted:
             return [f"reset: actor {actor.key} counts {said['file']}, and had answered {counted}"]
-        ran_on = was is not None and actor.wakes == was.wakes and actor.state is ActorState.RUNNING
+        now = (await actors_of(client))[actor.name]
+        ran_on = was is not None and now.wakes == was.wakes
         if ran_on and was is not None and (said["boot"] != was.boot or said["ram"] < was.ram):
             return [f"reset: actor {actor.key} ran on, and has lost its memory"]
         return []
