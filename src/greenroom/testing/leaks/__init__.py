@@ -25,6 +25,7 @@ def leaks(
     images: Path | None = None,
     objects: Iterable[str] | Path | None = None,
     wanted: Wanted | None = None,
+    prefix: str = "",
 ) -> list[str]:
     """Every difference between what there is and what should be, as a line each; [] when there is none. Takes some
     50 ms, and is right at rest only: what is under way is a line of its own (``under way: ...``).
@@ -38,6 +39,7 @@ def leaks(
         objects: keys in the snapshot store, or the directory that it is; in the data directory when None.
         wanted: which workers there should be, for example; by default those that the pools in the database ask for,
             and those of ``state_dirs``.
+        prefix: of the names of this server's workers, where several share a database: ``<its name>-``.
 
     Raises:
         OSError, apsw.Error, psycopg.Error: it can't be looked at.
@@ -47,7 +49,7 @@ def leaks(
     names = {w.name for w in rows.workers} | {*gone} | {path.name for path in entries(home)}
     elsewhere = {} if state_dirs is None else dict(state_dirs)
     if wanted is None:
-        pools = {f"{pool.name}-{n}" for pool in rows.pools for n in range(pool.spec.replicas)}
+        pools = {f"{prefix}{pool.name}-{n}" for pool in rows.pools for n in range(pool.spec.replicas)}
         wanted = Wanted(workers=pools | elsewhere.keys())
     machine = look(
         data_dir,
