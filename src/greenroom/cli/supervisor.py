@@ -240,7 +240,12 @@ class Supervisor:
 
     async def _empty(self, name: str) -> None:
         """Suspends what is awake there, and uploads what only this worker has."""
-        await self._mark(name, RETIRING)
+        try:
+            await self._mark(name, RETIRING)
+        except NotFound:  # just being started: it is given actors as soon as it connects
+            if not await self._engine.census.wait_for_worker(name, time.monotonic() + YOUNG_S):
+                raise
+            await self._mark(name, RETIRING)
         await self._engine.census.wait_for_worker(name, time.monotonic() + CONNECT_TIMEOUT_S)
         await self._engine.suspend_all([name])
         while awake := await awake_actors(self._engine.store, name):

@@ -44,7 +44,8 @@ _POLL_S = 0.05
 @dataclass(slots=True)
 class Known:
     """What the clients were told of one actor. ``counted``: the highest count that was answered; ``disturbed``: in this
-    round somebody asked for it to be suspended or deleted; ``deleted``: was it asked for, and (``gone``) answered."""
+    round somebody asked for it to be suspended or deleted; ``deleted``: was it asked for, and (``gone``) answered;
+    ``crashed``: and left so, for people to look at."""
 
     template: str
     counted: int = 0
@@ -52,6 +53,7 @@ class Known:
     deleted: bool = False
     gone: bool = False
     disturbed: bool = False
+    crashed: bool = False
     busy: bool = False
 
 
@@ -111,7 +113,7 @@ class Load:
     # --- actors -------------------------------------------------------------------------------------------
 
     async def _one_actor(self, client: AioClient, session: aiohttp.ClientSession) -> None:
-        free = [name for name, known in self.known.items() if not known.busy and not known.deleted]
+        free = [name for name, known in self.known.items() if not (known.busy or known.deleted or known.crashed)]
         if (len(free) < self.actors and self.chance.random() < 0.5) or not free:
             name = self._name("a")
             self.known[name] = Known(self.chance.choice(sorted(DURABILITIES)))

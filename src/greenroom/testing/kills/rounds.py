@@ -31,6 +31,8 @@ VICTIMS = {"agent": 3, "control plane": 3, "all": 2, "none": 1}
 KILL_AFTER_S = (0.1, 2.0)
 DOWN_S = (0.0, 0.5)
 WORKERS, SLOTS, WARM = 2, 4, 1
+#: Everything that is killed is started again: on a machine that is busy that may take long.
+WORKER_RETURN_S = 60
 #: Until all is at rest: the janitor and the comparison of workers come round several times.
 SETTLE_S = 40.0
 #: The same when everything that is left has been reported before, of the same kind.
@@ -91,7 +93,7 @@ class Rounds:
     def start(self) -> None:
         """Raises `FailedPrecondition` when the templates can't be made."""
         data = self.home / "d"
-        options = (f"--warm={WARM}", "--capacity-wait=15", "--log-level=info")
+        options = (f"--warm={WARM}", "--capacity-wait=15", f"--worker-return={WORKER_RETURN_S}")
         self.server = LiveServer(data, backend=self.backend, workers=WORKERS, slots=SLOTS, options=options)
         self.server.start()
         self.agent = LiveAgent(
@@ -236,10 +238,11 @@ class Rounds:
                     continue
                 if known.gone:
                     found.append(f"risen: actor default/{name}, whose deletion was answered")
-                known.deleted, known.created = known.gone, True
+                known.deleted, known.created = False, True
                 if actor.state is ActorState.CRASHED:
-                    found.append(f"crashed: actor default/{name}: {actor.reason}: {actor.message}")
-                    known.deleted = True
+                    if not known.crashed:
+                        found.append(f"crashed: actor default/{name}: {actor.reason}: {actor.message.splitlines()[0]}")
+                    known.crashed = True
                     continue
                 found += self._same(before.get(name), actor, boxes.get(actor.uid), known.disturbed)
                 found += await self._counts(client, session, actor, before.get(name) if not known.disturbed else None)
@@ -264,6 +267,8 @@ class Rounds:
             if time.monotonic() > until:
                 return [f"unusable: actor {actor.key}, which was {actor.state}"]
             await asyncio.sleep(_POLL_S)
+        if said["actor"] not in ("", actor.name):
+            return [f"mistaken: actor {said['actor']} answered for actor {actor.key}"]
         counted = self.load.known[actor.name].counted
         if said["file"] < counted:
             return [f"reset: actor {actor.key} counts {said['file']}, and had answered {counted}"]
