@@ -1,5 +1,5 @@
-"""What people do meanwhile, and what they were told: actors created, woken, suspended and deleted, templates applied
-and deleted, a pool made smaller and larger."""
+"""What people do meanwhile, and what they were told: actors created, woken, suspended and deleted, some of that
+cancelled, templates applied and deleted, a pool made smaller and larger."""
 
 from __future__ import annotations
 
@@ -85,6 +85,7 @@ class Load:
                 group.create_task(self._again(stop, PAUSE_S, lambda: self._one_actor(client, session)))
             group.create_task(self._again(stop, 4 * PAUSE_S, lambda: self._one_template(client, stop)))
             group.create_task(self._again(stop, 6 * PAUSE_S, lambda: self._resize(client)))
+            group.create_task(self._again(stop, 2 * PAUSE_S, lambda: self._cancel(client)))
 
     async def _again(self, stop: asyncio.Event, pause_s: float, work: Callable[[], Awaitable[None]]) -> None:
         while not stop.is_set():
@@ -164,6 +165,23 @@ class Load:
             operation = convert.from_message(Operation, message)
             if operation.state is OperationState.FAILED and operation.error is not None:
                 self.counts[f"suspend failed: {operation.error.reason}"] += 1
+
+    async def _cancel(self, client: AioClient) -> None:
+        """Whatever is under way with one of the actors is backed out, if it can be."""
+        busy = [name for name, known in self.known.items() if known.busy]
+        if not busy:
+            return
+        name = self.chance.choice(busy)
+        read = pb.GetActorRequest(namespace="default", name=name)
+        try:
+            message = await self._asked("actor read", client.actors.GetActor(read))
+            if message is None or not message.operation:
+                return
+            self.known[name].disturbed = True  # what it does may have begun before this round
+            request = pb.GetOperationRequest(id=message.operation)
+            await self._asked("cancelled", client.operations.CancelOperation(request))
+        except NotFound:
+            pass  # it is not made yet, or just gone
 
     async def _delete(self, client: AioClient, name: str) -> None:
         known = self.known[name]
