@@ -27,8 +27,6 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
@@ -57,7 +55,7 @@ from greenroom.core.records import (
 )
 from greenroom.core.states import BOUND, BUSY
 from greenroom.testing import counter_app
-from greenroom.testing.live import GREENROOM, LiveServer
+from greenroom.testing.live import LiveAgent, LiveServer
 from greenroom.testing.postgres import PostgresServer
 from greenroom.testing.python_image import build_python_image
 
@@ -73,36 +71,6 @@ RESTART_AFTER_S = (0.2, 4.0)
 REQUEST_TIMEOUT_S = 10.0
 #: Until everything has come to rest at the end: an operation's deadline, a lease, and a worker's return.
 SETTLE_S = 120.0
-
-
-@dataclass
-class Agent:
-    """One worker's agent process; its sandboxes survive it."""
-
-    name: str
-    command: list[str]
-    log: Path
-    process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait()
-
-    def stop(self, *, timeout_s: float = 60.0) -> None:
-        """Ends it and what it runs."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGUSR1)  # wipe: see greenroom.cli.agent
-            try:
-                self.process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                self.kill()
 
 
 @dataclass
@@ -138,24 +106,16 @@ class Cluster:
             )
             for name in ("a", "b")
         ]
-        links = [f"--control=unix:{HOME / name / 'run' / 'agents.sock'}" for name in ("a", "b")]
         self.agents = [
-            Agent(
+            LiveAgent(
                 f"w{n}",
-                [
-                    *GREENROOM,
-                    "agent",
-                    f"--worker=w{n}",
-                    "--pool=default",
-                    f"--backend={backend}",
-                    f"--slots={SLOTS}",
-                    f"--state-dir={HOME / f'w{n}'}",
-                    f"--images={HOME / 'images'}",
-                    f"--snapshots={HOME / 'snapshots'}",
-                    "--warm=1",
-                    *links,
-                ],
-                HOME / f"w{n}.log",
+                HOME / f"w{n}",
+                images=HOME / "images",
+                snapshots=HOME / "snapshots",
+                control=tuple(replica.control for replica in self.replicas),
+                backend=backend,
+                slots=SLOTS,
+                options=("--warm=1",),
             )
             for n in range(AGENTS)
         ]

@@ -40,7 +40,7 @@ async def test_what_an_actor_writes_is_kept_by_incarnation(tmp_path: Path, fifo:
     assert await collect(files, "a") == b"one 1\ntwo 1\none 2\ntwo 2\n"
     assert await collect(files, "a", tail=3) == b"two 1\none 2\ntwo 2\n"
     assert files.tail("a", 1) == b"two 2"
-    files.forget("a")
+    await files.forget("a")
     assert await collect(files, "a") == b""
 
 

@@ -498,7 +498,7 @@ class Agent:
         marks = Marks()
         await self._residents.end(call.actor_uid)
         if call.forget:
-            await asyncio.to_thread(self._logs.forget, call.actor_uid)
+            await self._logs.forget(call.actor_uid)
         marks.end("discard")
         return api.Done(phases=tuple(marks.phases))
 

@@ -60,6 +60,11 @@ class WorkerImages:
             await asyncio.gather(self._trimmer, return_exceptions=True)
         for uid in [*self._held] if wipe else [WARM]:
             await self.release(uid)
+        if wipe:
+            try:
+                await self._store.keep_only(self._holder, ())
+            except OSError as error:  # a disk that fails; the next agent of this worker begins anew
+                log.error("what the worker used could not be cleared", holder=self._holder, error=str(error))
 
     def digests(self) -> tuple[str, ...]:
         """Of the images that are here."""

@@ -22,7 +22,6 @@ from greenroom.agent.warm import WarmPool
 from greenroom.core import agentapi as api
 from greenroom.core.gc import worker as rules
 from greenroom.core.gc.records import Entry, Kind, Local, Papers, log_handle, uid_of_log
-from greenroom.snapshots.threads import in_thread
 
 log = structlog.get_logger(__name__)
 
@@ -123,7 +122,7 @@ class Inventory:
 
     async def _forget_log(self, uid: str) -> None:
         if self._residents.find(uid) is None and uid not in self._wakes:
-            await in_thread(lambda stop: self._logs.forget(uid))
+            await self._logs.forget(uid)
 
 
 def _remains(sid: str) -> Entry:

@@ -113,13 +113,15 @@ class LogFiles:
         if pump := self._pumps.pop(actor_uid, None):
             pump.close()
 
-    def forget(self, actor_uid: str) -> None:
-        self.detach(actor_uid)
-        shutil.rmtree(self._root / actor_uid, ignore_errors=True)
-
     def uids(self) -> list[str]:
-        """Of the actors of which anything is kept."""
+        """Of the actors that have logs here."""
         return [path.name for path in self._root.iterdir()]
+
+    async def forget(self, actor_uid: str) -> None:
+        """Removes the logs of an actor that is deleted. Idempotent."""
+        self.detach(actor_uid)
+        if (self._root / actor_uid).is_dir():
+            await asyncio.to_thread(shutil.rmtree, self._root / actor_uid, ignore_errors=True)
 
     def close(self) -> None:
         for actor_uid in list(self._pumps):

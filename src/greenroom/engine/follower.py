@@ -68,6 +68,8 @@ class Follower:
 
     async def _follow_actor(self, actor: Actor, event: Event) -> None:
         deleted = event.type is EventType.DELETED
+        if deleted:
+            self._engine.inventories.deleted(actor)
         if actor.state is ActorState.RUNNING and not deleted:
             if event.foreign:  # what this process wakes, it binds itself
                 await self._bind(actor)

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 LOOK_EVERY = 10
 
 
+#: Logs of deleted actors that are remembered for a worker until it is asked.
+MAX_DELETED = 10_000
 #: What people call what a worker has.
 KINDS = {gc.Kind.SANDBOX: "sandbox", gc.Kind.SNAPSHOT: "copy", gc.Kind.LOG: "log"}
 #: Of a snapshot whose copy on a worker is of no use any more.
@@ -81,6 +83,8 @@ class Inventories:
         self.said: dict[str, api.Synced] = {}
         #: By worker: the digest of what was on its disk when that was last compared, and how often it was not since.
         self._compared: dict[str, tuple[str, int]] = {}
+        #: By worker: logs of actors that were deleted since it was asked last.
+        self._deleted: dict[str, set[str]] = {}
         #: By worker: what it was told to destroy and has not said yet to be gone, by handle.
         self._ordered: dict[str, dict[str, gc.Entry]] = {}
 
@@ -91,6 +95,8 @@ class Inventories:
             Unavailable: it does not answer, or is not registered (any more).
         """
         record = await self._registered(worker)
+        deleted = self._deleted.pop(worker, set())
+        orders = (*orders, *sorted(deleted)) if not record.distrust else ()
         actors = await self._engine.census.all(Actor, worker=worker)
         rows = {row.handle: row for row in map(_of_actor, actors)}
         said = await self._sync(worker, record, rows.values(), orders)
@@ -126,6 +132,14 @@ class Inventories:
             if e.kind is not gc.Kind.LOG and e.state is not gc.Local.DYING
         ]
 
+    def deleted(self, actor: Actor) -> None:
+        """As the change feed says it. It may have run anywhere; a uid never comes again, so no more has to be known.
+        What the feed leaves out, and what a worker is not told now, is found when its disk is looked at."""
+        for worker in self._engine.hub.connected():
+            logs = self._deleted.setdefault(worker, set())
+            if len(logs) < MAX_DELETED:
+                logs.add(gc.log_handle(actor.uid))
+
     def look_closely(self, worker: str) -> None:
         """The next time also at what has not changed on its disk."""
         self._compared.pop(worker, None)
@@ -148,6 +162,7 @@ class Inventories:
 
     def forget(self, worker: str) -> None:
         """It has gone."""
+        self._deleted.pop(worker, None)
         self._ordered.pop(worker, None)
         self.said.pop(worker, None)
         self._compared.pop(worker, None)

@@ -114,7 +114,8 @@ class ImageStore(Protocol):
         self, holder: str, actor_uids: Collection[str], state_dir: Path | None = None
     ) -> dict[str, tuple[str, ...]]:
         """At a worker's start: of its uses only those of these actors are left; returns the digests that each uses.
-        Once the directory ``state_dir`` is gone, so are all of them."""
+        Once the directory ``state_dir`` is gone, so are all of them. At its end, when everything on it is gone: without
+        actors and ``state_dir``."""
 
     async def pin(self, digest: str, *, undo: bool = False) -> None:
         """Somebody wants to keep it. Raises `NotFound`."""

@@ -155,12 +155,15 @@ class Uses:
         self, holder: str, actor_uids: Collection[str], state_dir: Path | None = None
     ) -> dict[str, tuple[str, ...]]:
         """Of this holder, whose ``state_dir`` is written down, only these use anything. One of them of which nothing is
-        known uses everything that is there: it was made before uses were written down.
+        known uses everything that is there: it was made before uses were written down. A holder that nobody uses
+        anything for and that has no ``state_dir`` is none any more.
 
         Returns: for each of them the digests that it uses.
         """
         if state_dir is not None:
             write_atomically(self._holders / holder, os.fsencode(state_dir.absolute()))
+        elif not actor_uids:
+            (self._holders / holder).unlink(missing_ok=True)
         held: dict[str, list[str]] = {uid: [] for uid in actor_uids}
         digests = self.digests()
         for digest in digests:

@@ -64,6 +64,11 @@ class LiveServer:
         return f"unix:{self.data_dir / 'run' / 'api.sock'}"
 
     @property
+    def control(self) -> str:
+        """Where it takes agents."""
+        return f"unix:{self.data_dir / 'run' / 'agents.sock'}"
+
+    @property
     def log_path(self) -> Path:
         return self.data_dir / "server.log"
 
@@ -155,6 +160,17 @@ class LiveServer:
         self.process.wait()
         self.client.close()
 
+    def kill_agent(self, worker: str) -> bool:
+        """``kill -9`` of one of its agents, which it starts again; False when there is none of that worker just now."""
+        for pid in self.pids()[1:]:
+            try:
+                if f"--worker={worker}".encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                    os.kill(pid, signal.SIGKILL)
+                    return True
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+        return False
+
     def stop(self) -> int:
         """Ends it in order, as Ctrl-C does; returns its exit status."""
         assert self.process is not None
@@ -163,6 +179,63 @@ class LiveServer:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
         return self.process.wait(STOP_TIMEOUT_S)
+
+
+@dataclass(slots=True)
+class LiveAgent:
+    """An agent of its own, not kept by a server: `start`, then `kill` (``kill -9``) or `stop`; may be started again.
+    Its sandboxes survive it, unless it is stopped.
+
+    ``control``: where replicas of the control plane take agents (`LiveServer.control`)."""
+
+    name: str
+    state_dir: Path
+    images: Path
+    snapshots: Path | str
+    control: tuple[str, ...]
+    backend: str = "gvisor"
+    slots: int = 4
+    options: tuple[str, ...] = ()
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log_path(self) -> Path:
+        return self.state_dir.with_suffix(".log")
+
+    def start(self) -> None:
+        """Returns at once: a server that it connects to lists it as a worker then."""
+        self.state_dir.parent.mkdir(parents=True, exist_ok=True)
+        command = [
+            *GREENROOM,
+            "agent",
+            f"--worker={self.name}",
+            "--pool=default",
+            f"--backend={self.backend}",
+            f"--slots={self.slots}",
+            f"--state-dir={self.state_dir}",
+            f"--images={self.images}",
+            f"--snapshots={self.snapshots}",
+            *(f"--control={address}" for address in self.control),
+            *self.options,
+        ]
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self, *, timeout_s: float = 60.0) -> None:
+        """Ends it and what it runs."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGUSR1)  # wipe: see greenroom.cli.agent
+            try:
+                self.process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                self.kill()
 
 
 def descendants(pid: int) -> list[int]:

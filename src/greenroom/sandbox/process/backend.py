@@ -147,7 +147,7 @@ class ProcessBackend:
             self._release_lock()
             raise
         self._state_dir = state_dir
-        self._ports = Ports(worker)
+        self._ports = Ports(f"{worker} of {state_dir}")
         self._dispose(state_dir / "check")
         log.warning("process_backend_opened", worker=worker, warning=WARNING)
         return probe

@@ -16,12 +16,13 @@ class Ports:
     """Gives each actor a port of its own, in turn.
 
     A port that one actor had is never given to another while the agent lives, so an old endpoint can't lead to somebody
-    else; the same actor gets its own again. Agents of one machine begin at different places, by their names.
+    else; the same actor gets its own again. Agents of one machine begin at different places, by what they are called
+    (``agent``: with the server that they belong to, since each has a ``default-0``).
     """
 
-    def __init__(self, worker: str, first: int = FIRST, last: int = LAST) -> None:
+    def __init__(self, agent: str, first: int = FIRST, last: int = LAST) -> None:
         self._range = range(first, last + 1)
-        self._next = zlib.crc32(worker.encode()) % len(self._range)
+        self._next = zlib.crc32(agent.encode()) % len(self._range)
         self._owner: dict[int, str] = {}
         self._last_of: dict[str, int] = {}
         self._in_use: set[int] = set()
