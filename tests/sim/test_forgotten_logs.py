@@ -66,7 +66,7 @@ async def test_a_message_that_is_lost_is_made_up_for(world: SimWorld, monkeypatc
     call = world.hub.call
 
     async def lossy(worker: str, what: api.AgentCall, on_progress: Any = None) -> Any:
-        if isinstance(what, api.ForgetLogs) and worker not in lost:
+        if isinstance(what, api.Sync) and what.destroy and worker not in lost:
             lost.append(worker)
             raise Unavailable(f"worker {worker} is not connected", reason="WORKER_DISCONNECTED")
         return await call(worker, what, on_progress)

@@ -172,8 +172,8 @@ RUNS = operation("op", kind=OperationKind.RESUME, namespace="ns", name="a", uid=
         ({"workers": ()}, "worker row: p-0, which is wanted, is missing"),
         ({"workers": (*ROWS.workers, worker("p-1"))}, "worker row: p-1 is in no pool any more"),
         (
-            {"workers": (replace(ROWS.workers[0], state=WorkerState.DISCONNECTED),)},
-            "under way: worker p-0 is Disconnected",
+            {"workers": (replace(ROWS.workers[0], state=WorkerState.STALLED),)},
+            "under way: worker p-0 is Stalled",
         ),
         (
             {"actors": (*ROWS.actors, actor(ActorState.RESUMING, name="c", uid="w"))},

@@ -95,11 +95,11 @@ class Inventories:
             Unavailable: it does not answer, or is not registered (any more).
         """
         record = await self._registered(worker)
-        deleted = self._deleted.pop(worker, set())
-        orders = (*orders, *sorted(deleted)) if not record.distrust else ()
+        deleted = tuple(sorted(self._deleted.get(worker, ())))
         actors = await self._engine.census.all(Actor, worker=worker)
         rows = {row.handle: row for row in map(_of_actor, actors)}
-        said = await self._sync(worker, record, rows.values(), orders)
+        said = await self._sync(worker, record, rows.values(), () if record.distrust else (*orders, *deleted))
+        self._deleted.get(worker, set()).difference_update(deleted)
         owners = await self._owners_of([e for e in said.report.inventory or () if e.handle not in rows])
         rows |= {row.handle: row for row in map(_of_actor, owners.values()) if row.worker == worker}
         report, on_disk = await self._with_disk(worker, said)
