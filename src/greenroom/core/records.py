@@ -532,6 +532,8 @@ class Operation(Record, frozen=True, kw_only=True):
     owner: str = ""
     takeovers: int = 0
     rejected: tuple[Rejection, ...] = ()
+    #: The snapshot was asked for: backed out, the actor goes back to the one that it would have woken from.
+    chosen: bool = False
     done_bytes: int = 0
     total_bytes: int = 0
     #: Somebody has asked to give it up; its driver backs it out.

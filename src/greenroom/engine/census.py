@@ -200,7 +200,6 @@ class Census:
             self._engine.slot_freed(probe=True)
             # An operation that had its answer before the worker went away does not notice what went with it.
             self._engine.spawn(self._compare_after(under_way, hello.worker), f"compare-{hello.worker}")
-            self._engine.spawn(self._engine.recovery.unpublish(hello.worker), f"unpublish-{hello.worker}")
             await self._engine.preparer.prewarm(hello)
             return
 

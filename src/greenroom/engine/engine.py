@@ -56,6 +56,7 @@ from greenroom.core.states import BOUND
 from greenroom.engine import clock
 from greenroom.engine.bindings import Binding, BindingTable, Wake
 from greenroom.engine.census import ASKED, Census
+from greenroom.engine.collection import Collection
 from greenroom.engine.config import EngineConfig
 from greenroom.engine.drivers import Drivers, Phases
 from greenroom.engine.follower import Follower
@@ -96,6 +97,7 @@ class Engine:
         self.uploads = Uploads(self)
         self.census = Census(self)
         self.recovery = Recovery(self)
+        self.collection = Collection(self)
         self.replicas = Replicas(self)
         self.follower = Follower(self)
         hub.listener = self.census
@@ -116,6 +118,7 @@ class Engine:
         self.spawn(self.census.heard_loop(), "heard-loop")
         self.spawn(self.recovery.loop(), "recovery-loop")
         self.spawn(self.recovery.janitor_loop(), "janitor-loop")
+        self.collection.start()
         self.spawn(self.census.reconcile_loop(), "reconcile-loop")
 
     async def _adopt_later(self) -> None:

@@ -329,12 +329,17 @@ class SimWorld:
         return [f"bound or running, but not both: {x}" for x in bound ^ running] + [f"{x}" for x in draining]
 
     def _leftovers(self) -> list[str]:
-        return [f"staged: {path}" for name in self.agents for path in (self.root / name / "staging").iterdir()]
+        return [
+            f"left in {part}: {path}"
+            for name in self.agents
+            for part in ("staging", "cache")
+            for path in (self.root / name / part).iterdir()
+        ]
 
     async def _snapshot_problems(self, actors: list[Actor]) -> list[str]:
         """Snapshots on disk are those with a record, and each record is wanted by somebody."""
         records = {s.id: s for s in await list_all(self.store, Snapshot)}
-        stored = set(await self.snapshots.list())
+        stored = {snapshot_id for _, snapshot_id in await self.snapshots.list()}
         wanted = {i for a in actors for i in (a.snapshot, a.previous_snapshot) if i}
         wanted |= {t.golden_snapshot for t in await list_all(self.store, Template) if t.golden_snapshot}
         return [f"on disk or in the store, but not both: {i}" for i in stored ^ set(records)] + [

@@ -26,16 +26,18 @@ There is no table of objects and none of leases: the rows that a suspend writes 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from greenroom.core.records import FileDigest, Record, Snapshot, SnapshotState
+from greenroom.core.records import FileDigest, Retention, Snapshot, SnapshotState
 
 #: All that is in a snapshot store lies below this.
 PREFIX = "snapshots"
 #: An object that nobody refers to is left alone until it is older than this (seconds): a day, and an hour, so that one
 #: clock that is a day ahead alone destroys nothing. No promise depends on it.
 SCRUB_AGE_S = 25 * 3600.0
+#: Snapshots that an actor needs at most: what it wakes from, and its way back.
+NEEDED = 2
 
 ID = re.compile(r"[0-9a-f]{32}")
 _UID = re.compile(r"[0-9a-zA-Z_-]{2,64}")
@@ -167,18 +169,14 @@ def strays(keys: Iterable[str], snapshots: Iterable[Snapshot], uploading: Collec
 # --- retention --------------------------------------------------------------------------------------------
 
 
-class Kept(Record, frozen=True, kw_only=True):
-    """One snapshot of one actor. ``needed``: what the actor wakes from, or its way back; ``tags``: names that people
-    gave it, each of which keeps it."""
+def expired(snapshots: Iterable[Snapshot], needed: Collection[str], retention: Retention, now: float) -> list[Snapshot]:
+    """Snapshots of one actor that its template keeps no longer: it does not need them (``needed``: ids), nobody has
+    tagged them, and they are neither among the ``keep_last`` newest nor younger than ``keep_for_s`` seconds.
 
-    id: str
-    created_at: float
-    needed: bool = False
-    tags: tuple[str, ...] = ()
-
-
-def expired(snapshots: Sequence[Kept], *, keep_last: int, keep_for_s: float, now: float) -> list[str]:
-    """Ids of snapshots of one actor that its template keeps no longer: neither among the ``keep_last`` newest, nor
-    younger than ``keep_for_s`` seconds, nor tagged, nor needed by the actor."""
-    newest = {s.id for s in sorted(snapshots, key=lambda s: (s.created_at, s.id), reverse=True)[: max(keep_last, 0)]}
-    return [s.id for s in snapshots if not (s.needed or s.tags or s.id in newest or now - s.created_at < keep_for_s)]
+    What an actor needs are up to two: with ``keep_last`` 2 nothing else stays for being new. A corrupt one stays as
+    long as its actor, for whoever wants to know what has happened to it.
+    """
+    good = (SnapshotState.PRESENT, SnapshotState.LOCAL)
+    free = [s for s in snapshots if s.state in good and not (s.golden or s.tags or s.id in needed)]
+    free.sort(key=lambda s: (s.created_at, s.id), reverse=True)
+    return [s for s in free[max(0, retention.keep_last - NEEDED) :] if now - s.created_at >= retention.keep_for_s]

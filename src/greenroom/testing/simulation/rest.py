@@ -7,6 +7,7 @@ from collections import Counter
 
 from greenroom.core import states
 from greenroom.core.agentapi import ResidentState
+from greenroom.core.gc import blobs
 from greenroom.core.records import (
     Actor,
     ActorState,
@@ -34,8 +35,8 @@ CORRUPT = SnapshotState.CORRUPT
 def bound_s(clocks: EngineConfig, ahead_s: float) -> float:
     """How long a world may need to come to rest, in seconds: a lease that was taken by a clock that went ahead runs
     out, a janitor takes the operation over, it runs to its deadline and is put back (30 s,
-    `drivers.PUT_BACK_TIMEOUT_S`), a worker counts as away, and what is left on workers is found by the second look; and
-    a margin of 10 s for messages."""
+    `drivers.PUT_BACK_TIMEOUT_S`), a worker counts as away, what is left on workers is found by the second look, and
+    what is left in the snapshot store by two of three; and a margin of 10 s for messages."""
     return (
         clocks.lease_ttl_s
         + ahead_s
@@ -44,6 +45,8 @@ def bound_s(clocks: EngineConfig, ahead_s: float) -> float:
         + 30.0
         + clocks.worker_return_s
         + 2 * clocks.reconcile_s
+        + clocks.mark_s
+        + 3 * clocks.scrub_s
         + HANG_S[1]
         + 10.0
     )
@@ -95,19 +98,26 @@ def _bindings(actors: list[Actor], replicas: list[Replica]) -> list[str]:
 async def _snapshots(
     store: MemoryStore, actors: list[Actor], machines: dict[str, Machine], bucket: Bucket
 ) -> list[str]:
-    """What has a record is stored, and each record is wanted by somebody. Not the other way round: what arrives after
-    all that would remove it (a snapshot published after its suspend was backed out, a held copy whose release was lost)
-    stays until something collects it."""
+    """What has a record is stored, each record is wanted by somebody, and nothing is stored without a record. A held
+    copy whose release was lost stays until something collects it."""
+    stored = {*bucket.listed()}
     records = {s.id: s for s in await list_all(store, Snapshot)}
     present = {i for i, s in records.items() if s.state is SnapshotState.PRESENT}
     wanted = {i for a in actors for i in (a.snapshot, a.previous_snapshot) if i}
     templates = {t.name: t for t in await list_all(store, Template)}
     wanted |= {t.golden_snapshot for t in templates.values()}
+    for a in actors:
+        owned = [s for s in records.values() if s.actor_uid == a.uid]
+        retention = templates[a.template].spec.retention
+        over = blobs.expired(owned, {a.snapshot, a.previous_snapshot}, retention, store.clock())
+        wanted |= {s.id for s in owned if s.state is not SnapshotState.CONDEMNED} - {s.id for s in over}
     # What a preparation that failed has left is removed when it is begun again, or the template is deleted.
     failed = {name for name, t in templates.items() if t.state is TemplateState.FAILED}
     wanted |= {s.id for s in records.values() if s.golden and s.template in failed}
     return (
         [f"recorded, but not stored: {i}" for i in present - set(bucket.stored)]
+        + [f"recorded, but not stored: {k}" for i in present for k in set(blobs.keys_of(records[i])) - stored]
+        + [f"stored, but not recorded: {k}" for k in stored - {k for s in records.values() for k in blobs.keys_of(s)}]
         + [f"still to be uploaded: {s}" for s in records.values() if s.state is SnapshotState.LOCAL]
         + [
             f"wanted by nobody: {records[i]}"
