@@ -179,4 +179,6 @@ def expired(snapshots: Iterable[Snapshot], needed: Collection[str], retention: R
     good = (SnapshotState.PRESENT, SnapshotState.LOCAL)
     free = [s for s in snapshots if s.state in good and not (s.golden or s.tags or s.id in needed)]
     free.sort(key=lambda s: (s.created_at, s.id), reverse=True)
-    return [s for s in free[max(0, retention.keep_last - NEEDED) :] if now - s.created_at >= retention.keep_for_s]
+    # No clock has a say where none is asked.
+    young_s = retention.keep_for_s if retention.keep_for_s > 0 else float("-inf")
+    return [s for s in free[max(0, retention.keep_last - NEEDED) :] if now - s.created_at >= young_s]
