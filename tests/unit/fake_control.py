@@ -110,7 +110,9 @@ class FakeControl:
         assert change.actor is not None and change.operation is not None
         return change.actor, change.operation
 
-    async def resume(self, key: Key, *, request_id: str = "", wait_s: float = 300.0) -> Operation:
+    async def resume(
+        self, key: Key, *, request_id: str = "", wait_s: float = 300.0, snapshot_id: str = ""
+    ) -> Operation:
         return await self._begin(lc.BeginResume, key, request_id, wait_s)
 
     async def suspend(self, key: Key, *, request_id: str = "", wait_s: float = 300.0) -> Operation:

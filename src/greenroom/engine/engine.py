@@ -29,6 +29,7 @@ from greenroom.core.commands import (
     Outcome,
     ReleaseLease,
     RequestCancel,
+    TagSnapshot,
 )
 from greenroom.core.errors import (
     DeadlineExceeded,
@@ -48,6 +49,7 @@ from greenroom.core.records import (
     OperationState,
     Pool,
     PoolSpec,
+    Snapshot,
     Template,
     TemplateSpec,
     Worker,
@@ -223,14 +225,21 @@ class Engine:
         return change.actor, change.operation
 
     async def resume(
-        self, key: Key, *, request_id: str = "", wait_s: float = DEFAULT_WAIT_S, cause: str = "api"
+        self,
+        key: Key,
+        *,
+        request_id: str = "",
+        wait_s: float = DEFAULT_WAIT_S,
+        cause: str = "api",
+        snapshot_id: str = "",
     ) -> Operation:
-        return await self._wait_task(self.spawn(self._resume(key, request_id, cause), f"resume-{key}"), key, wait_s)
+        resuming = self.spawn(self._resume(key, request_id, cause, snapshot_id), f"resume-{key}")
+        return await self._wait_task(resuming, key, wait_s)
 
-    async def _resume(self, key: Key, request_id: str, cause: str) -> Operation:
+    async def _resume(self, key: Key, request_id: str, cause: str, snapshot_id: str) -> Operation:
         # Who asks for an actor that has not crashed has not agreed to lose what it may lose before its turn comes.
         crashed = (await self.ops.read(Actor, str(key))).state is ActorState.CRASHED
-        return await self.wakes.resume(key, request_id, cause, crashed)
+        return await self.wakes.resume(key, request_id, cause, crashed, snapshot_id)
 
     async def suspend(
         self, key: Key, *, request_id: str = "", wait_s: float = DEFAULT_WAIT_S, cause: str = "api"
@@ -382,6 +391,17 @@ class Engine:
         if not undo:
             self.census.empty(name)
         return written
+
+    # --- snapshots ----------------------------------------------------------------------------------------
+
+    async def tag_snapshot(self, snapshot_id: str, tag: str, *, undo: bool = False) -> Snapshot:
+        snapshot = await self.store.get(Snapshot, snapshot_id)
+        key = Key(snapshot.namespace, snapshot.actor)
+        change = await self.ops.commit(
+            TagSnapshot(key=key, now=self.now(), snapshot_id=snapshot_id, tag=tag, undo=undo)
+        )
+        assert change.source is not None
+        return change.source
 
     # --- templates and pools ------------------------------------------------------------------------------
 
