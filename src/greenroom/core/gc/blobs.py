@@ -40,7 +40,7 @@ SCRUB_AGE_S = 25 * 3600.0
 NEEDED = 2
 
 ID = re.compile(r"[0-9a-f]{32}")
-_UID = re.compile(r"[0-9a-zA-Z_-]{2,64}")
+_UID = re.compile(r"[0-9a-zA-Z_-]{1,64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ATTEMPT = re.compile(r"[0-9a-f]{8}")
 

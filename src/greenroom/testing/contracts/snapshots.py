@@ -312,7 +312,7 @@ class SnapshotStoreContract:
         with pytest.raises(InvalidArgument):
             await store.retract("u" * 32, bad)
 
-    @pytest.mark.parametrize("bad", ["", "u", "../../etc", "a/b", ".."])
+    @pytest.mark.parametrize("bad", ["", "../../etc", "a/b", ".."])
     async def test_only_uids(self, store: SnapshotStore, bad: str) -> None:
         with pytest.raises(InvalidArgument):
             await store.manifest(bad, "ab" * 16)
