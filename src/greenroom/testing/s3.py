@@ -40,10 +40,11 @@ def find_program() -> str | None:
 
 
 class S3Server:
-    """``endpoint``: its base URL while it runs."""
+    """``endpoint``: its base URL while it runs. ``bucket``: one that there is; others come with their first object."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, bucket: str = "tests") -> None:
         self._directory = directory
+        self.bucket = bucket
         self._process: subprocess.Popen[bytes] | None = None
         self.endpoint = ""
 
@@ -92,7 +93,7 @@ class S3Server:
 
     def _takes_requests(self) -> bool:
         with contextlib.suppress(BaseError, OSError):
-            store = self.store("ready")
+            store = self.store(self.bucket)
             obstore.put(store, "ready", b"", use_multipart=False)
             obstore.delete(store, "ready")
             return True
