@@ -544,7 +544,7 @@ async def test_a_failed_publication_leaves_the_actor_as_it_was(
     if paused:
         await world.engine.pause(key)
 
-    async def full(snapshot: Snapshot, source: Any, progress: Any = None) -> Snapshot:
+    async def full(*arguments: Any) -> Snapshot:
         raise ResourceExhausted("no room for snapshots", reason="DISK_FULL")
 
     monkeypatch.setattr(world.snapshots, "publish", full)
