@@ -40,12 +40,14 @@ from greenroom.agent.classes import sandbox_class
 from greenroom.api import convert
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
 from greenroom.core.agentapi import Identity
+from greenroom.core.gc import blobs
 from greenroom.core.records import (
     Actor,
     Endpoint,
     Operation,
     OperationState,
     Probe,
+    Snapshot,
     Template,
     TemplateSpec,
     TemplateState,
@@ -212,12 +214,14 @@ class Product:
 
     def files(self, name: str) -> Path:
         """The files that the sleeping actor wakes from, linked: the next suspend may replace them."""
-        snapshot = self.actor(name).snapshot
+        request = pb.GetSnapshotRequest(id=self.actor(name).snapshot)
+        snapshot = convert.from_message(Snapshot, self.server.client.snapshots.GetSnapshot(request))
+        where = {f.name: blobs.blob_key(snapshot.actor_uid, f) for f in snapshot.files}
         kept = HOME / "image"
         shutil.rmtree(kept, ignore_errors=True)
         kept.mkdir()
         for file in SNAPSHOT_FILES:
-            os.link(HOME / "data" / "snapshots" / "snapshots" / snapshot[:2] / snapshot / file, kept / file)
+            os.link(HOME / "data" / "snapshots" / where[file], kept / file)
         return kept
 
     async def settled(self, others: int = 0) -> bool:

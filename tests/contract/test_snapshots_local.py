@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 from collections.abc import Iterator
@@ -11,14 +12,18 @@ import pytest
 from obstore.store import LocalStore
 
 from greenroom.core.errors import ResourceExhausted
+from greenroom.core.gc import blobs
 from greenroom.snapshots.bucket import BucketObjects
 from greenroom.snapshots.port import SnapshotStore
 from greenroom.snapshots.store import ObjectSnapshotStore
-from greenroom.testing.contracts.snapshots import SnapshotStoreContract, Stored, make_snapshot, stage
-
-
-def _stored(root: Path) -> Stored:
-    return lambda snapshot_id, name: root / "snapshots" / snapshot_id[:2] / snapshot_id / name
+from greenroom.testing.contracts.snapshots import (
+    Raw,
+    RawDirectory,
+    SnapshotStoreContract,
+    key_of,
+    make_snapshot,
+    stage,
+)
 
 
 class TestLocal(SnapshotStoreContract):
@@ -27,20 +32,50 @@ class TestLocal(SnapshotStoreContract):
         return ObjectSnapshotStore(tmp_path / "store")
 
     @pytest.fixture
-    def stored(self, tmp_path: Path) -> Stored:
-        return _stored(tmp_path / "store")
+    def raw(self, tmp_path: Path) -> Raw:
+        return RawDirectory(tmp_path / "store")
 
-    async def test_same_file_system_is_not_copied(self, store: SnapshotStore, stored: Stored, tmp_path: Path) -> None:
+    async def test_same_file_system_is_not_copied(self, store: SnapshotStore, tmp_path: Path) -> None:
         source = stage(tmp_path / "stage")
         published = await store.publish(make_snapshot(), source)
-        assert stored(published.id, "pages.img").samefile(source / "pages.img")
-        assert await store.fetch(published, tmp_path / "cache") == stored(published.id, "pages.img").parent
-        assert not (tmp_path / "cache").exists()
+        stored = tmp_path / "store" / key_of(published, "pages.img")
+        assert stored.samefile(source / "pages.img")
+        fetched = await store.fetch(published, tmp_path / "cache")
+        assert stored.samefile(fetched / "pages.img")
+        # What is read stays, whatever becomes of the snapshot.
+        await store.delete(blobs.keys_of(published))
+        await store.verify(published, fetched)
+
+    async def test_nothing_stays_of_an_actor_not_even_its_directory(self, store: SnapshotStore, tmp_path: Path) -> None:
+        made = [await store.publish(make_snapshot(), stage(tmp_path / n)) for n in ("one", "two")]
+        for snapshot in made:
+            await store.delete(blobs.keys_of(snapshot))
+        assert [*(tmp_path / "store" / "snapshots" / "uu").iterdir()] == []
+
+    async def test_publishing_while_the_directory_goes(self, store: SnapshotStore, tmp_path: Path) -> None:
+        """Each deletes what it published, and the directory with it if it can, while the others publish."""
+
+        async def come_and_go(number: int) -> None:
+            for turn in range(10):
+                published = await store.publish(make_snapshot(), stage(tmp_path / f"{number}-{turn}", {"f": b"x"}))
+                await store.verify(published, await store.fetch(published, tmp_path / "cache"))
+                await store.delete(blobs.keys_of(published))
+
+        await asyncio.gather(*map(come_and_go, range(4)))
+
+    async def test_what_a_killed_publisher_left_is_listed(self, store: SnapshotStore, tmp_path: Path) -> None:
+        published = await store.publish(make_snapshot(), stage(tmp_path / "stage"))
+        left = f"{blobs.directory(published.actor_uid)}/.{0:016x}"
+        RawDirectory(tmp_path / "store").write(left, b"half")
+        [(_, objects)] = [found async for found in store.objects()]
+        keys = [o.key for o in objects]
+        assert blobs.strays(keys, [published], set()) == [left]
+        await store.delete([left])
 
     async def test_a_new_store_on_the_same_directory_finds_all(self, store: SnapshotStore, tmp_path: Path) -> None:
         published = await store.publish(make_snapshot(), stage(tmp_path / "stage"))
         again = ObjectSnapshotStore(f"file://{tmp_path / 'store'}")
-        assert await again.manifest(published.id) == published
+        assert await again.manifest(published.actor_uid, published.id) == published
 
 
 class TestBucket(SnapshotStoreContract):
@@ -50,15 +85,8 @@ class TestBucket(SnapshotStoreContract):
         return ObjectSnapshotStore("", objects=bucket)
 
     @pytest.fixture
-    def stored(self, tmp_path: Path) -> Stored:
-        return _stored(tmp_path / "bucket")
-
-    async def test_damaged_cache_is_fetched_anew(self, store: SnapshotStore, tmp_path: Path) -> None:
-        published = await store.publish(make_snapshot(), stage(tmp_path / "stage"))
-        cached = await store.fetch(published, tmp_path / "cache")
-        (cached / "pages.img").write_bytes(b"short")
-        await store.verify(published, await store.fetch(published, tmp_path / "cache"))
-        assert [path.name for path in (tmp_path / "cache").iterdir()] == [published.id]
+    def raw(self, tmp_path: Path) -> Raw:
+        return RawDirectory(tmp_path / "bucket")
 
 
 @pytest.mark.root
@@ -84,8 +112,7 @@ class TestFull:
                 make_snapshot(), stage(tmp_path / "stage", {"first": b"1", "second": os.urandom(5 << 20)})
             )
         assert raised.value.reason == "DISK_FULL"
-        files = [path for path in small.rglob("*") if path.is_file()]
-        assert {path.parent.name for path in files} == {kept.id}
+        assert RawDirectory(small).listed() == sorted(blobs.keys_of(kept))
         await store.verify(kept, await store.fetch(kept, tmp_path / "cache"))
         # There is room again for what fits.
         again = await store.publish(make_snapshot(), stage(tmp_path / "again", {"data": os.urandom(2 << 20)}))

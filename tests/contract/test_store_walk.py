@@ -119,10 +119,22 @@ class Walk:
             return lc.FinishUpload(**about)
         return lc.LoseSnapshot(**about, operation_id=self.world.id("op-"), message="lost")
 
+    async def keeping(self) -> Any:
+        """What people and templates keep, or no longer."""
+        r = self.random
+        good = await self.store.list(Snapshot, where={"state": SnapshotState.PRESENT})
+        s = r.choice(good if r.random() < 0.9 else await self.store.list(Snapshot))
+        about = {"key": Key(s.namespace, s.actor), "now": self.world.now}
+        if r.random() < 0.5:
+            return lc.Expire(**about, uid=s.actor_uid if r.random() < 0.9 else "another")
+        return lc.TagSnapshot(**about, snapshot_id=s.id, tag=r.choice(("x", "y")), undo=r.random() < 0.6)
+
     async def command(self) -> Any:
         r = self.random
         if r.random() < 0.08:
             return await self.uploads()
+        if r.random() < 0.08:
+            return await self.keeping()
         key = Key("ns", r.choice(NAMES))
         actors = {a.name: a for a in await self.store.list(Actor)}
         actor = actors.get(key.name)
@@ -158,6 +170,8 @@ class Walk:
         if cls is lc.BeginResume:
             extra = {"prefer": tuple(r.sample(WORKERS, r.randrange(3))), "hold_crashed": r.random() < 0.5}
             extra["reachable"] = r.choice((None, None, None, tuple(r.sample(WORKERS, 2))))
+            if r.random() < 0.2:
+                extra["snapshot_id"] = r.choice(await self.store.list(Snapshot)).id
         return self.world.begin_command(cls, key, request_id=request, owner=r.choice(("one", "two")), **extra)
 
     async def step(self, actor: Actor, op: Operation) -> Any:
@@ -173,6 +187,8 @@ class Walk:
                 return lc.RequestCancel(key=op.key, now=world.now, operation_id=op.id)
             case 13 | 14 | 15 if op.kind is OperationKind.SUSPEND:
                 return world.finish_command(op, snapshot=made_by(op, state=SnapshotState.LOCAL))
+            case 0 | 1 | 2 | 3 | 19 if op.kind is OperationKind.SUSPEND:
+                return world.finish_command(op, keeps=True)
             case 4:
                 origin = ActorState.DELETING if op.kind is OperationKind.DELETE else op.from_state
                 to = r.choice((*[origin or ActorState.SUSPENDED] * 8, *ActorState))

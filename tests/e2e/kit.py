@@ -6,13 +6,24 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from greenroom.api import convert
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
-from greenroom.core.records import Actor, Operation, OperationState, Pool, Template, TemplateSpec, Worker
+from greenroom.core.gc import blobs
+from greenroom.core.records import (
+    Actor,
+    Operation,
+    OperationState,
+    Pool,
+    Snapshot,
+    Template,
+    TemplateSpec,
+    Worker,
+)
 from greenroom.testing.live import LiveServer
 
 
@@ -50,6 +61,16 @@ class Kit:
     def actor(self, name: str) -> Actor:
         request = pb.GetActorRequest(namespace="default", name=name)
         return convert.from_message(Actor, self.client.actors.GetActor(request))
+
+    def snapshot(self, snapshot_id: str) -> Snapshot:
+        answer = self.client.snapshots.GetSnapshot(pb.GetSnapshotRequest(id=snapshot_id))
+        return convert.from_message(Snapshot, answer)
+
+    def stored(self, snapshot_id: str) -> dict[str, Path]:
+        """Where the files of a snapshot lie, by name, and its manifest as "manifest"."""
+        snapshot = self.snapshot(snapshot_id)
+        keys = dict(zip(("manifest", *(f.name for f in snapshot.files)), blobs.keys_of(snapshot), strict=True))
+        return {name: self.live.data_dir / "snapshots" / key for name, key in keys.items()}
 
     def actors(self) -> list[Actor]:
         answer = self.client.actors.ListActors(pb.ListActorsRequest())

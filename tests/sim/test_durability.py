@@ -53,7 +53,7 @@ async def test_it_is_answered_first_and_uploaded_then(world: SimWorld) -> None:
     assert (made.state, made.held) == (SnapshotState.LOCAL, True)
     actor = await world.actor(key)
     assert actor.state is ActorState.SUSPENDED and actor.durable_at is None, "the loss of its worker would cost it all"
-    assert made.id not in await world.snapshots.list()
+    assert (made.actor_uid, made.id) not in await world.snapshots.list()
     assert (await world.request(key)).count == 2, "it wakes on the worker that has it"
     assert (await world.actor(key)).worker == made.worker
     go.set()
@@ -155,7 +155,7 @@ async def test_the_way_back_is_never_one_that_the_same_loss_takes(world: SimWorl
 async def test_golden_snapshots_are_uploaded_before_the_template_is_ready(world: SimWorld) -> None:
     template = await world.template()
     golden = await world.store.get(Snapshot, template.golden_snapshot)
-    assert golden.state is SnapshotState.PRESENT and golden.id in await world.snapshots.list()
+    assert golden.state is SnapshotState.PRESENT and (golden.actor_uid, golden.id) in await world.snapshots.list()
 
 
 async def test_a_crashed_actor_that_boots_begins_anew(make_world: Callable[..., Any]) -> None:

@@ -37,6 +37,7 @@ from greenroom.core.records import (
 )
 from greenroom.engine.operations import failure_of
 from greenroom.sandbox.sim import MethodScript, ScriptedFailure, SimScript
+from greenroom.testing.contracts.snapshots import key_of
 from greenroom.testing.contracts.store_world import list_all
 from greenroom.testing.world import QUICK, SimWorld
 
@@ -543,7 +544,7 @@ async def test_a_failed_publication_leaves_the_actor_as_it_was(
     if paused:
         await world.engine.pause(key)
 
-    async def full(snapshot: Snapshot, source: Any, progress: Any = None) -> Snapshot:
+    async def full(*arguments: Any) -> Snapshot:
         raise ResourceExhausted("no room for snapshots", reason="DISK_FULL")
 
     monkeypatch.setattr(world.snapshots, "publish", full)
@@ -654,16 +655,16 @@ async def test_a_snapshot_published_after_the_suspend_had_failed_is_removed(make
         key, actor = await running(world, "a")
         publish = world.snapshots.publish
 
-        async def slowly(snapshot: Snapshot, source: Any, progress: Any = None) -> Snapshot:
+        async def slowly(snapshot: Snapshot, source: Any, progress: Any = None, base: Any = ()) -> Snapshot:
             world.hub.disconnect(actor.worker)
             await reached(world, key, ActorState.CRASHED)
-            return await publish(snapshot, source, progress)
+            return await publish(snapshot, source, progress, base)
 
         world.snapshots.publish = slowly  # type: ignore[method-assign]
         operation = await world.engine.suspend(key)
         assert operation.state is OperationState.FAILED
         async with asyncio.timeout(5):
-            while operation.snapshot not in await world.snapshots.list():
+            while (actor.uid, operation.snapshot) not in await world.snapshots.list():
                 await asyncio.sleep(0.001)
         world.hub.connect(world.agents[actor.worker])
         await world.settle()
@@ -689,7 +690,7 @@ async def test_a_corrupt_snapshot_goes_back_to_the_one_before_and_says_so(world:
     key, actor = await running(world, "a")
     await world.engine.suspend(key)
     latest = (await world.actor(key)).snapshot
-    path = world.root / "snapshots" / "snapshots" / latest[:2] / latest / "actor.json"
+    path = world.root / "snapshots" / key_of(await world.store.get(Snapshot, latest), "actor.json")
     path.write_bytes(path.read_bytes().replace(b'"count":2', b'"count":9'))
     assert (await world.request(key)).count == 2, "from the one before"
     back = await world.actor(key)

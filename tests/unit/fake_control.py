@@ -114,8 +114,18 @@ class FakeControl:
         assert change.actor is not None and change.operation is not None
         return change.actor, change.operation
 
-    async def resume(self, key: Key, *, request_id: str = "", wait_s: float = 300.0) -> Operation:
-        return await self._begin(lc.BeginResume, key, request_id, wait_s)
+    async def resume(
+        self, key: Key, *, request_id: str = "", wait_s: float = 300.0, snapshot_id: str = ""
+    ) -> Operation:
+        return await self._begin(lc.BeginResume, key, request_id, wait_s, snapshot_id=snapshot_id)
+
+    async def tag_snapshot(self, snapshot_id: str, tag: str, *, undo: bool = False) -> Snapshot:
+        snapshot = await self.store.get(Snapshot, snapshot_id)
+        key = Key(snapshot.namespace, snapshot.actor)
+        command = lc.TagSnapshot(key=key, now=time.time(), snapshot_id=snapshot_id, tag=tag, undo=undo)
+        change = await self.store.apply(command)
+        assert change.source is not None
+        return change.source
 
     async def suspend(self, key: Key, *, request_id: str = "", wait_s: float = 300.0) -> Operation:
         return await self._begin(lc.BeginSuspend, key, request_id, wait_s, snapshot_id=f"snap-{self._id()}")
@@ -483,7 +493,7 @@ def _snapshot(snapshot_id: str, template: str, *, actor: Actor | None = None, go
         actor_uid=actor.uid if actor else "", template=template, generation=actor.generation if actor else 0,
         scope=SnapshotScope.MEMORY, backend="sim", fingerprint="f", image_digest=DIGEST, hostname="h",
         created_at=time.time(), golden=golden,
-        files=(FileDigest(name="pages", size_bytes=48 << 20, sha256="0" * 64),),
+        files=(FileDigest(name="pages", size_bytes=48 << 20, sha256="0" * 64, upload=f"{snapshot_id}.0"),),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -21,12 +21,13 @@ from greenroom.agent.held import Held
 from greenroom.core import agentapi as api
 from greenroom.core.agentapi import ResidentState
 from greenroom.core.errors import Conflict, DataLoss, GreenroomError, NotFound, ResourceExhausted, Unavailable
-from greenroom.core.records import Snapshot, SnapshotState
+from greenroom.core.gc import blobs
+from greenroom.core.records import FileDigest, Snapshot, SnapshotState
 from greenroom.sandbox.sim import SNAPSHOT_FILE
 from greenroom.snapshots.bucket import BucketObjects
 from greenroom.snapshots.objects import OnBytes
 from greenroom.snapshots.store import ObjectSnapshotStore
-from greenroom.testing.contracts.snapshots import make_snapshot, stage
+from greenroom.testing.contracts.snapshots import RawDirectory, key_of, make_snapshot, stage
 
 
 class Slow(ObjectSnapshotStore):
@@ -38,10 +39,12 @@ class Slow(ObjectSnapshotStore):
         self.gate.set()
         self.uploads = 0
 
-    async def publish(self, snapshot: Snapshot, source: Path, progress: OnBytes | None = None) -> Snapshot:
+    async def publish(
+        self, snapshot: Snapshot, source: Path, progress: OnBytes | None = None, base: Sequence[FileDigest] = ()
+    ) -> Snapshot:
         self.uploads += 1
         await self.gate.wait()
-        return await super().publish(snapshot, source, progress)
+        return await super().publish(snapshot, source, progress, base)
 
 
 @pytest.fixture
@@ -49,6 +52,8 @@ async def bench() -> AsyncIterator[Bench]:
     with short_directory() as root:
         async with Bench(root, Slow(root / "bucket")) as bench:
             yield bench
+            cache = bench.root / "w" / "cache"
+            await until(lambda: not [*cache.iterdir()])  # whatever became of the wakes
 
 
 def slow(bench: Bench) -> Slow:
@@ -57,12 +62,12 @@ def slow(bench: Bench) -> Slow:
 
 
 def file_of(bench: Bench, snapshot: Snapshot) -> Path:
-    (found,) = (bench.root / "w" / "held").rglob(f"{snapshot.id}/{SNAPSHOT_FILE}")
-    return found
+    """Of the one file that a simulated sandbox has."""
+    return bench.root / "w" / "held" / key_of(snapshot, SNAPSHOT_FILE)
 
 
 def leftovers(bench: Bench) -> list[Path]:
-    return [path for path in (bench.root / "w" / "held").rglob("*") if path.is_file()]
+    return [path for path in (bench.root / "w" / "held" / "snapshots").rglob("*") if path.is_file()]
 
 
 async def upload(bench: Bench, snapshot: Snapshot) -> Snapshot:
@@ -97,7 +102,7 @@ async def test_a_whole_life_with_an_agent_that_dies_between_all_steps(bench: Ben
     await bench.discard("end", 4)
     present = await upload(bench, held)
     assert present == replace(held, state=SnapshotState.PRESENT)
-    assert await slow(bench).manifest(held.id) == present
+    assert await slow(bench).manifest(held.actor_uid, held.id) == present
     await bench.restart()
     assert await upload(bench, held) == present and slow(bench).uploads == 1
     await bench.restore(held, "again", 5)
@@ -140,7 +145,7 @@ async def test_uploads_at_once_are_one_and_who_goes_away_stops_nothing(bench: Be
         await asked[0]
     slow(bench).gate.set()
     first, second = await asyncio.gather(*asked[1:])
-    assert first == second == await slow(bench).manifest(held.id) and slow(bench).uploads == 1
+    assert first == second == await slow(bench).manifest(held.actor_uid, held.id) and slow(bench).uploads == 1
 
 
 async def test_a_release_stops_the_upload_first(bench: Bench) -> None:
@@ -209,7 +214,7 @@ async def test_a_damaged_one_while_the_store_does_not_answer_is_not_given_up(ben
     present = await upload(bench, held)
     file_of(bench, held).write_bytes(b"{}")
 
-    async def down(snapshot_id: str) -> Snapshot:
+    async def down(actor_uid: str, snapshot_id: str) -> Snapshot:
         raise Unavailable("the store is away")
 
     manifest, slow(bench).manifest = slow(bench).manifest, down  # type: ignore[method-assign]
@@ -239,7 +244,7 @@ async def test_a_damaged_one_is_let_go_of_only_when_the_store_is_known_to_have_i
     file_of(bench, held).write_bytes(b"{}")
     before = leftovers(bench)
 
-    async def manifest(snapshot_id: str) -> Snapshot:
+    async def manifest(actor_uid: str, snapshot_id: str) -> Snapshot:
         raise says
 
     with monkeypatch.context() as store:
@@ -263,11 +268,14 @@ async def test_another_content_under_the_same_id_is_refused(bench: Bench, tmp_pa
 async def test_half_made_ones_are_removed_and_others_stay(bench: Bench) -> None:
     await bench.boot()
     held = await bench.suspend()
-    half = file_of(bench, held).parent.parent.parent / "ab" / ("ab" * 16)
-    half.mkdir(parents=True)
-    (half / SNAPSHOT_FILE).write_bytes(b"half")
+    of_another = blobs.blob_key("b", replace(held.files[0], upload=blobs.upload_name("ab" * 16, 1)))
+    of_the_same = blobs.blob_key("a", replace(held.files[0], upload=blobs.upload_name("ab" * 16, 1)))
+    raw = RawDirectory(bench.root / "w" / "held")
+    before = raw.listed()
+    for key in (of_another, of_the_same, f"{blobs.directory('a')}/.0123"):
+        raw.write(key, b"half")
     await bench.restart()
-    assert not half.exists()
+    assert raw.listed() == before
     assert (await upload(bench, held)).state is SnapshotState.PRESENT
 
 
@@ -293,8 +301,7 @@ async def test_a_full_disk(small: Path, tmp_path: Path) -> None:
     with pytest.raises(ResourceExhausted) as full:
         await held.keep(make_snapshot(), stage(tmp_path / "large", {"a": b"1", "f": os.urandom(4 << 20)}))
     assert full.value.reason == "DISK_FULL"
-    files = {path.parent.name for path in small.rglob("*") if path.is_file()}
-    assert files == {kept.id}, "nothing of it remains"
+    assert RawDirectory(small / "held").listed() == sorted(blobs.keys_of(kept)), "nothing of it remains"
     assert (await held.upload(kept.id, lambda done, total: None)).state is SnapshotState.PRESENT
     again = Held(small / "held", "w", ObjectSnapshotStore(tmp_path / "store"))
     await again.open()
@@ -344,11 +351,11 @@ async def test_a_process_that_is_killed_at_any_moment(tmp_path: Path, after_ms: 
     if b"kept" in said:
         assert snapshot.id in held
     if b"uploaded" in said:
-        assert await store.list() == [snapshot.id]
+        assert await store.list() == [(snapshot.actor_uid, snapshot.id)]
     kept = await held.keep(snapshot, source)
-    await store.verify(kept, await held.directory(kept))
+    await store.verify(kept, await held.fetch(kept, tmp_path / "read"))
     present = await held.upload(kept.id, lambda done, total: None)
-    assert present.files == kept.files and await store.list() == [snapshot.id]
+    assert present.files == kept.files and await store.list() == [(snapshot.actor_uid, snapshot.id)]
 
 
 async def test_progress_of_a_long_upload(tmp_path: Path) -> None:
@@ -381,10 +388,10 @@ def _dripping(root: Path) -> ObjectSnapshotStore:
     import time
 
     class Dripping(BucketObjects):
-        def put_file(self, key, source, stop):  # type: ignore[no-untyped-def]
+        def put_file(self, prefix, source, name, stop):  # type: ignore[no-untyped-def]
             moved = stop.moved
             stop.moved = lambda count: (time.sleep(0.1), moved(count))
-            return super().put_file(key, source, stop)
+            return super().put_file(prefix, source, name, stop)
 
         def download(self, key, target, stop):  # type: ignore[no-untyped-def]
             moved = stop.moved
@@ -398,7 +405,7 @@ async def test_errors_of_the_disk_are_said(bench: Bench) -> None:
     await bench.boot()
     held = await bench.suspend()
 
-    async def broken(snapshot_id: str) -> Snapshot:
+    async def broken(actor_uid: str, snapshot_id: str) -> Snapshot:
         raise OSError(5, "Input/output error")
 
     slow(bench).manifest = broken  # type: ignore[method-assign]

@@ -23,6 +23,7 @@ from greenroom.agent.classes import Classes
 from greenroom.agent.enrolment import PAPERS, Enrolment
 from greenroom.agent.erase import erase
 from greenroom.agent.fence import Fence, from_os
+from greenroom.agent.fetched import Fetched
 from greenroom.agent.held import Held
 from greenroom.agent.images import WorkerImages
 from greenroom.agent.inventory import Inventory
@@ -106,8 +107,7 @@ class Agent:
             FailedPrecondition: the backend can't run here.
         """
         config, root = self._config, self._config.state_dir
-        for name in ("cache", "logs"):
-            (root / name).mkdir(parents=True, exist_ok=True)
+        (root / "logs").mkdir(parents=True, exist_ok=True)
         self._enrolment = Enrolment(root / PAPERS, config.worker)
         self._journal = Journal(root / "journal")
         self._staging = Staging(root / "staging")
@@ -128,6 +128,8 @@ class Agent:
         for found in await self._backend.reconcile():
             self._residents.take_over(found)
         self._staging.keep_only(self._residents.uids())
+        fetched = Fetched(root / "cache")
+        await fetched.clear()
         await self._images.open(self._residents.uids() if self._backend.capabilities.needs_image else ())
         if isinstance(self._backend, Warmer) and config.warm > 0:
             keep = self._images.keep_warm if self._backend.capabilities.needs_image else None
@@ -142,7 +144,7 @@ class Agent:
             images=self._images,
             snapshots=self._snapshots,
             held=self._held,
-            cache=root / "cache",
+            fetched=fetched,
             residents=self._residents,
             logs=self._logs,
             warm=self._warm,
@@ -472,10 +474,16 @@ class Agent:
                 f"worker {self._config.worker} has no files of snapshot {call.snapshot_id}", reason="NOT_STAGED"
             )
         source = self._staging.path(call.actor_uid, call.snapshot_id)
-        publish = self._held.keep if call.hold else self._snapshots.publish
         try:
             with Reports(hears) as reports:
-                published = await publish(snapshot, source, lambda done, total: reports.bytes("publish", done, total))
+
+                def moved(done: int, total: int) -> None:
+                    reports.bytes("publish", done, total)
+
+                if call.hold:
+                    published = await self._held.keep(snapshot, source, moved)
+                else:
+                    published = await self._snapshots.publish(snapshot, source, moved, call.base)
         finally:
             self._staging.touch(call.actor_uid)  # it may have taken long
         marks.end("publish")

@@ -8,13 +8,16 @@ staged they outlive the sandbox, and the agent.
 from __future__ import annotations
 
 import asyncio
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
 from msgspec.structs import replace
 
-from greenroom.core.errors import Conflict, NotFound, Unavailable
+from greenroom.agent.fetched import Fetched
+from greenroom.core.errors import Conflict, DataLoss, NotFound, Unavailable
+from greenroom.core.gc import blobs
 from greenroom.core.records import Snapshot, SnapshotState
 from greenroom.snapshots.objects import OnBytes
 from greenroom.snapshots.port import SnapshotStore
@@ -42,15 +45,32 @@ class Held:
         self._worker = worker
         self._snapshots = snapshots
         self._local = ObjectSnapshotStore(root)
-        self._unused = root / "cache"  # files of a directory are used where they lie
-        self._ids: set[str] = set()
+        self._fetched = Fetched(root / "uploads")
+        #: Id -> uid of its actor.
+        self._ids: dict[str, str] = {}
         self._uploads: dict[str, _Upload] = {}
         self._closing = False
 
     async def open(self) -> None:
         """Finds what earlier agent processes hold; what one of them was killed over is removed."""
-        await self._local.remove_unfinished()
-        self._ids = {*await self._local.list()}
+        await self._fetched.clear()
+        self._ids = {snapshot_id: uid for uid, snapshot_id in await self._local.list()}
+        await self._remove_unfinished()
+
+    async def _remove_unfinished(self) -> None:
+        """What no manifest speaks of is of no use to anybody; nobody else writes here."""
+        by_actor: dict[str, list[str]] = {}
+        for snapshot_id, uid in self._ids.items():
+            by_actor.setdefault(uid, []).append(snapshot_id)
+        async for uid, objects in self._local.objects():
+            try:
+                held = [await self._local.manifest(uid, snapshot_id) for snapshot_id in by_actor.get(uid, ())]
+            except DataLoss as error:  # what it speaks of is not known: all of it stays, until it is released
+                log.error("a held snapshot is damaged", actor_uid=uid, error=error.message)
+                continue
+            if stray := blobs.strays([o.key for o in objects], held, ()):
+                log.warning("removes what was held in part", actor_uid=uid, keys=stray)
+                await self._local.delete(stray)
 
     def ids(self) -> frozenset[str]:
         return frozenset(self._ids)
@@ -69,18 +89,18 @@ class Held:
         """
         local = replace(snapshot, state=SnapshotState.LOCAL, worker=self._worker)
         kept = await self._local.publish(local, source, progress)
-        self._ids.add(snapshot.id)
+        self._ids[snapshot.id] = snapshot.actor_uid
         return kept
 
     async def manifest(self, snapshot_id: str) -> Snapshot:
         """Raises `NotFound` (reason ``NOT_HELD``), `DataLoss` when it can't be read."""
-        if snapshot_id not in self._ids:
+        if (uid := self._ids.get(snapshot_id)) is None:
             raise self._not_held(snapshot_id)
-        return await self._local.manifest(snapshot_id)
+        return await self._local.manifest(uid, snapshot_id)
 
-    async def directory(self, snapshot: Snapshot) -> Path:
-        """Where the files of one that is held lie. Raises `DataLoss` when one is missing or has another size."""
-        return await self._local.fetch(snapshot, self._unused)
+    async def fetch(self, snapshot: Snapshot, cache: Path) -> Path:
+        """As `SnapshotStore.fetch`: links to the files of one that is held."""
+        return await self._local.fetch(snapshot, cache)
 
     async def upload(self, snapshot_id: str, progress: OnBytes) -> Snapshot:
         """Brings it to the snapshot store and returns its manifest there. Idempotent; who asks while it is under way
@@ -113,10 +133,12 @@ class Held:
     async def _upload(self, snapshot_id: str, upload: _Upload) -> Snapshot:
         held = await self.manifest(snapshot_id)
         try:
-            there = await self._snapshots.manifest(snapshot_id)
+            there = await self._snapshots.manifest(held.actor_uid, snapshot_id)
         except NotFound:
             present = replace(held, state=SnapshotState.PRESENT)
-            return await self._snapshots.publish(present, await self.directory(held), upload.moved)
+            fetch = functools.partial(self._local.fetch, held)
+            async with self._fetched.reading(snapshot_id, fetch) as source:
+                return await self._snapshots.publish(present, source, upload.moved)
         if there.files != held.files:
             raise Conflict(f"snapshot {snapshot_id} is published with another content than worker {self._worker} holds")
         return there
@@ -129,8 +151,8 @@ class Held:
     async def release(self, snapshot_id: str) -> None:
         """Removes it; an upload of it is stopped first. Idempotent."""
         await self._stop(snapshot_id)
-        self._ids.discard(snapshot_id)
-        await self._local.delete(snapshot_id)
+        if (uid := self._ids.pop(snapshot_id, None)) is not None:
+            await self._local.retract(uid, snapshot_id)
 
     async def _stop(self, snapshot_id: str) -> None:
         upload = self._uploads.get(snapshot_id)

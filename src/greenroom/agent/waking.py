@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import structlog
 
 from greenroom.agent import readiness
 from greenroom.agent.classes import Classes
+from greenroom.agent.fetched import Fetched
 from greenroom.agent.held import Held
 from greenroom.agent.images import WorkerImages
 from greenroom.agent.logs import LogFiles
@@ -35,7 +37,7 @@ WAKES_PER_CORE = 1
 
 
 class Waker:
-    """``cache``: where snapshots of a store that is far away are fetched to."""
+    """``fetched``: where the files of snapshots are while they are read."""
 
     def __init__(
         self,
@@ -47,7 +49,7 @@ class Waker:
         images: WorkerImages,
         snapshots: SnapshotStore,
         held: Held,
-        cache: Path,
+        fetched: Fetched,
         residents: Residents,
         logs: LogFiles,
         warm: WarmPool | None,
@@ -59,7 +61,7 @@ class Waker:
         self._images = images
         self._snapshots = snapshots
         self._held = held
-        self._cache = cache
+        self._fetched = fetched
         self._residents = residents
         self._logs = logs
         self._warm = warm
@@ -113,24 +115,26 @@ class Waker:
         snapshot = call.snapshot
         if snapshot.id in self._held:
             try:
-                source = await self._held.directory(snapshot)
-                marks.end("fetch")
-                return await self._load(call, cls, source, marks, reports)
+                async with self._fetched.reading(snapshot.id, functools.partial(self._held.fetch, snapshot)) as source:
+                    marks.end("fetch")
+                    return await self._load(call, cls, source, marks, reports)
             except DataLoss as error:
-                if not await self._is_stored(snapshot.id):
+                if not await self._is_stored(snapshot):
                     raise
                 log.error("what is held is damaged, takes what is stored", snapshot=snapshot.id, error=error.message)
                 await self._held.release(snapshot.id)
                 marks.end("held")
-        source = await self._snapshots.fetch(
-            snapshot, self._cache, lambda done, total: reports.bytes("fetch", done, total)
-        )
-        marks.end("fetch")
-        return await self._load(call, cls, source, marks, reports)
 
-    async def _is_stored(self, snapshot_id: str) -> bool:
+        def fetch(cache: Path) -> Awaitable[Path]:
+            return self._snapshots.fetch(snapshot, cache, lambda done, total: reports.bytes("fetch", done, total))
+
+        async with self._fetched.reading(snapshot.id, fetch) as source:
+            marks.end("fetch")
+            return await self._load(call, cls, source, marks, reports)
+
+    async def _is_stored(self, snapshot: Snapshot) -> bool:
         try:
-            await self._snapshots.manifest(snapshot_id)
+            await self._snapshots.manifest(snapshot.actor_uid, snapshot.id)
         except NotFound:
             return False
         return True

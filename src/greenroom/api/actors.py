@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -70,7 +71,8 @@ class Actors(Service, pb_grpc.ActorsServicer):
 
     @rpc
     async def ResumeActor(self, request: Any, context: Any) -> Any:
-        return await self._mutate(self._control.resume, request, context)
+        resume = functools.partial(self._control.resume, snapshot_id=request.snapshot)
+        return await self._mutate(resume, request, context, may_name=True)
 
     @rpc
     async def SuspendActor(self, request: Any, context: Any) -> Any:
@@ -84,7 +86,11 @@ class Actors(Service, pb_grpc.ActorsServicer):
     async def DeleteActor(self, request: Any, context: Any) -> Any:
         return await self._mutate(self._control.delete, request, context)
 
-    async def _mutate(self, call: Callable[..., Awaitable[Operation]], request: Any, context: Any) -> Any:
+    async def _mutate(
+        self, call: Callable[..., Awaitable[Operation]], request: Any, context: Any, *, may_name: bool = False
+    ) -> Any:
+        if request.snapshot and not may_name:
+            raise InvalidArgument("only ResumeActor takes a snapshot")
         request_id = validate.request_id(request.request_id)
         async with self._streams.open():
             return convert.to_message(

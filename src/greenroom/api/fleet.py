@@ -145,3 +145,8 @@ class Snapshots(Service, pb_grpc.SnapshotsServicer):
             state=member(SnapshotState, request.state),
         )
         return answer
+
+    @rpc
+    async def TagSnapshot(self, request: Any, context: Any) -> Any:
+        tag = validate.tag(request.tag)
+        return convert.to_message(await self._control.tag_snapshot(request.id, tag, undo=request.undo))

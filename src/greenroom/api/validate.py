@@ -26,6 +26,8 @@ MIN_MEMORY_BYTES = 4 << 20
 MAX_MEMORY_BYTES = 16 << 40
 MAX_CPUS = 1024.0
 MAX_PIDS = 1 << 22  # the kernel's own limit
+#: Snapshots of one actor: what it needs, and what one can still look through.
+MIN_KEPT, MAX_KEPT = 2, 1000
 MAX_DURATION_S = 10 * 365 * 86400.0
 #: Linux takes no longer single argument (MAX_ARG_STRLEN).
 MAX_ARGUMENT_BYTES = 128 << 10
@@ -104,6 +106,8 @@ def _template(spec: TemplateSpec) -> Iterator[Violation]:
     yield from _name(("pool",), "pool", spec.pool)
     yield from _selector(spec.worker_selector)
     yield from _between(("idle_timeout_s",), spec.idle_timeout_s, 0, MAX_DURATION_S)
+    yield from _between(("retention", "keep_last"), spec.retention.keep_last, MIN_KEPT, MAX_KEPT)
+    yield from _between(("retention", "keep_for_s"), spec.retention.keep_for_s, 0, MAX_DURATION_S)
 
 
 def _ports(spec: TemplateSpec) -> Iterator[Violation]:
@@ -171,6 +175,13 @@ def labels(given: Mapping[str, str], what: str = "label") -> dict[str, str]:
 
 def _is_label(key: str, value: str) -> bool:
     return _LABEL_KEY.fullmatch(key) is not None and _LABEL_VALUE.fullmatch(value) is not None
+
+
+def tag(given: str) -> str:
+    """Raises `InvalidArgument` unless it can be a snapshot's tag."""
+    if not given or not _LABEL_VALUE.fullmatch(given):
+        raise InvalidArgument(f"tag {given!r} is not valid: {LABEL_RULE}", reason="INVALID_TAG")
+    return given
 
 
 def request_id(given: str) -> str:

@@ -83,11 +83,19 @@ def _waiting(command: Any) -> Any:
 
 @click.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.option(
+    "--snapshot",
+    default="",
+    metavar="ID",
+    help="Wake it from this one of its own snapshots; the present one becomes its way back.",
+)
 @_waiting
 @common
-def resume(names: tuple[str, ...], wait: bool, timeout: float) -> None:
+def resume(names: tuple[str, ...], snapshot: str, wait: bool, timeout: float) -> None:
     """Wakes actors; crashed ones go back to their last snapshot."""
-    change("ResumeActor", "resumed", "running already", plain_names(names), wait, timeout)
+    if snapshot and len(names) > 1:
+        raise click.UsageError("a snapshot is one actor's: give one NAME with --snapshot")
+    change("ResumeActor", "resumed", "running already", plain_names(names), wait, timeout, snapshot)
 
 
 @click.command()
@@ -150,7 +158,9 @@ def plain_names(names: tuple[str, ...]) -> list[str]:
     return plain
 
 
-def change(method: str, done: str, already: str, names: list[str], wait: bool, timeout_s: float) -> None:
+def change(
+    method: str, done: str, already: str, names: list[str], wait: bool, timeout_s: float, snapshot: str = ""
+) -> None:
     """Starts the operations together and reports each; exits with the code of the first that failed."""
     options = settings()
     code = 0
@@ -158,7 +168,7 @@ def change(method: str, done: str, already: str, names: list[str], wait: bool, t
         for start in range(0, len(names), MAX_AT_ONCE):
             left = names[start : start + MAX_AT_ONCE]  # those that are not reported yet
             try:
-                failed = _change(client, options, method, (done, already), left, wait, timeout_s)
+                failed = _change(client, options, method, (done, already), left, wait, timeout_s, snapshot)
             except KeyboardInterrupt:
                 _interrupted(client, options, left)
             code = code or failed
@@ -174,6 +184,7 @@ def _change(
     left: list[str],
     wait: bool,
     timeout_s: float,
+    snapshot: str,
 ) -> int:
     """As `change`, for those of ``left``, which loses who is reported. Returns the code of the first that failed."""
     wait_s = timeout_s if wait else NO_WAIT_S
@@ -186,6 +197,7 @@ def _change(
                 name=name,
                 request_id=secrets.token_hex(16),
                 wait=convert.duration(wait_s),
+                snapshot=snapshot,
             ),
             timeout=options.request_timeout_s or wait_s + CALL_MARGIN_S,
         )

@@ -271,6 +271,7 @@ SNAPSHOTS = Kind(
         ("STATE", _text("state")),
         ("SCOPE", _text("scope")),
         ("SIZE", lambda s, now: human_bytes(s.size_bytes)),
+        ("TAGS", lambda s, now: ",".join(s.tags)),
         ("AGE", _age),
     ),
     (("WORKER", _text("worker")), ("PARENT", _text("parent")), ("FINGERPRINT", _text("fingerprint"))),

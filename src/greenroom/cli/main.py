@@ -47,6 +47,8 @@ COMMANDS = {
         _OPERATE,
     ),
     "gc": ("greenroom.cli.gc:gc", "Collect garbage now, or tell what would go and why.", _OPERATE),
+    "tag": ("greenroom.cli.operate:tag", "Keep a snapshot, under a name.", _OPERATE),
+    "untag": ("greenroom.cli.operate:untag", "Keep it no longer.", _OPERATE),
     "images": ("greenroom.cli.images:images", "List, pull, import, pin and remove images on workers.", _OPERATE),
     "version": ("greenroom.cli.other:version", "Show the versions of client and server.", _OTHER),
     "completion": ("greenroom.cli.other:completion", "Print a completion script for your shell.", _OTHER),

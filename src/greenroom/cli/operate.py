@@ -1,4 +1,5 @@
-"""Commands of whoever looks after a Greenroom: ``cancel`` and ``drain``. More are in `greenroom.cli.decommission`."""
+"""Commands of whoever looks after a Greenroom: ``cancel``, ``drain``, ``tag`` and ``untag``. More are in
+`greenroom.cli.decommission`."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from greenroom.cli.follow import POLL_S, follow, running
 from greenroom.cli.kinds import Kind
 from greenroom.cli.progress import Several, live, on_terminal
 from greenroom.core.errors import Cancelled, DeadlineExceeded, FailedPrecondition, NotFound
-from greenroom.core.records import Operation, OperationState, Worker, WorkerState
+from greenroom.core.records import Operation, OperationState, Snapshot, SnapshotState, Worker, WorkerState
 
 
 def only(kind: Kind, what: tuple[str, ...], verb: str) -> list[str]:
@@ -143,3 +144,44 @@ def wait_until_empty(client: Client, options: Settings, name: str, timeout_s: fl
                 there = kinds.ACTORS.fetch_all(client, "", options.read_timeout_s, worker=name)
                 shown.update({f"actor/{actor.key}": operations.get(str(actor.key)) for actor in there})
             time.sleep(POLL_S)
+
+
+# --- tags -------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("what", nargs=2, metavar="snapshot ID | snapshot/ID")
+@click.argument("name", default="")
+@common
+def tag(what: tuple[str, str], name: str) -> None:
+    """Gives a snapshot a name, which keeps it whatever its template's retention says.
+
+    It goes when its actor is deleted, or when its last tag is taken away and nothing else keeps it.
+    """
+    _tag(what, name, undo=False)
+
+
+@click.command()
+@click.argument("what", nargs=2, metavar="snapshot ID | snapshot/ID")
+@click.argument("name", default="")
+@common
+def untag(what: tuple[str, str], name: str) -> None:
+    """Takes a name of a snapshot away; the snapshot goes when nothing else keeps it."""
+    _tag(what, name, undo=True)
+
+
+def _tag(what: tuple[str, str], name: str, *, undo: bool) -> None:
+    if "/" in what[0] and not name:  # snapshot/ID NAME
+        what, name = (what[0],), what[1]  # type: ignore[assignment]
+    if not name:
+        raise click.UsageError("say which name")
+    options = settings()
+    with options.connect() as client:
+        [snapshot_id] = only(kinds.SNAPSHOTS, what, "tagged")
+        request = pb.TagSnapshotRequest(id=snapshot_id, tag=name, undo=undo)
+        answer = client.snapshots.TagSnapshot(request, timeout=options.read_timeout_s)
+    after = convert.from_message(Snapshot, answer)
+    if undo and after.state is SnapshotState.CONDEMNED:
+        click.echo(f"snapshot/{snapshot_id} untagged; nothing else keeps it, it is deleted")
+    else:
+        click.echo(f"snapshot/{snapshot_id} {'untagged' if undo else 'tagged'} {name}")

@@ -13,6 +13,7 @@ from greenroom.core.gc.records import Refused, Register, Registered, Report
 from greenroom.core.records import (
     Endpoint,
     Evicted,
+    FileDigest,
     ImageCache,
     ImageDetail,
     LayerProgress,
@@ -194,10 +195,13 @@ class Checkpoint(ActorCall, frozen=True, kw_only=True):
 class Publish(ActorCall, frozen=True, kw_only=True):
     """Uploads what `Checkpoint` wrote, with sizes and digests verified. The sandbox stays frozen. With ``hold`` it is
     kept on the worker's own disk instead, synced and with its digests, and outlives the sandbox: the manifest says
-    ``LOCAL``, and `Upload` brings it to the snapshot store later. -> `Published`"""
+    ``LOCAL``, and `Upload` brings it to the snapshot store later. ``base``: files that the actor has in the snapshot
+    store; they stay until the operation has ended, and what is equal to one of them is not stored again.
+    -> `Published`"""
 
     snapshot_id: str
     hold: bool = False
+    base: tuple[FileDigest, ...] = ()
 
 
 class Upload(Call, frozen=True, kw_only=True):

@@ -78,12 +78,16 @@ class BeginResume(Begin, frozen=True, kw_only=True):
     reachable: tuple[str, ...] | None = None
     #: Not asked for by a person: an actor that crashed and whose template says ``hold`` stays as it is.
     hold_crashed: bool = False
+    #: Which of its own snapshots it is to wake from; the present one becomes its way back. "": the present one.
+    snapshot_id: str = ""
 
 
 class BeginSuspend(Begin, frozen=True, kw_only=True):
-    """``snapshot_id``: what the new snapshot will be called."""
+    """``snapshot_id``: what the new snapshot will be called. ``Change.source`` is the one that the actor woke from; its
+    files need not be stored again."""
 
     kind = OperationKind.SUSPEND
+    needs = frozenset({"prior", "lease", "source"})
     snapshot_id: str
 
 
@@ -107,11 +111,13 @@ class FinishResume(OperationCommand, frozen=True, kw_only=True):
 
 class FinishSuspend(OperationCommand, frozen=True, kw_only=True):
     """The new snapshot is verified: it becomes the actor's latest, and the slot is free. Of the snapshots before it the
-    newest one that is not only on a worker's disk is kept as the way back."""
+    newest one that is not only on a worker's disk is kept as the way back. ``keeps``: its template's retention keeps
+    more than that, and `Expire` decides about the others."""
 
     needs = frozenset({"previous", "source"})
     snapshot: Snapshot
     phases: tuple[PhaseTime, ...] = ()
+    keeps: bool = False
 
 
 class FinishPause(OperationCommand, frozen=True, kw_only=True):
@@ -248,6 +254,23 @@ class LoseSnapshot(Command, frozen=True, kw_only=True):
     message: str
 
 
+class Expire(Command, frozen=True, kw_only=True):
+    """Condemns those snapshots of an actor that its template keeps no longer."""
+
+    needs = frozenset({"template", "owned"})
+    uid: str
+
+
+class TagSnapshot(Command, frozen=True, kw_only=True):
+    """Gives a snapshot of the actor a name, which pins it; or takes one away (``undo``), and then condemns it when
+    nothing else keeps it. Doing either twice changes nothing."""
+
+    needs = frozenset({"template", "owned"})
+    snapshot_id: str
+    tag: str
+    undo: bool = False
+
+
 ActorCommand = (
     CreateActor
     | BeginResume
@@ -270,6 +293,8 @@ ActorCommand = (
     | Reunite
     | FinishUpload
     | LoseSnapshot
+    | Expire
+    | TagSnapshot
 )
 
 

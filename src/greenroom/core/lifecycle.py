@@ -19,7 +19,7 @@ from typing import Any, assert_never
 
 from msgspec.structs import replace
 
-from greenroom.core import placement, states
+from greenroom.core import keeping, placement, states
 from greenroom.core.commands import (
     ActorCommand,
     Advance,
@@ -31,6 +31,7 @@ from greenroom.core.commands import (
     Change,
     Crash,
     CreateActor,
+    Expire,
     FallBack,
     FinishDelete,
     FinishPause,
@@ -45,6 +46,7 @@ from greenroom.core.commands import (
     RenewLease,
     RequestCancel,
     Reunite,
+    TagSnapshot,
     TakeOver,
     View,
 )
@@ -56,6 +58,7 @@ from greenroom.core.errors import (
     LeaseLost,
     NotFound,
 )
+from greenroom.core.gc import blobs
 from greenroom.core.records import (
     Actor,
     ActorState,
@@ -140,6 +143,10 @@ def decide(view: View, command: ActorCommand) -> Change:
             return _finish_upload(view, command)
         case LoseSnapshot():
             return _lose_snapshot(view, command)
+        case Expire():
+            return keeping.expire(view, command)
+        case TagSnapshot():
+            return keeping.tag(view, command)
         case _:
             assert_never(command)
 
@@ -225,21 +232,31 @@ def _begin(view: View, c: BeginResume | BeginSuspend | BeginPause | BeginDelete)
         raise NotFound(
             f"actor {c.key} does not exist; `greenroom get actors` lists those there are", reason="ACTOR_NOT_FOUND"
         )
+    asked_for = isinstance(c, BeginResume) and c.snapshot_id != ""
+    if asked_for and actor.state in (ActorState.RUNNING, ActorState.PAUSED):
+        raise FailedPrecondition(
+            f"actor {actor.key} is {actor.state}, and wakes from another snapshot only when it sleeps; "
+            f"`greenroom suspend {actor.name} -n {actor.namespace}` first",
+            reason="ACTOR_AWAKE",
+        )
     if actor.state is goal:
         return Change(outcome=Outcome.ALREADY, actor=actor)
     if view.operation is not None and actor.state in states.BUSY:
-        if view.operation.kind is kind:
+        if view.operation.kind is kind and not asked_for:
             return Change(outcome=Outcome.JOINED, actor=actor, operation=view.operation)
         raise _held(actor, view.operation, view.lease)
     states.check(str(actor.key), actor.state, doing)
 
     slots: tuple[tuple[str, int], ...] = ()
-    worker, snapshot, source = actor.worker, "", None
+    worker, snapshot = actor.worker, ""
+    source: Snapshot | None = None
     rejected: tuple[Rejection, ...] = ()
     over: tuple[Snapshot, ...] = ()
     if isinstance(c, BeginResume) and actor.state is not ActorState.PAUSED:
         if c.hold_crashed and actor.state is ActorState.CRASHED:
             actor, view, over = _by_policy(actor, view)
+        if c.snapshot_id:
+            actor, view, over = _from(c.snapshot_id, actor, view)
         source = _source(view, actor)
         prefer = c.prefer or (actor.last_worker,)
         chosen, rejected = placement.choose(view.workers, demand(view, actor, source, c, prefer), c.now)
@@ -248,6 +265,7 @@ def _begin(view: View, c: BeginResume | BeginSuspend | BeginPause | BeginDelete)
         slots, snapshot = ((worker, 1),), source.id if source else ""
     elif isinstance(c, BeginSuspend):
         snapshot = c.snapshot_id
+        source = view.source if actor.snapshot else None
 
     generation = actor.generation + 1
     operation = Operation(
@@ -268,6 +286,7 @@ def _begin(view: View, c: BeginResume | BeginSuspend | BeginPause | BeginDelete)
         from_state=actor.state,
         owner=c.owner,
         rejected=rejected,
+        chosen=asked_for and view.actor is not None and actor.snapshot != view.actor.snapshot,
         version=1,
     )
     lease = Lease(
@@ -353,7 +372,28 @@ def _by_policy(actor: Actor, view: View) -> tuple[Actor, View, tuple[Snapshot, .
         case OnCrash.BOOT:
             kept, over = _way_back(actor, view)
             actor = replace(actor, snapshot="", previous_snapshot=kept.id if kept else "")
-            return actor, replace(view, source=view.golden), over
+            return actor, replace(view, source=view.golden), () if keeping.keeps_more(view.template) else over
+
+
+def _from(snapshot_id: str, actor: Actor, view: View) -> tuple[Actor, View, tuple[Snapshot, ...]]:
+    """A sleeping or crashed actor that is to wake from this one of its snapshots: what it would have woken from is its
+    way back now, and the snapshots that are not wanted then."""
+    named = view.named
+    if named is None or named.actor_uid != actor.uid:
+        raise keeping.no_snapshot(actor, snapshot_id)
+    if named.state not in (SnapshotState.PRESENT, SnapshotState.LOCAL):
+        raise FailedPrecondition(
+            f"actor {actor.key} can't wake from snapshot {snapshot_id}, which is {named.state}; "
+            f"`greenroom get snapshots -n {actor.namespace}` lists those there are",
+            reason=f"SNAPSHOT_{named.state.upper()}",
+        )
+    if named.id == actor.snapshot:
+        return actor, view, ()
+    have = [s for s in (view.source if actor.snapshot else None, view.previous) if s is not None and s.id != named.id]
+    kept = next((s for s in have if s.state in (SnapshotState.PRESENT, SnapshotState.LOCAL)), None)
+    over = () if keeping.keeps_more(view.template) else keeping.condemned(s for s in have if s is not kept)
+    actor = replace(actor, snapshot=named.id, previous_snapshot=kept.id if kept else "")
+    return actor, replace(view, source=named), over
 
 
 def _crashed_and_held(actor: Actor) -> FailedPrecondition:
@@ -502,8 +542,17 @@ def _finish_resume(view: View, c: FinishResume) -> Change:
 def _finish_suspend(view: View, c: FinishSuspend) -> Change:
     actor, op = _current(view, c, OperationKind.SUSPEND)
     assert c.snapshot.id == op.snapshot, "a suspend publishes the snapshot that it announced"
-    made = replace(c.snapshot, parent=actor.snapshot, golden=actor.golden, version=1)
+    made = replace(c.snapshot, parent=actor.snapshot, golden=actor.golden, tags=(), version=1)
+    needed = (view.source if actor.snapshot else None, view.previous)
+    if missing := blobs.not_there(made, [s for s in needed if s is not None]):
+        raise FailedPrecondition(
+            f"snapshot {made.id} of actor {actor.key} refers to {missing[0].name} of an upload that is not kept any "
+            "more; suspend it again",
+            reason="BLOBS_MISSING",
+        )
     kept, over = _way_back(actor, view)
+    if c.keeps:
+        over = ()
     return _end(
         actor,
         op,
@@ -526,17 +575,12 @@ def _way_back(actor: Actor, view: View) -> tuple[Snapshot | None, tuple[Snapshot
     have = [s for s in (view.source if actor.snapshot else None, view.previous) if s is not None]
     good = [s for state in (SnapshotState.PRESENT, SnapshotState.LOCAL) for s in have if s.state is state]
     kept = good[0] if good else None
-    over = [s for s in have if s is not kept and not s.golden and s.state is not SnapshotState.CONDEMNED]
-    return kept, tuple(replace(s, state=SnapshotState.CONDEMNED, version=s.version + 1) for s in over)
+    return kept, keeping.condemned(s for s in have if s is not kept)
 
 
 def _finish_delete(view: View, c: FinishDelete) -> Change:
     actor, op = _current(view, c, OperationKind.DELETE)
-    condemned = tuple(
-        replace(s, state=SnapshotState.CONDEMNED, version=s.version + 1)
-        for s in view.owned
-        if not s.golden and s.state is not SnapshotState.CONDEMNED
-    )
+    condemned = keeping.condemned(replace(s, tags=()) for s in view.owned)
     change = _end(actor, op, c.now, ActorState.DELETING, phases=c.phases, snapshots=condemned)
     assert change.operation is not None
     op = replace(change.operation, to_state=None)
@@ -562,6 +606,8 @@ def _back_out(view: View, c: BackOut) -> Change:
         fields = _after_loss(actor, view, actor.resumed_at if actor.resumed_at is not None else op.created_at)
     elif to is ActorState.SUSPENDED and _is_lost(actor, view):  # while it was to be resumed from it
         to, fields = ActorState.CRASHED, _after_loss(actor, view, None)
+    elif op.chosen and actor.snapshot == op.snapshot and actor.previous_snapshot and to is op.from_state:
+        fields = {"snapshot": actor.previous_snapshot, "previous_snapshot": actor.snapshot}
     elif to is ActorState.CRASHED and not actor.snapshot and actor.previous_snapshot:
         fields = {"snapshot": actor.previous_snapshot, "previous_snapshot": ""}  # it did not begin anew
     return _end(
@@ -667,6 +713,7 @@ def _fall_back(view: View, c: FallBack) -> Change:
             worker=bound["worker"],
             attempts=attempts,
             snapshot=source.id,
+            chosen=False,
             updated_at=c.now,
             version=op.version + 1,
         ),

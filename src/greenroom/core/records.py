@@ -137,6 +137,15 @@ class Durability(enum.StrEnum):
     ACKED_AFTER_UPLOAD = "acked-after-upload"
 
 
+class Retention(Record, frozen=True, kw_only=True):
+    """Which snapshots of an actor are kept: the ``keep_last`` newest (2 to 1000; two are what an actor wakes from and
+    its way back) and those younger than ``keep_for_s`` seconds (0 to ten years). What an actor needs and what has a tag
+    is kept in any case; deleting the actor takes all of it."""
+
+    keep_last: int = 2
+    keep_for_s: float = 0.0
+
+
 class Probe(Record, frozen=True, kw_only=True):
     """Readiness: HTTP GET ``path`` on ``port`` answers 200 to 399. ``port`` 0 means the template's first port."""
 
@@ -181,6 +190,7 @@ class TemplateSpec(Record, frozen=True, kw_only=True):
     idle_timeout_s: float = 300.0
     on_crash: OnCrash = OnCrash.HOLD
     durability: Durability = Durability.ACKED_AFTER_UPLOAD
+    retention: Retention = Retention()
     evictable: bool = True
     worker_selector: dict[str, str] = {}
     stop_signal: str = ""
@@ -415,9 +425,13 @@ class SnapshotScope(enum.StrEnum):
 
 
 class FileDigest(Record, frozen=True, kw_only=True):
+    """``upload``: which upload put it into the snapshot store (see `greenroom.core.gc.blobs`); it may be that of an
+    earlier snapshot of the same actor, which had the same file."""
+
     name: str
     size_bytes: int
     sha256: str
+    upload: str = ""
 
 
 class Snapshot(Record, frozen=True, kw_only=True):
@@ -446,6 +460,8 @@ class Snapshot(Record, frozen=True, kw_only=True):
     golden: bool = False
     #: The worker that made it keeps a copy on its own disk.
     held: bool = False
+    #: Names that people gave it; while it has any it is kept, whatever its template's retention says.
+    tags: tuple[str, ...] = ()
     version: int = 0
 
     @property
@@ -531,6 +547,8 @@ class Operation(Record, frozen=True, kw_only=True):
     owner: str = ""
     takeovers: int = 0
     rejected: tuple[Rejection, ...] = ()
+    #: The snapshot was asked for: backed out, the actor goes back to the one that it would have woken from.
+    chosen: bool = False
     done_bytes: int = 0
     total_bytes: int = 0
     #: Somebody has asked to give it up; its driver backs it out.

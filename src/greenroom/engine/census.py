@@ -197,7 +197,6 @@ class Census:
             # An operation that had its answer before the worker went away does not notice what went with it.
             again = self._engine.reconciler.compare_after(under_way, hello.worker)
             self._engine.spawn(again, f"compare-{hello.worker}")
-            self._engine.spawn(self._engine.recovery.unpublish(hello.worker), f"unpublish-{hello.worker}")
             if self._kept.get(hello.worker) != hello:
                 self._kept[hello.worker] = hello
                 self._engine.spawn(self._engine.reconciler.keep(hello), f"keep-{hello.worker}")

@@ -40,6 +40,8 @@ class EngineConfig:
         idle_scan_s: how often idle actors are looked for.
         janitor_s: how often left-over work is looked for.
         reconcile_s: how often what runs on each worker is compared with the records, whatever was lost on the way.
+        mark_s: how often snapshots are looked for that their template keeps no longer.
+        scrub_s: how often the snapshot store is compared with the records.
         rebind_pause_s: before a wake-up that failed is tried on another worker; doubles with each.
         retry_s: between two tries of what has to be done in the end: a write to a store that does not answer, a call
             to a worker whose connection broke.
@@ -67,6 +69,8 @@ class EngineConfig:
     idle_scan_s: float = 1.0
     janitor_s: float = 5.0
     reconcile_s: float = 30.0
+    mark_s: float = 300.0
+    scrub_s: float = 6 * 3600.0
     rebind_pause_s: float = 0.05
     retry_s: float = 0.1
     store_away_s: float = 10.0

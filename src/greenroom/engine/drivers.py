@@ -13,6 +13,7 @@ Worst instants, for every driver:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +22,7 @@ import structlog
 from msgspec.structs import replace
 
 from greenroom.core import agentapi as api
+from greenroom.core import keeping
 from greenroom.core.commands import (
     Advance,
     BackOut,
@@ -51,6 +53,7 @@ from greenroom.core.records import (
     Durability,
     Endpoint,
     Failure,
+    FileDigest,
     Key,
     Operation,
     OperationKind,
@@ -305,26 +308,30 @@ class Drivers:
         self._engine.bindings.revoke(actor.key)
         try:
             async with self._deadline(op).kept(op):
-                made = await self._call(
-                    op, api.Checkpoint(**ids, snapshot=await self._announced(actor, op)), api.Checkpointed
-                )
+                template = await self._ops.read(Template, f"{actor.namespace}/{actor.template}")
+                announced = _announced(actor, op, template)
+                made = await self._call(op, api.Checkpoint(**ids, snapshot=announced), api.Checkpointed)
                 phases.took(made.phases, "dispatch")
                 await self._progress(op, api.Progress(phase="publish"))
-                publish = api.Publish(**ids, snapshot_id=op.snapshot, hold=await self._held_locally(actor))
+                hold = _is_held(actor, template)
+                base = () if hold or change.source is None else _stored(change.source, actor)
+                publish = api.Publish(**ids, snapshot_id=op.snapshot, hold=hold, base=base)
                 published = await self._call(op, publish, api.Published)
                 phases.took(published.phases, "dispatch")
         except LeaseLost:
             raise
         except GreenroomError as error:
             return await self._put_back(actor, op, error, phases)
-        return await self._finish_suspend(actor, op, published.snapshot, phases)
+        try:
+            return await self._finish_suspend(actor, op, template, published.snapshot, phases)
+        except FailedPrecondition as error:
+            if error.reason != "BLOBS_MISSING":
+                raise
+            return await self._put_back(actor, op, error, phases)
 
-    async def _held_locally(self, actor: Actor) -> bool:
-        """Whether a suspend is done when the worker's own disk has the snapshot. Every worker needs a golden one."""
-        template = await self._template(actor)
-        return not actor.golden and template is not None and template.spec.durability is Durability.LOCAL
-
-    async def _finish_suspend(self, actor: Actor, op: Operation, snapshot: Snapshot, phases: Phases) -> Operation:
+    async def _finish_suspend(
+        self, actor: Actor, op: Operation, template: Template | None, snapshot: Snapshot, phases: Phases
+    ) -> Operation:
         snapshot = replace(snapshot, held=snapshot.state is SnapshotState.LOCAL)
         finished = await self._ops.commit(
             FinishSuspend(
@@ -334,34 +341,18 @@ class Drivers:
                 generation=op.generation,
                 snapshot=snapshot,
                 phases=phases.all(),
+                keeps=keeping.keeps_more(template),
             )
         )
         phases.end("commit")
         self._engine.slot_freed()
         self._engine.spawn(self._discard(actor, op), f"discard-{actor.uid}")
+        if keeping.keeps_more(template):
+            self._engine.spawn(self._engine.collection.expire(actor.key, actor.uid), f"expire-{actor.uid}")
         if snapshot.held:
             self._engine.uploads.begin(snapshot)
         assert finished.operation is not None
         return replace(finished.operation, phases=phases.all())
-
-    async def _announced(self, actor: Actor, op: Operation) -> Snapshot:
-        """The manifest as far as the control plane knows it; the worker fills in what it made."""
-        template = await self._ops.read(Template, f"{actor.namespace}/{actor.template}")
-        return Snapshot(
-            id=op.snapshot,
-            namespace=actor.namespace,
-            actor=actor.name,
-            actor_uid=actor.uid,
-            template=actor.template,
-            generation=op.generation,
-            scope=SnapshotScope.MEMORY,
-            backend="",
-            fingerprint="",
-            image_digest=template.image_digest,
-            hostname="",
-            created_at=op.created_at,
-            golden=actor.golden,
-        )
 
     async def _put_back(self, actor: Actor, op: Operation, error: GreenroomError, phases: Phases) -> Operation:
         """An operation on a living sandbox failed: it is put back as it was, running or frozen, as if nothing had been
@@ -381,14 +372,15 @@ class Drivers:
         except GreenroomError as lost:
             log.error("actor lost", actor=str(actor.key), kind=op.kind, error=error.message, then=lost.message)
             if op.kind is OperationKind.SUSPEND and (saved := await self._published(op)) is not None:
-                return await self._finish_suspend(actor, op, saved, phases)
+                with contextlib.suppress(FailedPrecondition):  # it refers to what is not kept; then it is no use
+                    return await self._finish_suspend(actor, op, await self._template(actor), saved, phases)
             return await self._back_out(actor, op, error, phases, ActorState.CRASHED)
         return await self._back_out(actor, op, error, phases, endpoint=endpoint)
 
     async def _published(self, op: Operation) -> Snapshot | None:
         """The snapshot of a suspend, if it is complete in the snapshot store."""
         try:
-            return await self._engine.snapshots.manifest(op.snapshot)
+            return await self._engine.snapshots.manifest(op.uid, op.snapshot)
         except (NotFound, DataLoss):
             return None
 
@@ -646,7 +638,7 @@ class Drivers:
 
     async def _unpublish(self, op: Operation) -> None:
         """What a suspend that was backed out may have left: in the snapshot store, and on its worker's disk."""
-        await self._engine.snapshots.delete(op.snapshot)
+        await self._engine.snapshots.retract(op.uid, op.snapshot)
         try:
             await self._engine.hub.call(op.worker, api.Release(snapshot_id=op.snapshot))
         except GreenroomError as error:
@@ -679,6 +671,35 @@ def _cancelled(op: Operation) -> Cancelled:
 def _ids(actor: Actor, op: Operation) -> dict[str, Any]:
     """What every call about an actor carries."""
     return {"operation_id": op.attempt, "actor_uid": actor.uid, "generation": op.generation}
+
+
+def _announced(actor: Actor, op: Operation, template: Template) -> Snapshot:
+    """The manifest as far as the control plane knows it; the worker fills in what it made."""
+    return Snapshot(
+        id=op.snapshot,
+        namespace=actor.namespace,
+        actor=actor.name,
+        actor_uid=actor.uid,
+        template=actor.template,
+        generation=op.generation,
+        scope=SnapshotScope.MEMORY,
+        backend="",
+        fingerprint="",
+        image_digest=template.image_digest,
+        hostname="",
+        created_at=op.created_at,
+        golden=actor.golden,
+    )
+
+
+def _is_held(actor: Actor, template: Template) -> bool:
+    """Whether a suspend is done when the worker's own disk has the snapshot. Every worker needs a golden one."""
+    return not actor.golden and template.spec.durability is Durability.LOCAL
+
+
+def _stored(source: Snapshot, actor: Actor) -> tuple[FileDigest, ...]:
+    """What the snapshot store has of the actor, and keeps as long as the operation runs."""
+    return source.files if source.state is SnapshotState.PRESENT and source.actor_uid == actor.uid else ()
 
 
 def _both(change: Change) -> tuple[Actor, Operation]:

@@ -29,6 +29,7 @@ from greenroom.core.commands import (
     Outcome,
     ReleaseLease,
     RequestCancel,
+    TagSnapshot,
 )
 from greenroom.core.errors import (
     DeadlineExceeded,
@@ -48,6 +49,7 @@ from greenroom.core.records import (
     OperationState,
     Pool,
     PoolSpec,
+    Snapshot,
     Template,
     TemplateSpec,
     Worker,
@@ -56,6 +58,7 @@ from greenroom.core.states import BOUND
 from greenroom.engine import clock
 from greenroom.engine.bindings import Binding, BindingTable, Wake
 from greenroom.engine.census import Census
+from greenroom.engine.collection import Collection
 from greenroom.engine.config import EngineConfig
 from greenroom.engine.decommission import Decommission, Farewell
 from greenroom.engine.drivers import Drivers, Phases
@@ -107,6 +110,7 @@ class Engine:
         self.reconciler = Reconciler(self)
         self.decommission = Decommission(self)
         self.recovery = Recovery(self)
+        self.collection = Collection(self)
         self.garbage = Garbage(self)
         self.replicas = Replicas(self)
         self.follower = Follower(self)
@@ -128,6 +132,7 @@ class Engine:
         self.spawn(self.census.heard_loop(), "heard-loop")
         self.spawn(self.recovery.loop(), "recovery-loop")
         self.spawn(self.recovery.janitor_loop(), "janitor-loop")
+        self.collection.start()
         self.spawn(self.census.reconcile_loop(), "reconcile-loop")
 
     async def _adopt_later(self) -> None:
@@ -232,14 +237,21 @@ class Engine:
         return change.actor, change.operation
 
     async def resume(
-        self, key: Key, *, request_id: str = "", wait_s: float = DEFAULT_WAIT_S, cause: str = "api"
+        self,
+        key: Key,
+        *,
+        request_id: str = "",
+        wait_s: float = DEFAULT_WAIT_S,
+        cause: str = "api",
+        snapshot_id: str = "",
     ) -> Operation:
-        return await self._wait_task(self.spawn(self._resume(key, request_id, cause), f"resume-{key}"), key, wait_s)
+        resuming = self.spawn(self._resume(key, request_id, cause, snapshot_id), f"resume-{key}")
+        return await self._wait_task(resuming, key, wait_s)
 
-    async def _resume(self, key: Key, request_id: str, cause: str) -> Operation:
+    async def _resume(self, key: Key, request_id: str, cause: str, snapshot_id: str) -> Operation:
         # Who asks for an actor that has not crashed has not agreed to lose what it may lose before its turn comes.
         crashed = (await self.ops.read(Actor, str(key))).state is ActorState.CRASHED
-        return await self.wakes.resume(key, request_id, cause, crashed)
+        return await self.wakes.resume(key, request_id, cause, crashed, snapshot_id)
 
     async def suspend(
         self, key: Key, *, request_id: str = "", wait_s: float = DEFAULT_WAIT_S, cause: str = "api"
@@ -402,6 +414,17 @@ class Engine:
 
     async def acknowledge_worker(self, name: str) -> Worker:
         return await self.decommission.acknowledge(name)
+
+    # --- snapshots ----------------------------------------------------------------------------------------
+
+    async def tag_snapshot(self, snapshot_id: str, tag: str, *, undo: bool = False) -> Snapshot:
+        snapshot = await self.store.get(Snapshot, snapshot_id)
+        key = Key(snapshot.namespace, snapshot.actor)
+        change = await self.ops.commit(
+            TagSnapshot(key=key, now=self.now(), snapshot_id=snapshot_id, tag=tag, undo=undo)
+        )
+        assert change.source is not None
+        return change.source
 
     # --- templates and pools ------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import structlog
 from msgspec.structs import replace
 
 from greenroom.core.errors import GreenroomError, InvalidArgument, NotFound
-from greenroom.core.gc import verdict
+from greenroom.core.gc import blobs, verdict
 from greenroom.core.gc.verdict import Judged, There, judged
 from greenroom.core.names import DEFAULT_NAMESPACE
 from greenroom.core.records import (
@@ -87,10 +87,12 @@ class Garbage:
         self._engine = engine
         self._store = engine.store
         self.inventory: Callable[[str], Awaitable[Sequence[There]]] = engine.inventories.listed
-        self.objects: ObjectFinder | None = None
+        self.objects: ObjectFinder | None = engine.collection
         self.rounds = [
             Round("uploads", lambda: engine.uploads.sweep()),
-            Round("snapshots", lambda: engine.recovery.remove_condemned()),
+            Round("retention", lambda: engine.collection.mark()),
+            Round("snapshots", lambda: engine.collection.sweep()),
+            Round("objects", lambda: engine.collection.scrub()),
             Round("operations", engine.store.trim),
         ]
         self._figures: tuple[float, dict[str, Figures], dict[str, int]] | None = None
@@ -163,7 +165,8 @@ class Garbage:
 
     async def _would_go(self, failures: list[str], *, images: bool = False) -> list[Judged]:
         """Everything that goes by itself (and, with ``images``, what `Images.prune` would remove)."""
-        found = [await self._judge_snapshot(s) for s in await self._condemned()]
+        over = [await self._judge_snapshot(s) for s in await self._engine.collection.over()]
+        found = [await self._judge_snapshot(s) for s in await self._condemned()] + [one for one in over if one.goes]
         workers = await self._engine.census.all(Worker)
         found += [one for one in map(self._judge_worker, workers) if one.goes]
 
@@ -308,11 +311,21 @@ class Garbage:
             template,
             [o for o in running if o.state is OperationState.RUNNING],
             await self._get(Worker, snapshot.worker) if snapshot.worker else None,
+            is_over=await self._is_over(snapshot, owner, template),
+            tags=snapshot.tags,
         )
         local = snapshot.state is SnapshotState.LOCAL
         where = f"worker {snapshot.worker}" if local else verdict.SNAPSHOT_STORE
         size = snapshot.size_bytes
         return judged("snapshot", snapshot.id, where, said, size_bytes=size, made_at=snapshot.created_at)
+
+    async def _is_over(self, snapshot: Snapshot, owner: Actor | None, template: Template | None) -> bool:
+        """Whether its template's retention keeps it no longer."""
+        if owner is None or template is None:
+            return False
+        rows = await self._engine.census.all(Snapshot, actor_uid=snapshot.actor_uid)
+        needed = {owner.snapshot, owner.previous_snapshot}
+        return snapshot in blobs.expired(rows, needed, template.spec.retention, self._engine.now())
 
     def _judge_worker(self, worker: Worker) -> Judged:
         said = verdict.worker(worker, self._engine.now(), gone_s=self._engine.config.worker_gone_s)

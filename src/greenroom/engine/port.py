@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 from greenroom.core.agentapi import ActorStats
-from greenroom.core.records import Actor, Key, Operation, Pool, PoolSpec, Template, TemplateSpec, Worker
+from greenroom.core.records import Actor, Key, Operation, Pool, PoolSpec, Snapshot, Template, TemplateSpec, Worker
 from greenroom.engine.bindings import Binding, BindingTable, Wake
 from greenroom.engine.decommission import Farewell
 from greenroom.engine.garbage import Garbage
@@ -80,8 +80,16 @@ class ControlPlane(Waker, Protocol):
     ) -> tuple[Actor, Operation]:
         """``worker_selector``: labels that its worker must have, beside those that the template asks for."""
 
-    async def resume(self, key: Key, *, request_id: str = "", wait_s: float = DEFAULT_WAIT_S) -> Operation:
-        """Also from CRASHED, on purpose: back to the last good snapshot."""
+    async def resume(
+        self, key: Key, *, request_id: str = "", wait_s: float = DEFAULT_WAIT_S, snapshot_id: str = ""
+    ) -> Operation:
+        """Also from CRASHED, on purpose: back to the last good snapshot, or to that one of the actor's own. What it
+        would have woken from is its way back then.
+
+        Raises:
+            NotFound: it has no such snapshot (reason ``SNAPSHOT_NOT_FOUND``).
+            FailedPrecondition: the snapshot is not good, or the actor is awake (reason ``ACTOR_AWAKE``).
+        """
 
     async def suspend(self, key: Key, *, request_id: str = "", wait_s: float = DEFAULT_WAIT_S) -> Operation: ...
 
@@ -101,6 +109,16 @@ class ControlPlane(Waker, Protocol):
 
     async def delete_template(self, key: Key) -> None:
         """Raises `FailedPrecondition` (reason ``TEMPLATE_IN_USE``) while actors are made from it."""
+
+    async def tag_snapshot(self, snapshot_id: str, tag: str, *, undo: bool = False) -> Snapshot:
+        """Gives a snapshot a name, which keeps it whatever its template's retention says; ``undo`` takes one away, and
+        the snapshot goes when nothing else keeps it. Doing either twice changes nothing.
+
+        Raises:
+            NotFound: no such snapshot, or its actor is gone.
+            FailedPrecondition: it is being deleted (reason ``SNAPSHOT_CONDEMNED``).
+            ResourceExhausted: it has too many (reason ``TOO_MANY_TAGS``).
+        """
 
     async def apply_pool(self, name: str, spec: PoolSpec) -> Pool:
         """Creates or resizes a pool; the backend of a pool can't change."""

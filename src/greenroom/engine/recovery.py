@@ -13,19 +13,15 @@ from typing import TYPE_CHECKING
 import structlog
 from msgspec.structs import replace
 
-from greenroom.core import agentapi as api
 from greenroom.core.commands import Change, TakeOver
 from greenroom.core.errors import GreenroomError, LeaseHeld, NotFound
-from greenroom.core.gc.verdict import SNAPSHOT_STORE
 from greenroom.core.records import (
     Lease,
     Operation,
     OperationKind,
     OperationState,
     Snapshot,
-    SnapshotState,
     Template,
-    Worker,
 )
 from greenroom.engine import clock
 from greenroom.engine.census import bug_of
@@ -35,13 +31,6 @@ if TYPE_CHECKING:
     from greenroom.engine.engine import Engine
 
 log = structlog.get_logger(__name__)
-
-#: Failed suspends whose snapshot is looked for again when their worker is back: what was published after they had
-#: failed was published within moments.
-UNPUBLISH_WITHIN_S = 24 * 3600.0
-#: Snapshots that are removed at a time: a bucket answers each after a tenth of a second.
-MAX_DELETIONS = 16
-CONDEMNED = "nothing wakes from it any more"
 
 
 class Recovery:
@@ -126,8 +115,10 @@ class Recovery:
         template = source = None
         try:
             template = await self._ops.read(Template, f"{actor.namespace}/{actor.template}")
-            if operation.kind is OperationKind.RESUME and operation.snapshot:
-                source = await self._ops.read(Snapshot, operation.snapshot)
+            # A suspend names the snapshot that it makes; the one that the actor woke from is the actor's.
+            name = operation.snapshot if operation.kind is OperationKind.RESUME else actor.snapshot
+            if name:
+                source = await self._ops.read(Snapshot, name)
         except NotFound:
             pass  # the driver backs out with a clear error
         return replace(change, template=template, source=source)
@@ -145,48 +136,11 @@ class Recovery:
                 log.warning("operations not looked at, tries again", error=str(error), exc_info=bug_of(error))
 
     async def janitor_loop(self) -> None:
-        """Removes what is condemned, uploads what is local, forgets operations that ended long ago."""
+        """Uploads what is local, forgets operations that ended long ago."""
         while True:
             await asyncio.sleep(self._engine.config.janitor_s)
             try:
-                await self.remove_condemned()
                 await self._engine.uploads.sweep()
                 await self._store.trim()
             except Exception as error:  # whatever it is, the next round must come
                 log.warning("janitor tries again", error=str(error), exc_info=bug_of(error))
-
-    async def remove_condemned(self) -> None:
-        """A page of them, some at a time; the next round takes the next."""
-        turns, removals = asyncio.Semaphore(MAX_DELETIONS), self._engine.removals
-
-        async def one(snapshot: Snapshot) -> None:
-            async with turns:
-                try:
-                    if snapshot.held:
-                        await self._release(snapshot)
-                    await self._engine.snapshots.delete(snapshot.id)
-                    await self._store.remove(snapshot)
-                    removals.add("snapshot", snapshot.id, SNAPSHOT_STORE, CONDEMNED, size_bytes=snapshot.size_bytes)
-                except GreenroomError as error:
-                    removals.fail("snapshot", snapshot.id, SNAPSHOT_STORE, CONDEMNED, error.message)
-
-        condemned = await self._store.list(Snapshot, where={"state": SnapshotState.CONDEMNED})
-        await asyncio.gather(*map(one, condemned))
-
-    async def _release(self, snapshot: Snapshot) -> None:
-        """The copy that its worker holds; one that is gone for good holds nothing any more."""
-        try:
-            worker = await self._ops.read(Worker, snapshot.worker)
-        except NotFound:
-            return
-        if self._engine.uploads.is_gone(worker):
-            return
-        await self._engine.hub.call(snapshot.worker, api.Release(snapshot_id=snapshot.id))
-
-    async def unpublish(self, worker: str) -> None:
-        """A worker may have published the snapshot of a suspend after that had failed for its absence."""
-        since = self._engine.now() - UNPUBLISH_WITHIN_S
-        where = {"kind": OperationKind.SUSPEND, "state": OperationState.FAILED}
-        for operation in await self._engine.census.all(Operation, **where):
-            if operation.worker == worker and operation.updated_at >= since:
-                await self._engine.snapshots.delete(operation.snapshot)

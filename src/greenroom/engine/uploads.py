@@ -104,7 +104,7 @@ class Uploads:
 
     async def _lose(self, snapshot: Snapshot, why: str) -> None:
         try:
-            await self._engine.snapshots.manifest(snapshot.id)
+            await self._engine.snapshots.manifest(snapshot.actor_uid, snapshot.id)
         except (NotFound, DataLoss):
             pass
         else:  # it was uploaded, and nobody could say so any more

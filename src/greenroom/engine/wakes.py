@@ -155,9 +155,9 @@ class Wakes:
             # From now on the actor may be suspended to make room, unless the caller uses it at once.
             asyncio.get_running_loop().call_soon(self.actor_idle)
 
-    async def resume(self, key: Key, request_id: str, cause: str, from_crash: bool) -> Operation:
+    async def resume(self, key: Key, request_id: str, cause: str, from_crash: bool, snapshot_id: str = "") -> Operation:
         """Begins a resume as soon as it can be begun, and waits for its end. ``from_crash``: somebody wants it to go
-        back to what was saved, and knows that the rest is lost."""
+        back to what was saved, and knows that the rest is lost. ``snapshot_id``: see `BeginResume`."""
         until = asyncio.get_running_loop().time() + self._engine.config.capacity_wait_s
         phases = Phases()
         place = await self._behind(key, until)
@@ -166,7 +166,7 @@ class Wakes:
         while True:
             freed = self._freed
             try:
-                change = await self._begin(key, request_id, cause, from_crash, phases)
+                change = await self._begin(key, request_id, cause, from_crash, snapshot_id, phases)
                 break
             except LeaseHeld as held:
                 place.pass_on()
@@ -190,7 +190,9 @@ class Wakes:
             return self._engine.without_work(change)
         return await self._ops.outcome(change.operation)
 
-    async def _begin(self, key: Key, request_id: str, cause: str, from_crash: bool, phases: Phases) -> Change:
+    async def _begin(
+        self, key: Key, request_id: str, cause: str, from_crash: bool, snapshot_id: str, phases: Phases
+    ) -> Change:
         command = BeginResume(
             key=key,
             now=self._engine.now(),
@@ -202,6 +204,7 @@ class Wakes:
             deadline_s=self._engine.config.deadline_s(OperationKind.RESUME),
             hold_crashed=not from_crash,
             reachable=self._engine.reachable(),
+            snapshot_id=snapshot_id,
         )
 
         async def drive(change: Change) -> Operation:

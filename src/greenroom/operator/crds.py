@@ -16,7 +16,7 @@ import yaml
 
 from greenroom.api import validate
 from greenroom.core.quantity import format_bytes, format_cpus, format_duration
-from greenroom.core.records import IMAGE_PORTS, PoolSpec, Probe, Record, Resources, TemplateSpec
+from greenroom.core.records import IMAGE_PORTS, PoolSpec, Probe, Record, Resources, Retention, TemplateSpec
 from greenroom.operator import forms
 from greenroom.operator.objects import GROUP, VERSION
 from greenroom.operator.specs import MAX_REPLICAS, Asset, SandboxConfigSpec, WorkerPodSpec, WorkerPoolSpec
@@ -51,6 +51,7 @@ LIMITS: dict[tuple[type[Record], str], dict[str, Any]] = {
     (TemplateSpec, "worker_selector"): {"maxProperties": validate.MAX_LABELS},
     (Probe, "path"): {"pattern": r"^/\S*$", "maxLength": MAX_TEXT},
     (Probe, "port"): {"minimum": 0, "maximum": 65535},
+    (Retention, "keep_last"): {"minimum": validate.MIN_KEPT, "maximum": validate.MAX_KEPT},
     (Resources, "pids"): {"minimum": 1, "maximum": validate.MAX_PIDS},
     (Asset, "url"): {"pattern": "^https?://", "maxLength": MAX_TEXT},
     (Asset, "sha256"): {"pattern": "^[0-9a-f]{64}$"},

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, GenericError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    GenericError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
 from obstore.exceptions import NotFoundError as NoSuchObjectError
 
 from greenroom.core.errors import DataLoss, Unavailable
-from greenroom.snapshots.objects import CHUNK_BYTES, Stop, disk_full
+from greenroom.snapshots.local import digest_file
+from greenroom.snapshots.objects import CHUNK_BYTES, Stop, Stored, disk_full
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -25,9 +31,17 @@ UPLOAD_PART_BYTES = 8 << 20
 #: Keys deleted per call; S3 takes at most this many in one request.
 DELETE_BATCH = 1000
 
+#: What `BucketObjects.clock` puts there for a moment, and how often it tries when others do the same.
+_CLOCK, CLOCK_TRIES = "clock", 5
+
+_NOT_THERE = (FileNotFoundError, NoSuchObjectError)
+_REFUSED = (PermissionDeniedError, UnauthenticatedError, PermissionError)
+
 
 class BucketObjects:
     """Objects of one bucket. A bucket is durable when it answers, so nothing needs to be synced."""
+
+    is_near = False
 
     def __init__(self, store: ObjectStore, name: str) -> None:
         self._store = store
@@ -36,15 +50,21 @@ class BucketObjects:
     def __str__(self) -> str:
         return self._name
 
-    def put_file(self, key: str, source: Path, stop: Stop) -> tuple[int, str]:
+    def put_file(self, prefix: str, source: Path, name: Callable[[int, str], str], stop: Stop) -> tuple[int, str]:
+        # Its key names its content, so it is read twice: from this machine's memory, far faster than it is sent.
+        known = digest_file(source, stop, share=0.2)
+        called = name(*known)
+        if not called:
+            stop.moved(known[0] * 0.8)
+            return known
+        key = f"{prefix}/{called}"
         sent = _Sent(source, stop)
-        parts = source.stat().st_size > UPLOAD_PART_BYTES
         with self._errors():
             obstore.put(
                 self._store,
                 key,
                 sent.chunks(),
-                use_multipart=parts,
+                use_multipart=known[0] > UPLOAD_PART_BYTES,
                 chunk_size=UPLOAD_PART_BYTES,
                 max_concurrency=UPLOAD_PARTS,
             )
@@ -53,10 +73,10 @@ class BucketObjects:
                 stop.check()
                 digest.update(chunk)
                 size += len(chunk)
-                stop.moved(len(chunk) / 2)
-        if (size, digest.digest()) != (sent.size, sent.digest.digest()):
+                stop.moved(len(chunk) * 0.4)
+        if (size, digest.hexdigest()) != known:
             raise DataLoss(f"{self._name}/{key}: what was stored differs from {source}", reason="SNAPSHOT_CORRUPT")
-        return size, digest.hexdigest()
+        return known
 
     def seal(self, prefix: str) -> None:
         pass
@@ -64,7 +84,7 @@ class BucketObjects:
     def put_new(self, key: str, data: bytes) -> bool:
         try:
             with self._errors():
-                obstore.put(self._store, key, data, mode="create")
+                obstore.put(self._store, key, data, mode="create", use_multipart=False)
         except AlreadyExistsError:
             return False
         return True
@@ -75,11 +95,8 @@ class BucketObjects:
                 if obstore.head(self._store, key)["size"] == 0:  # an empty object has no range
                     return b""
                 return bytes(obstore.get_range(self._store, key, start=0, end=limit_bytes + 1))
-        except (FileNotFoundError, NoSuchObjectError):
+        except _NOT_THERE:
             return None
-
-    def directory(self, prefix: str) -> Path | None:
-        return None
 
     def download(self, key: str, target: Path, stop: Stop) -> int | None:
         try:
@@ -91,37 +108,55 @@ class BucketObjects:
                         stop.check()
                         size += file.write(chunk)
                         stop.moved(len(chunk))
-        except (FileNotFoundError, NoSuchObjectError):
+        except _NOT_THERE:
             return None
         return size
 
-    def delete(self, key: str) -> None:
-        self._delete_all([key])
+    def delete(self, keys: Sequence[str]) -> None:
+        for start in range(0, len(keys), DELETE_BATCH):
+            batch = [*keys[start : start + DELETE_BATCH]]
+            try:
+                with self._errors():
+                    obstore.delete(self._store, batch)
+            except _NOT_THERE:  # a store without a call for many stops at the first that is missing
+                for key in batch:
+                    with self._errors(), contextlib.suppress(*_NOT_THERE):
+                        obstore.delete(self._store, key)
 
-    def delete_below(self, prefix: str) -> None:
-        self._delete_all([*self.list(prefix)])
-
-    def list(self, prefix: str) -> Iterator[str]:
+    def list(self, prefix: str) -> Iterator[Stored]:
         with self._errors():
             for batch in obstore.list(self._store, prefix=prefix):
                 for entry in batch:
-                    yield entry["path"]
+                    yield Stored(entry["path"], entry["last_modified"].timestamp())
 
-    def _delete_all(self, keys: Sequence[str]) -> None:
-        for start in range(0, len(keys), DELETE_BATCH):
-            with self._errors(), contextlib.suppress(FileNotFoundError, NoSuchObjectError):
-                obstore.delete(self._store, [*keys[start : start + DELETE_BATCH]])
+    def clock(self) -> float:
+        for _ in range(CLOCK_TRIES):
+            with self._errors(), contextlib.suppress(*_NOT_THERE):  # another one has just removed it
+                obstore.put(self._store, _CLOCK, b"", use_multipart=False)
+                now: float = obstore.head(self._store, _CLOCK)["last_modified"].timestamp()
+                self.delete([_CLOCK])
+                return now
+        raise Unavailable(f"the snapshot store {self._name} does not keep what is put there")
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         """Turns what obstore can't put in words of its own (a refused connection, a full disk) into ours."""
         try:
             yield
+        except _REFUSED as error:
+            raise Unavailable(
+                f"the snapshot store {self._name} refuses access: {_first_line(error)}; check the credentials and what "
+                "they may do there",
+                reason="SNAPSHOT_STORE_REFUSES",
+            ) from error
         except GenericError as error:
             if "os error 28" in str(error) or "os error 122" in str(error):
                 raise disk_full(self._name) from error
-            first_line = str(error).strip().splitlines()[0]
-            raise Unavailable(f"the snapshot store {self._name} does not answer: {first_line}") from error
+            raise Unavailable(f"the snapshot store {self._name} does not answer: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class _Sent:
@@ -140,5 +175,5 @@ class _Sent:
                 self._stop.check()
                 self.digest.update(chunk)
                 self.size += len(chunk)
-                self._stop.moved(len(chunk) / 2)  # and half when it is read back
+                self._stop.moved(len(chunk) * 0.4)  # and as much when it is read back
                 yield chunk

@@ -12,17 +12,25 @@ import contextlib
 import hashlib
 import os
 import secrets
-import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from greenroom.core.errors import DataLoss
-from greenroom.snapshots.objects import CHUNK_BYTES, Stop
+from greenroom.snapshots.objects import CHUNK_BYTES, Stop, Stored
+
+_T = TypeVar("_T")
+
+#: How often a directory that somebody else removes is made again.
+MAX_TRIES = 10
 
 
 class LocalObjects:
-    """Objects below ``root``, which is made if it is not there."""
+    """Objects below ``root``, which is made if it is not there. What is on its way has a name that begins with a dot. A
+    directory goes with its last object; who wants to put one there at that moment makes it again."""
+
+    is_near = True
 
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
@@ -31,20 +39,24 @@ class LocalObjects:
     def __str__(self) -> str:
         return str(self._root)
 
-    def put_file(self, key: str, source: Path, stop: Stop) -> tuple[int, str]:
-        target = self._root / key
-        _make_directories(target.parent)
-        target.unlink(missing_ok=True)
+    def put_file(self, prefix: str, source: Path, name: Callable[[int, str], str], stop: Stop) -> tuple[int, str]:
+        directory = self._root / prefix
+        staged = directory / f".{secrets.token_hex(8)}"
         copied = None
         try:
-            os.link(source, target, follow_symlinks=False)
-        except OSError:  # another file system, or one without hard links, or too many links
-            copied = _copy(source, target, stop)
-        stored = _digest_and_sync(target, stop, share=1.0 if copied is None else 0.5)
-        if copied is not None and copied != stored:
-            raise DataLoss(
-                f"{target}: what was stored differs from {source}; check the disk", reason="SNAPSHOT_CORRUPT"
-            )
+            try:
+                _into(directory, lambda: os.link(source, staged, follow_symlinks=False))
+            except OSError:  # another file system, or one without hard links, or too many links
+                copied = _into(directory, lambda: _copy(source, staged, stop))
+            stored = _digest_and_sync(staged, stop, share=1.0 if copied is None else 0.5)
+            if copied is not None and copied != stored:
+                raise DataLoss(
+                    f"{staged}: what was stored differs from {source}; check the disk", reason="SNAPSHOT_CORRUPT"
+                )
+            if called := name(*stored):
+                staged.replace(directory / called)
+        finally:
+            staged.unlink(missing_ok=True)  # also after it was renamed over another link to the same file
         return stored
 
     def seal(self, prefix: str) -> None:
@@ -52,10 +64,9 @@ class LocalObjects:
 
     def put_new(self, key: str, data: bytes) -> bool:
         target = self._root / key
-        _make_directories(target.parent)
-        staged = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        staged = target.with_name(f".{secrets.token_hex(8)}")
         try:
-            with staged.open("xb") as file:
+            with _into(target.parent, lambda: staged.open("xb")) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -74,26 +85,55 @@ class LocalObjects:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def directory(self, prefix: str) -> Path | None:
-        return self._root / prefix
-
     def download(self, key: str, target: Path, stop: Stop) -> int | None:
-        raise AssertionError("local objects are used where they lie")
+        source = self._root / key
+        try:
+            size = source.stat().st_size
+            try:
+                os.link(source, target)
+            except FileNotFoundError:
+                raise
+            except OSError:  # as for `put_file`; the file lies there as long as who reads it needs it
+                target.symlink_to(source)
+        except FileNotFoundError:
+            return None
+        stop.moved(size)
+        return size
 
-    def delete(self, key: str) -> None:
-        target = self._root / key
-        with contextlib.suppress(FileNotFoundError):
-            target.unlink()
-            _sync_directory(target.parent)
+    def delete(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            (self._root / key).unlink(missing_ok=True)
+        for directory in {(self._root / key).parent for key in keys}:
+            with contextlib.suppress(FileNotFoundError):
+                _sync_directory(directory)
+            with contextlib.suppress(OSError):  # there is more in it
+                directory.rmdir()
 
-    def delete_below(self, prefix: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self._root / prefix)
+    def list(self, prefix: str) -> Iterator[Stored]:
+        for directory, below, names in os.walk(self._root / prefix):
+            below.sort()
+            for name in sorted(names):
+                path = Path(directory) / name
+                with contextlib.suppress(FileNotFoundError):
+                    yield Stored(path.relative_to(self._root).as_posix(), path.lstat().st_mtime)
 
-    def list(self, prefix: str) -> Iterator[str]:
-        for directory, _, names in os.walk(self._root / prefix):
-            for name in names:
-                yield (Path(directory) / name).relative_to(self._root).as_posix()
+    def clock(self) -> float:
+        mark = self._root / f".{secrets.token_hex(8)}"
+        mark.touch()
+        try:
+            return mark.stat().st_mtime
+        finally:
+            mark.unlink()
+
+
+def _into(directory: Path, put: Callable[[], _T]) -> _T:
+    """Puts something into a directory, which may be missing, and may be removed as long as it is empty."""
+    for _ in range(MAX_TRIES):
+        try:
+            return put()
+        except FileNotFoundError:
+            _make_directories(directory)
+    return put()
 
 
 def _make_directories(path: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from greenroom.core.errors import GreenroomError, ResourceExhausted
 
@@ -68,18 +68,35 @@ class Stop:
             self._meter.move(count)
 
 
+class Stored(NamedTuple):
+    """An object in a list. ``modified_at``: when it was put there, by the clock of the place where it is (seconds)."""
+
+    key: str
+    modified_at: float
+
+
 class Objects(Protocol):
     """A flat name space of immutable objects. Keys are relative paths of plain names joined by ``/``.
 
     Everything that returns has happened durably. A full store raises `OSError` with ``ENOSPC`` or `disk_full()`.
+
+    ``is_near``: objects are files of this machine, and `download` costs next to nothing.
     """
 
-    def put_file(self, key: str, source: Path, stop: Stop) -> tuple[int, str]:
-        """Stores ``source``, over what an earlier attempt left there; returns (size in bytes, SHA-256 in hex) of
-        what is stored, as read back from it. By the time it returns ``stop.moved`` has heard of as many bytes."""
+    is_near: bool
+
+    def put_file(self, prefix: str, source: Path, name: Callable[[int, str], str], stop: Stop) -> tuple[int, str]:
+        """Stores ``source`` below ``prefix``, over what an earlier attempt left there; returns (size in bytes, SHA-256
+        in hex) of what is stored, as read back from it. By the time it returns ``stop.moved`` has heard of as many
+        bytes.
+
+        Args:
+            name: what it is to be called, by its size and SHA-256; "": it need not be stored. What it raises goes
+                through, and then nothing was stored.
+        """
 
     def seal(self, prefix: str) -> None:
-        """Makes the names of everything below ``prefix`` durable."""
+        """Makes the names of everything that is directly below ``prefix`` durable."""
 
     def put_new(self, key: str, data: bytes) -> bool:
         """Stores ``data`` unless the key exists; returns whether it did. Atomic: never half visible."""
@@ -87,21 +104,18 @@ class Objects(Protocol):
     def get(self, key: str, limit_bytes: int) -> bytes | None:
         """The object, or None; never more than ``limit_bytes`` + 1 bytes of it."""
 
-    def directory(self, prefix: str) -> Path | None:
-        """Where the objects below ``prefix`` lie as files on this machine, or None when they do not."""
-
     def download(self, key: str, target: Path, stop: Stop) -> int | None:
-        """Writes the object to a new file, with ``stop.moved``; returns its size, or None when there is no such
-        object."""
+        """Writes the object to a new file, with ``stop.moved``, or lets it lead there; returns its size, or None when
+        there is no such object."""
 
-    def delete(self, key: str) -> None:
-        """Idempotent."""
+    def delete(self, keys: Sequence[str]) -> None:
+        """Idempotent. Raises when any of them may still be there."""
 
-    def delete_below(self, prefix: str) -> None:
-        """Idempotent."""
+    def list(self, prefix: str) -> Iterator[Stored]:
+        """Everything below the directory ``prefix``; what lies in one directory comes together."""
 
-    def list(self, prefix: str) -> Iterator[str]:
-        """Every key below ``prefix``."""
+    def clock(self) -> float:
+        """Now, by the clock that `list` takes its times from (seconds since the epoch)."""
 
 
 def disk_full(where: str) -> GreenroomError:

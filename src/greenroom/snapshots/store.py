@@ -1,18 +1,20 @@
 """The snapshot store: verified files first, the manifest last and only once.
 
-Layout, the same in a directory and in a bucket (an id is 32 hex digits, and its first two spread the directories)::
+Layout, the same in a directory and in a bucket (`greenroom.core.gc.blobs` has the keys, and the rules that keep what is
+shared)::
 
-    snapshots/<id[0:2]>/<id>/<file>         as the sandbox backend wrote it
-    snapshots/<id[0:2]>/<id>/manifest.json  greenroom.core.records.Snapshot
+    snapshots/<last two of uid>/<actor uid>/<sha256>.<snapshot id>.<attempt>   a file's content
+    snapshots/<last two of uid>/<actor uid>/<snapshot id>.json                 greenroom.core.records.Snapshot
 
-The namespace is in the manifest and not in the path: every call finds a snapshot by its id alone. One id has one
-writer (the operation that made it); within one process calls about an id are put in a row.
+All that an actor has lies in one place. One snapshot has one writer (the operation that makes it); within one process
+calls about a snapshot are put in a row.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import re
 import secrets
 import shutil
@@ -26,25 +28,27 @@ import msgspec
 from obstore.store import from_url
 
 from greenroom.core.errors import Conflict, DataLoss, InvalidArgument, NotFound
+from greenroom.core.gc import blobs
 from greenroom.core.records import FileDigest, Snapshot
 from greenroom.snapshots.bucket import BucketObjects
 from greenroom.snapshots.local import LocalObjects, digest_file
 from greenroom.snapshots.objects import Meter, Objects, OnBytes, Stop, disk_full
+from greenroom.snapshots.port import StoredObject
 from greenroom.snapshots.threads import all_of, in_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-_ID = re.compile(r"[0-9a-f]{32}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_PREFIX = "snapshots"
-_MANIFEST = "manifest.json"
 
 #: A manifest is about 1 KB; what is larger is no manifest.
 MAX_MANIFEST_BYTES = 1 << 20
 
 #: Files of one snapshot. A sandbox backend writes a handful; the bound keeps a manifest small.
 MAX_FILES = 256
+
+#: Objects that are listed at a time.
+LIST_PAGE = 1000
 
 #: A snapshot up to this size is verified without threads: 0.2 ms, about what handing it to one costs.
 INLINE_BYTES = 256 << 10
@@ -68,48 +72,76 @@ class ObjectSnapshotStore:
         self._objects = objects or _open(location)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def publish(self, snapshot: Snapshot, source: Path, progress: OnBytes | None = None) -> Snapshot:
-        prefix = _prefix(snapshot.id)
+    async def publish(
+        self, snapshot: Snapshot, source: Path, progress: OnBytes | None = None, base: Sequence[FileDigest] = ()
+    ) -> Snapshot:
+        _check_id(snapshot.actor_uid, snapshot.id)
+        _check_names(snapshot)
         async with self._in_turn(snapshot.id):
             files = {file.name: file.size_bytes for file in snapshot.files}
             if not files:
                 files = await in_thread(lambda stop: _scan(source))
             meter = Meter(sum(files.values()), progress) if progress else None
-            if (published := await self._read(snapshot.id)) is not None:
+            if (published := await self._read(snapshot.actor_uid, snapshot.id)) is not None:
                 return await self._same_or_conflict(published, source, [*files], meter)
             try:
-                _check_names(snapshot)
-                stored = await all_of(self._put_file(f"{prefix}/{name}", source / name, meter) for name in files)
-                if snapshot.files and tuple(stored) != snapshot.files:
-                    raise _corrupt(snapshot, f"{source} holds other files than its manifest says")
-                manifest = msgspec.structs.replace(snapshot, files=tuple(stored))
-                created = await in_thread(lambda stop: self._commit(prefix, manifest))
-            except BaseException as error:
-                # Shielded, so that a cancelled publish does not leave gigabytes behind either.
-                await asyncio.shield(in_thread(lambda stop: self._remove_unpublished(prefix)))
-                if isinstance(error, OSError) and error.errno in _DISK_FULL:
+                return await self._publish(_Upload(snapshot, base), source, [*files], meter)
+            except OSError as error:
+                if error.errno in _DISK_FULL:
                     raise disk_full(str(self._objects)) from error
                 raise
-            if not created:
-                raise Conflict(f"snapshot {snapshot.id} was published by somebody else at the same time")
-            return manifest
 
-    async def manifest(self, snapshot_id: str) -> Snapshot:
-        found = await self._read(snapshot_id)
+    async def _publish(self, upload: _Upload, source: Path, names: Sequence[str], meter: Meter | None) -> Snapshot:
+        snapshot = upload.snapshot
+        prefix = blobs.directory(snapshot.actor_uid)
+        try:
+            stored = await all_of(self._put_file(upload, prefix, source / name, meter) for name in names)
+            manifest = msgspec.structs.replace(snapshot, files=tuple(stored))
+            await in_thread(lambda stop: self._objects.seal(prefix))
+        except BaseException:
+            # Shielded, so that a cancelled publish does not leave gigabytes behind either. What has keys from before
+            # is put under them again the next time; and the rows of its actor speak of it.
+            if not snapshot.files:
+                await asyncio.shield(in_thread(lambda stop: self._objects.delete([*upload.put])))
+            raise
+        # From here on it may exist, whatever becomes of this call: nothing of it is deleted any more.
+        key = blobs.manifest_key(snapshot.actor_uid, snapshot.id)
+        data = msgspec.json.format(msgspec.json.encode(manifest))
+        if await in_thread(lambda stop: self._objects.put_new(key, data)):
+            return manifest
+        published = await self._read(snapshot.actor_uid, snapshot.id)  # perhaps by this call, which was sent twice
+        if published != manifest:
+            raise Conflict(f"snapshot {snapshot.id} was published by somebody else at the same time")
+        return manifest
+
+    async def retract(self, actor_uid: str, snapshot_id: str) -> None:
+        _check_id(actor_uid, snapshot_id)
+
+        def remove(stop: Stop) -> None:
+            listed = ((stored.key, blobs.place_of(stored.key)) for stored in self._objects.list(prefix))
+            keys = [key for key, place in listed if place is not None and place.snapshot_id == snapshot_id]
+            self._objects.delete(sorted(keys, key=lambda key: key != manifest))
+
+        prefix, manifest = blobs.directory(actor_uid), blobs.manifest_key(actor_uid, snapshot_id)
+        async with self._in_turn(snapshot_id):
+            await in_thread(remove)
+
+    async def manifest(self, actor_uid: str, snapshot_id: str) -> Snapshot:
+        _check_id(actor_uid, snapshot_id)
+        found = await self._read(actor_uid, snapshot_id)
         if found is None:
             raise NotFound(f"no snapshot {snapshot_id} in {self._objects}", reason="SNAPSHOT_NOT_FOUND")
         return found
 
     async def fetch(self, snapshot: Snapshot, cache: Path, progress: OnBytes | None = None) -> Path:
+        _check_id(snapshot.actor_uid, snapshot.id)
         _check_names(snapshot)
-        prefix = _prefix(snapshot.id)
-        if (local := self._objects.directory(prefix)) is not None:
-            _check_sizes(snapshot, local)  # a few stat calls: cheaper than telling a thread to make them
-            return local
         target = cache / snapshot.id
         meter = Meter(snapshot.size_bytes, progress) if progress else None
         async with self._in_turn(snapshot.id):
-            return await in_thread(lambda stop: self._download(snapshot, prefix, target, stop), meter)
+            if self._objects.is_near:  # a few links: cheaper than telling a thread to make them
+                return self._download(snapshot, target, Stop(meter))
+            return await in_thread(lambda stop: self._download(snapshot, target, stop), meter)
 
     async def verify(self, snapshot: Snapshot, directory: Path, progress: OnBytes | None = None) -> None:
         _check_names(snapshot)
@@ -122,21 +154,33 @@ class ObjectSnapshotStore:
             if problem is not None:
                 raise _corrupt(snapshot, problem)
 
-    async def delete(self, snapshot_id: str) -> None:
-        prefix = _prefix(snapshot_id)
-        async with self._in_turn(snapshot_id):
-            await in_thread(lambda stop: self._objects.delete(f"{prefix}/{_MANIFEST}"))
-            await in_thread(lambda stop: self._objects.delete_below(prefix))
+    async def delete(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            if blobs.place_of(key) is None:
+                raise InvalidArgument(f"{key!r} is no key of a snapshot's object")
+        await in_thread(lambda stop: self._objects.delete(keys))
 
-    async def list(self) -> list[str]:
-        keys = await in_thread(lambda stop: [key.split("/") for key in self._objects.list(_PREFIX)])
-        return sorted(k[2] for k in keys if len(k) == 4 and k[3] == _MANIFEST and _ID.fullmatch(k[2]))
+    async def list(self) -> list[tuple[str, str]]:
+        keys = await in_thread(lambda stop: [stored.key for stored in self._objects.list(blobs.PREFIX)])
+        places = (blobs.place_of(key) for key in keys)
+        return sorted((p.actor_uid, p.snapshot_id) for p in places if p is not None and p.is_manifest)
 
-    async def remove_unfinished(self) -> None:
-        """Removes what publishers left that were killed. Only while nobody else publishes here."""
-        keys = await in_thread(lambda stop: [key.split("/") for key in self._objects.list(_PREFIX)])
-        for snapshot_id in {k[2] for k in keys if len(k) == 4} - {*await self.list()}:
-            await asyncio.to_thread(self._objects.delete_below, _prefix(snapshot_id))
+    async def objects(self) -> AsyncIterator[tuple[str, Sequence[StoredObject]]]:
+        now = await in_thread(lambda stop: self._objects.clock())
+        listing = await in_thread(lambda stop: iter(self._objects.list(blobs.PREFIX)))
+        uid, found = "", list[StoredObject]()
+        while page := await in_thread(lambda stop: [*itertools.islice(listing, LIST_PAGE)]):
+            for key, modified_at in page:
+                place = blobs.place_of(key)
+                if place is None:
+                    continue
+                if place.actor_uid != uid:
+                    if found:
+                        yield uid, found
+                    uid, found = place.actor_uid, []
+                found.append(StoredObject(key, now - modified_at))
+        if found:
+            yield uid, found
 
     # --- parts -----------------------------------------------------------------------------------------------
 
@@ -148,21 +192,24 @@ class ObjectSnapshotStore:
         async with lock:
             yield
 
-    def _commit(self, prefix: str, manifest: Snapshot) -> bool:
-        self._objects.seal(prefix)
-        return self._objects.put_new(f"{prefix}/{_MANIFEST}", msgspec.json.format(msgspec.json.encode(manifest)))
+    async def _put_file(self, upload: _Upload, prefix: str, source: Path, meter: Meter | None) -> FileDigest:
+        """Where the manifest says already what the file is, it has to be so, and gets the key that it says."""
+        file: FileDigest | None = None
 
-    def _remove_unpublished(self, prefix: str) -> None:
-        """Without a manifest nothing of it counts; with one (cancelled at the very end) all of it does."""
-        if self._objects.get(f"{prefix}/{_MANIFEST}", MAX_MANIFEST_BYTES) is None:
-            self._objects.delete_below(prefix)
+        def name(size_bytes: int, sha256: str) -> str:
+            nonlocal file
+            file, is_new = upload.place(source, size_bytes, sha256)
+            if not is_new:
+                return ""
+            upload.put.add(blobs.blob_key(upload.snapshot.actor_uid, file))
+            return blobs.blob_name(sha256, file.upload)
 
-    async def _put_file(self, key: str, source: Path, meter: Meter | None) -> FileDigest:
-        size, digest = await in_thread(lambda stop: self._objects.put_file(key, source, stop), meter)
-        return FileDigest(name=source.name, size_bytes=size, sha256=digest)
+        await in_thread(lambda stop: self._objects.put_file(prefix, source, name, stop), meter)
+        assert file is not None
+        return file
 
-    async def _read(self, snapshot_id: str) -> Snapshot | None:
-        key = f"{_prefix(snapshot_id)}/{_MANIFEST}"
+    async def _read(self, actor_uid: str, snapshot_id: str) -> Snapshot | None:
+        key = blobs.manifest_key(actor_uid, snapshot_id)
         data = await in_thread(lambda stop: self._objects.get(key, MAX_MANIFEST_BYTES))
         if data is None:
             return None
@@ -174,7 +221,7 @@ class ObjectSnapshotStore:
             raise DataLoss(
                 f"the manifest of snapshot {snapshot_id} can't be read: {error}", reason="SNAPSHOT_CORRUPT"
             ) from error
-        if found.id != snapshot_id:
+        if (found.actor_uid, found.id) != (actor_uid, snapshot_id):
             raise DataLoss(f"the manifest of snapshot {snapshot_id} is that of {found.id}", reason="SNAPSHOT_CORRUPT")
         _check_names(found)
         return found
@@ -190,7 +237,7 @@ class ObjectSnapshotStore:
             raise Conflict(f"snapshot {published.id} is already published with another content; snapshots never change")
         return published
 
-    def _download(self, snapshot: Snapshot, prefix: str, target: Path, stop: Stop) -> Path:
+    def _download(self, snapshot: Snapshot, target: Path, stop: Stop) -> Path:
         if target.is_dir():
             try:
                 _check_sizes(snapshot, target)
@@ -201,9 +248,14 @@ class ObjectSnapshotStore:
         try:
             staged.mkdir(mode=0o700, parents=True)
             for file in snapshot.files:
-                if self._objects.download(f"{prefix}/{file.name}", staged / file.name, stop) is None:
-                    raise _corrupt(snapshot, f"{file.name} is missing in {self._objects}")
-            _check_sizes(snapshot, staged)
+                key = blobs.blob_key(snapshot.actor_uid, file)
+                size = self._objects.download(key, staged / file.name, stop)
+                if size is None:
+                    raise _corrupt(snapshot, f"{file.name} is missing: {self._objects}/{key}")
+                if size != file.size_bytes:
+                    raise _corrupt(
+                        snapshot, f"{file.name} has {size} bytes instead of {file.size_bytes}: {self._objects}/{key}"
+                    )
             staged.rename(target)
         except BaseException as error:
             shutil.rmtree(staged, ignore_errors=True)
@@ -211,6 +263,29 @@ class ObjectSnapshotStore:
                 raise disk_full(str(target.parent)) from error
             raise
         return target
+
+
+class _Upload:
+    """One attempt to publish a snapshot. ``put``: keys that it may have put."""
+
+    def __init__(self, snapshot: Snapshot, base: Sequence[FileDigest]) -> None:
+        self.snapshot = snapshot
+        self.put: set[str] = set()
+        self._known = {file.name: file for file in snapshot.files}
+        self._base = base
+        self._name = blobs.upload_name(snapshot.id, secrets.randbits(32))
+
+    def place(self, source: Path, size_bytes: int, sha256: str) -> tuple[FileDigest, bool]:
+        """Under which upload a file is, or is to be, stored; and whether it has to be put there. Raises `DataLoss` when
+        it is not the file that the manifest speaks of."""
+        if (known := self._known.get(source.name)) is not None:
+            if (known.size_bytes, known.sha256) != (size_bytes, sha256):
+                raise _corrupt(self.snapshot, f"{source} is another file than its manifest says")
+            return known, True
+        reused = blobs.reusable(self._base, size_bytes, sha256)
+        upload = reused.upload if reused else self._name
+        file = FileDigest(name=source.name, size_bytes=size_bytes, sha256=sha256, upload=upload)
+        return file, reused is None
 
 
 def _open(location: str | Path) -> Objects:
@@ -222,10 +297,11 @@ def _open(location: str | Path) -> Objects:
     return LocalObjects(Path(location))
 
 
-def _prefix(snapshot_id: str) -> str:
-    if not _ID.fullmatch(snapshot_id):
+def _check_id(actor_uid: str, snapshot_id: str) -> None:
+    if not blobs.ID.fullmatch(snapshot_id):
         raise InvalidArgument(f"snapshot id {snapshot_id!r} is not 32 lower-case hex digits")
-    return f"{_PREFIX}/{snapshot_id[:2]}/{snapshot_id}"
+    if not blobs.is_uid(actor_uid):
+        raise InvalidArgument(f"{actor_uid!r} is no uid of an actor")
 
 
 def _scan(source: Path) -> dict[str, int]:
@@ -239,7 +315,7 @@ def _scan(source: Path) -> dict[str, int]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InvalidArgument(f"{source} is no directory of snapshot files") from error
     for entry in entries:
-        if entry.is_symlink() or not entry.is_file() or not _FILE_NAME.fullmatch(entry.name) or entry.name == _MANIFEST:
+        if entry.is_symlink() or not entry.is_file() or not _FILE_NAME.fullmatch(entry.name):
             raise InvalidArgument(f"{entry} can't be part of a snapshot: only plain files with plain names can")
     if not 1 <= len(entries) <= MAX_FILES:
         raise InvalidArgument(f"{source} has {len(entries)} files; a snapshot has 1 to {MAX_FILES}")
@@ -249,8 +325,10 @@ def _scan(source: Path) -> dict[str, int]:
 def _check_names(snapshot: Snapshot) -> None:
     """A manifest that was tampered with must not lead out of its directory."""
     for file in snapshot.files:
-        if not _FILE_NAME.fullmatch(file.name) or file.name == _MANIFEST:
+        if not _FILE_NAME.fullmatch(file.name):
             raise _corrupt(snapshot, f"{file.name!r} is no name of a snapshot file")
+        if not (blobs.is_sha256(file.sha256) and blobs.is_upload(file.upload)):
+            raise _corrupt(snapshot, f"{file.name} has no place in the store: {file.sha256!r}, {file.upload!r}")
 
 
 def _check_sizes(snapshot: Snapshot, directory: Path) -> None:

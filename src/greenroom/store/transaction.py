@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from greenroom.core.commands import (
     ActorCommand,
     Begin,
+    BeginResume,
     Change,
     CreateActor,
     FinishUpload,
@@ -87,8 +88,9 @@ def load(rows: Rows, command: ActorCommand) -> View:
     golden_id = template.golden_snapshot if template else ""
     source_id = (actor.snapshot or golden_id) if actor else ""
     previous_id = actor.previous_snapshot if actor else ""
-    restarts = "restart" in needs and actor is not None and actor.state is ActorState.CRASHED
-    named_id = command.snapshot_id if isinstance(command, FinishUpload | LoseSnapshot) else ""
+    chosen = isinstance(command, BeginResume) and command.snapshot_id != ""
+    restarts = "restart" in needs and actor is not None and (chosen or actor.state is ActorState.CRASHED)
+    named_id = command.snapshot_id if isinstance(command, BeginResume | FinishUpload | LoseSnapshot) else ""
     return View(
         actor=actor,
         operation=operation,

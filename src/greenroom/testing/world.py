@@ -17,7 +17,7 @@ import asyncio
 import time
 import uuid
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from greenroom.agent.agent import Agent, AgentConfig
 from greenroom.core import states
 from greenroom.core.agentapi import ResidentState
 from greenroom.core.errors import DeadlineExceeded, Unavailable
+from greenroom.core.gc.blobs import SCRUB_AGE_S
 from greenroom.core.records import (
     Actor,
     ActorState,
@@ -47,6 +48,8 @@ from greenroom.engine.config import EngineConfig
 from greenroom.engine.engine import Engine
 from greenroom.images.store import DiskImageStore
 from greenroom.sandbox.sim import SimBackend, SimScript
+from greenroom.snapshots.objects import Objects
+from greenroom.snapshots.port import StoredObject
 from greenroom.snapshots.store import ObjectSnapshotStore
 from greenroom.store.memory import MemoryStore
 from greenroom.store.port import Store
@@ -68,11 +71,21 @@ QUICK = EngineConfig(
     janitor_s=0.02,
     retry_s=0.002,
     reconcile_s=0.05,
+    mark_s=0.05,
+    scrub_s=0.05,
 )
 #: How long `SimWorld.settle` waits. Everything takes milliseconds; this bounds a world that never settles, and is
 #: longer than a busy machine stands still.
 SETTLE_S = 20.0
 _POLL_S = 0.002
+
+
+class OldSnapshots(ObjectSnapshotStore):
+    """All its objects look old, so that the scrub looks at every one of them: no promise depends on their age."""
+
+    async def objects(self) -> AsyncIterator[tuple[str, Sequence[StoredObject]]]:
+        async for uid, objects in super().objects():
+            yield uid, [StoredObject(o.key, o.age_s + 2 * SCRUB_AGE_S) for o in objects]
 
 
 class Said(Record, frozen=True, kw_only=True):
@@ -87,7 +100,7 @@ class Said(Record, frozen=True, kw_only=True):
 
 class SimWorld:
     """See the module docstring. ``root`` must be short: a socket's path is limited to 107 bytes. ``store``: another one
-    than in memory; the world closes it."""
+    than in memory; the world closes it. ``objects``: where snapshots are, instead of a directory."""
 
     def __init__(
         self,
@@ -98,6 +111,7 @@ class SimWorld:
         config: EngineConfig = QUICK,
         script: SimScript | None = None,
         store: Store | None = None,
+        objects: Objects | None = None,
     ) -> None:
         self.root = root
         self.names = [f"w{n}" for n in range(workers)]
@@ -105,7 +119,7 @@ class SimWorld:
         self.config = config
         self.script = script or SimScript()
         self.store = store or MemoryStore()
-        self.snapshots = ObjectSnapshotStore(root / "snapshots")
+        self.snapshots = OldSnapshots(root / "snapshots", objects=objects)
         self.hub = LocalHub()
         self.steps = Steps()
         self.steps.kill_agents = self._replace_agents
@@ -329,12 +343,17 @@ class SimWorld:
         return [f"bound or running, but not both: {x}" for x in bound ^ running] + [f"{x}" for x in draining]
 
     def _leftovers(self) -> list[str]:
-        return [f"staged: {path}" for name in self.agents for path in (self.root / name / "staging").iterdir()]
+        return [
+            f"left in {part}: {path}"
+            for name in self.agents
+            for part in ("staging", "cache")
+            for path in (self.root / name / part).iterdir()
+        ]
 
     async def _snapshot_problems(self, actors: list[Actor]) -> list[str]:
         """Snapshots on disk are those with a record, and each record is wanted by somebody."""
         records = {s.id: s for s in await list_all(self.store, Snapshot)}
-        stored = set(await self.snapshots.list())
+        stored = {snapshot_id for _, snapshot_id in await self.snapshots.list()}
         wanted = {i for a in actors for i in (a.snapshot, a.previous_snapshot) if i}
         wanted |= {t.golden_snapshot for t in await list_all(self.store, Template) if t.golden_snapshot}
         return [f"on disk or in the store, but not both: {i}" for i in stored ^ set(records)] + [

@@ -1,203 +1,184 @@
-"""The snapshot store's objects: content-addressed, shared by manifests, and owned by no worker.
+"""The snapshot store's objects: content-addressed, shared by the snapshots of one actor, and owned by no worker.
 
-The rules:
+There is no table of objects and none of leases: the rows that a suspend writes anyway say it all.
 
-1. *Generations.* An object's key is the digest of its content and the upload that put it there (``blobs/<digest>.
-   <upload>``). No key is used by two uploads, so a PUT or a DELETE that arrives late touches nothing that anybody has
-   put there since. (With the digest alone a delayed DELETE removes what was uploaded again.)
-2. *Upload leases.* An upload begins with a lease that covers every blob that it is going to put or to reuse; what it
-   puts is written down, UPLOADING, before the PUT is sent. The lease runs by the database's clock.
-3. *Commit.* A manifest is written in one transaction that finds the lease still running and every blob of it PRESENT.
-4. *Mark.* In one transaction: what no manifest refers to and no running lease covers becomes CONDEMNED. Nothing leaves
-   that state, and nobody reuses it.
-5. *Sweep.* The object of a condemned blob is deleted, as often as it takes; then its row.
-6. *Readers* take a lease too: what they read stays, also when its manifest is deleted meanwhile.
-7. *Scrub.* An object without a row belongs to nobody, because the row comes first and goes last. It is deleted when it
-   is old and was found twice; not at all after the database was restored, because then rows are missing.
-
-Either the lease or the commit's look at every blob is enough for safety; the lease is what lets an upload ever end
-while others collect.
+1. *Generations.* An object's key names the content, and the upload that put it there. An *upload* is one attempt to
+   publish one snapshot, named by the snapshot's id and something random, and never used again; so a PUT or a DELETE
+   that arrives late touches nothing that anybody has put there since. (With the content alone, a delayed DELETE removes
+   what was uploaded again; with the snapshot alone, that of an attempt that failed removes what the next one put.)
+2. *Intent first.* The snapshot's id is drawn when the suspend begins and is in its operation's row before the first
+   PUT. The RUNNING operation is the lease of the upload: it ends by itself, and is renewed and fenced by the database.
+3. *Reuse.* A file that is just as in the snapshot that the actor woke from is not stored again; its key is kept. That
+   snapshot stays until the suspend is committed, because its actor needs it.
+4. *Commit.* In one transaction that finds every object to be either its own upload's or in a PRESENT snapshot that its
+   actor needs (`not_there`).
+5. *Mark.* In one transaction a snapshot becomes CONDEMNED, and nothing leaves that state but by removal of its row.
+   Nobody reuses from a condemned snapshot.
+6. *Sweep.* Of a condemned snapshot those objects go that no snapshot of its actor refers to but condemned ones
+   (`doomed`), as often as it takes; then its row. What nothing refers to now nothing can ever refer to again, so it
+   does not matter when the deletions arrive.
+7. *Scrub.* An object that no row of its actor refers to, and whose snapshot no running operation makes, belongs to
+   nobody: the operation's row came first (`strays`). It is deleted when it is old and was found so twice. Operations
+   are read before the rows: a suspend that ends in between is seen once at least. After the database was restored rows
+   are missing, and then the scrub must not run.
 """
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
-from msgspec.structs import replace
+from greenroom.core.records import FileDigest, Retention, Snapshot, SnapshotState
 
-from greenroom.core.errors import LeaseLost
-from greenroom.core.records import Record
+#: All that is in a snapshot store lies below this.
+PREFIX = "snapshots"
+#: An object that nobody refers to is left alone until it is older than this (seconds): a day, and an hour, so that one
+#: clock that is a day ahead alone destroys nothing. No promise depends on it.
+SCRUB_AGE_S = 25 * 3600.0
+#: Snapshots that an actor needs at most: what it wakes from, and its way back.
+NEEDED = 2
 
-#: How long an upload's lease lasts without being renewed, at most.
-MAX_LEASE_S = 3600.0
-#: An object without a row is left alone until it is older than this: longer than any upload lasts, and a day for clocks
-#: that are wrong (the bucket's and the database's).
-SCRUB_AGE_S = MAX_LEASE_S + 24 * 3600.0
-
-
-class BlobState(enum.StrEnum):
-    UPLOADING = "Uploading"
-    PRESENT = "Present"
-    CONDEMNED = "Condemned"
-
-
-class Blob(Record, frozen=True, kw_only=True):
-    """``digest``: SHA-256 of its content in hex; ``upload``: which upload put it there, its generation."""
-
-    digest: str
-    upload: str
-    state: BlobState
-    size_bytes: int = 0
-
-    @property
-    def key(self) -> str:
-        return object_key(self.digest, self.upload)
+ID = re.compile(r"[0-9a-f]{32}")
+_UID = re.compile(r"[0-9a-zA-Z_-]{1,64}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_ATTEMPT = re.compile(r"[0-9a-f]{8}")
 
 
-class BlobLease(Record, frozen=True, kw_only=True):
-    """``id``: random and never used twice. ``covers``: keys of blobs."""
-
-    id: str
-    covers: frozenset[str]
-    expires_at: float
+# --- keys -------------------------------------------------------------------------------------------------
 
 
-class Manifest(Record, frozen=True, kw_only=True):
-    """``blobs``: keys."""
-
-    id: str
-    blobs: frozenset[str]
+def upload_name(snapshot_id: str, random_32_bits: int) -> str:
+    """Of one attempt to publish a snapshot."""
+    return f"{snapshot_id}.{random_32_bits:08x}"
 
 
-class Upload(Record, frozen=True, kw_only=True):
-    """What is to be written before the first PUT. ``new``: blobs to be put; ``keys``: of all, by digest."""
-
-    lease: BlobLease
-    new: tuple[Blob, ...]
-    keys: Mapping[str, str]
+def directory(actor_uid: str) -> str:
+    """What the keys of an actor's objects begin with. The last digits of its uid are random, and spread directories."""
+    return f"{PREFIX}/{actor_uid[-2:]}/{actor_uid}"
 
 
-def object_key(digest: str, upload: str) -> str:
-    return f"blobs/{digest}.{upload}"
+def blob_name(sha256: str, upload: str) -> str:
+    return f"{sha256}.{upload}"
+
+
+def blob_key(actor_uid: str, file: FileDigest) -> str:
+    return f"{directory(actor_uid)}/{blob_name(file.sha256, file.upload)}"
+
+
+def manifest_key(actor_uid: str, snapshot_id: str) -> str:
+    return f"{directory(actor_uid)}/{snapshot_id}.json"
+
+
+def is_uid(text: str) -> bool:
+    """Whether it can be an actor's uid in a key."""
+    return _UID.fullmatch(text) is not None
+
+
+def is_upload(text: str) -> bool:
+    snapshot_id, _, attempt = text.partition(".")
+    return ID.fullmatch(snapshot_id) is not None and _ATTEMPT.fullmatch(attempt) is not None
+
+
+def is_sha256(text: str) -> bool:
+    return _SHA256.fullmatch(text) is not None
+
+
+class Place(NamedTuple):
+    """Whose an object is. ``snapshot_id``: "" for what a publisher had not finished when it was killed."""
+
+    actor_uid: str
+    snapshot_id: str
+    is_manifest: bool = False
+
+
+def place_of(key: str) -> Place | None:
+    """None for what is no object of ours."""
+    parts = key.split("/")
+    if len(parts) != 4 or parts[0] != PREFIX or not is_uid(parts[2]) or parts[1] != parts[2][-2:]:
+        return None
+    uid, name = parts[2], parts[3]
+    if name.startswith("."):
+        return Place(uid, "")
+    first, _, rest = name.partition(".")
+    if rest == "json" and ID.fullmatch(first):
+        return Place(uid, first, is_manifest=True)
+    if is_sha256(first) and is_upload(rest):
+        return Place(uid, rest.partition(".")[0])
+    return None
+
+
+def keys_of(snapshot: Snapshot) -> tuple[str, ...]:
+    """All that it refers to, the manifest first."""
+    uid = snapshot.actor_uid
+    return manifest_key(uid, snapshot.id), *(blob_key(uid, file) for file in snapshot.files)
 
 
 # --- uploads ----------------------------------------------------------------------------------------------
 
 
-def begin(blobs: Iterable[Blob], digests: Mapping[str, int], lease_id: str, expires_at: float) -> Upload:
-    """``blobs``: the rows of these digests; ``digests``: what is to be there, with its size in bytes."""
-    found = {blob.digest: blob for blob in blobs if blob.state is BlobState.PRESENT and blob.digest in digests}
-    new = tuple(
-        Blob(digest=digest, upload=lease_id, state=BlobState.UPLOADING, size_bytes=size)
-        for digest, size in digests.items()
-        if digest not in found
-    )
-    keys = {digest: blob.key for digest, blob in found.items()} | {blob.digest: blob.key for blob in new}
-    lease = BlobLease(id=lease_id, covers=frozenset(keys.values()), expires_at=expires_at)
-    return Upload(lease=lease, new=new, keys=keys)
+def reusable(base: Iterable[FileDigest], size_bytes: int, sha256: str) -> FileDigest | None:
+    """The one of ``base`` with this content."""
+    return next((f for f in base if (f.sha256, f.size_bytes) == (sha256, size_bytes) and f.upload), None)
 
 
-def stored(blob: Blob) -> Blob:
-    """The bucket has answered that the object is there. What was condemned meanwhile stays so."""
-    return replace(blob, state=BlobState.PRESENT) if blob.state is BlobState.UPLOADING else blob
+def not_there(made: Snapshot, needed: Iterable[Snapshot]) -> list[FileDigest]:
+    """Files of a snapshot that is to be committed, which may not be in the store any more.
 
-
-def renew(lease: BlobLease, now: float, ttl_s: float) -> BlobLease:
-    """Raises `LeaseLost` when it has run out: what it covered may be gone."""
-    if not is_running(lease, now):
-        raise _lost(lease.id)
-    return replace(lease, expires_at=now + min(ttl_s, MAX_LEASE_S))
-
-
-def commit(lease: BlobLease | None, lease_id: str, manifest: Manifest, blobs: Iterable[Blob], now: float) -> Manifest:
-    """The manifest that is to be written; its lease is removed with it. ``blobs``: the rows that it refers to.
-
-    Raises:
-        LeaseLost: the lease has run out, or a blob is not there; upload it again.
+    Args:
+        made: the new snapshot.
+        needed: snapshots that its actor needs, as the transaction reads them.
     """
-    if lease is None or not is_running(lease, now):
-        raise _lost(lease_id)
-    if missing := manifest.blobs - are_present(blobs):
-        raise LeaseLost(
-            f"{len(missing)} blobs of snapshot {manifest.id} are not in the snapshot store, for example "
-            f"{min(missing)}; upload them again",
-            reason="BLOBS_MISSING",
-        )
-    return manifest
-
-
-def is_running(lease: BlobLease, now: float) -> bool:
-    return now < lease.expires_at
-
-
-def are_present(blobs: Iterable[Blob]) -> frozenset[str]:
-    return frozenset(blob.key for blob in blobs if blob.state is BlobState.PRESENT)
-
-
-def _lost(lease_id: str) -> LeaseLost:
-    return LeaseLost(f"upload {lease_id} took longer than its lease and may have lost parts; begin it again")
-
-
-def read(manifest: Manifest, lease_id: str, expires_at: float) -> BlobLease:
-    """A lease of a reader: what it is going to read stays."""
-    return BlobLease(id=lease_id, covers=manifest.blobs, expires_at=expires_at)
+    present = {
+        (f.sha256, f.upload)
+        for s in needed
+        if s.state is SnapshotState.PRESENT and s.actor_uid == made.actor_uid
+        for f in s.files
+    }
+    return [f for f in made.files if f.upload.partition(".")[0] != made.id and (f.sha256, f.upload) not in present]
 
 
 # --- collection -------------------------------------------------------------------------------------------
 
 
-def mark(blobs: Iterable[Blob], manifests: Iterable[Manifest], leases: Iterable[BlobLease], now: float) -> list[Blob]:
-    """The rows to be written as CONDEMNED."""
-    kept: set[str] = set()
-    for manifest in manifests:
-        kept |= manifest.blobs
-    for lease in leases:
-        if is_running(lease, now):
-            kept |= lease.covers
-    found = (blob for blob in blobs if blob.state is not BlobState.CONDEMNED and blob.key not in kept)
-    return [replace(blob, state=BlobState.CONDEMNED) for blob in found]
+def doomed(condemned: Snapshot, others: Iterable[Snapshot]) -> list[str]:
+    """Keys of what goes with a condemned snapshot, its manifest first. ``others``: all snapshots of its actor, read
+    after it was seen condemned."""
+    kept = {key for s in others if s.state is not SnapshotState.CONDEMNED for key in keys_of(s)}
+    return list(dict.fromkeys(key for key in keys_of(condemned) if key not in kept))
 
 
-def condemned(blobs: Iterable[Blob]) -> list[Blob]:
-    """Those whose object may be deleted now, and whose row is removed when the bucket has answered that it is gone."""
-    return [blob for blob in blobs if blob.state is BlobState.CONDEMNED]
+def is_old(age_s: float) -> bool:
+    """Whether an object of this age (seconds, by the store's own clock) may be looked at by the scrub."""
+    return age_s > SCRUB_AGE_S
 
 
-def strays(listed: Mapping[str, float], before: Collection[str], rows: Collection[str], *, restored: bool) -> list[str]:
-    """Keys of objects to be deleted that nobody owns.
+def strays(keys: Iterable[str], snapshots: Iterable[Snapshot], uploading: Collection[str]) -> list[str]:
+    """Which objects of one actor belong to nobody.
 
     Args:
-        listed: objects in the bucket now, with their age in seconds.
-        before: those that the pass before this one found without a row.
-        rows: keys of all blobs, read after the bucket was listed.
-        restored: the database was restored since the bucket was last known to agree with it.
+        keys: of old objects of the actor.
+        snapshots: all rows of the actor, whatever their state, read after ``uploading``.
+        uploading: ids of snapshots that running operations make.
     """
-    if restored:
-        return []
-    return sorted(key for key, age_s in listed.items() if key in before and key not in rows and age_s > SCRUB_AGE_S)
-
-
-def without_row(listed: Iterable[str], rows: Collection[str]) -> frozenset[str]:
-    """What one pass of the scrub leaves for the next to look at again."""
-    return frozenset(key for key in listed if key not in rows)
+    owned = {key for snapshot in snapshots for key in keys_of(snapshot)}
+    found = ((key, place_of(key)) for key in keys if key not in owned)
+    return [key for key, place in found if place is not None and place.snapshot_id not in uploading]
 
 
 # --- retention --------------------------------------------------------------------------------------------
 
 
-class Kept(Record, frozen=True, kw_only=True):
-    """One snapshot of one actor. ``needed``: what the actor wakes from, or its way back; ``tags``: names that people
-    gave it, each of which keeps it."""
+def expired(snapshots: Iterable[Snapshot], needed: Collection[str], retention: Retention, now: float) -> list[Snapshot]:
+    """Snapshots of one actor that its template keeps no longer: it does not need them (``needed``: ids), nobody has
+    tagged them, and they are neither among the ``keep_last`` newest nor younger than ``keep_for_s`` seconds.
 
-    id: str
-    created_at: float
-    needed: bool = False
-    tags: tuple[str, ...] = ()
-
-
-def expired(snapshots: Sequence[Kept], *, keep_last: int, keep_for_s: float, now: float) -> list[str]:
-    """Ids of snapshots of one actor that its template keeps no longer: neither among the ``keep_last`` newest, nor
-    younger than ``keep_for_s`` seconds, nor tagged, nor needed by the actor."""
-    newest = {s.id for s in sorted(snapshots, key=lambda s: (s.created_at, s.id), reverse=True)[: max(keep_last, 0)]}
-    return [s.id for s in snapshots if not (s.needed or s.tags or s.id in newest or now - s.created_at < keep_for_s)]
+    What an actor needs are up to two: with ``keep_last`` 2 nothing else stays for being new. A corrupt one stays as
+    long as its actor, for whoever wants to know what has happened to it.
+    """
+    good = (SnapshotState.PRESENT, SnapshotState.LOCAL)
+    free = [s for s in snapshots if s.state in good and not (s.golden or s.tags or s.id in needed)]
+    free.sort(key=lambda s: (s.created_at, s.id), reverse=True)
+    # No clock has a say where none is asked.
+    young_s = retention.keep_for_s if retention.keep_for_s > 0 else float("-inf")
+    return [s for s in free[max(0, retention.keep_last - NEEDED) :] if now - s.created_at >= young_s]

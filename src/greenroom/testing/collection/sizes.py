@@ -17,8 +17,10 @@ SMALL: dict[str, Model[Any]] = {
     "two resources, a new process": Worker(handles=2, reports=1, losses=0),
     "a restored database": Worker(handles=2, reports=1, processes=0, losses=0, restores=True),
     "a restored database and a new process": Worker(handles=1, reports=2, losses=0, restores=True),
-    "two uploads of two blobs": Store(uploads=2, contents=("x", "y"), reads=0),
-    "three uploads of a blob": Store(uploads=3),
+    "two suspends of a file or two": Store(suspends=2, tries=1, contents=(("x",), ("x", "y"))),
+    "three suspends of a file": Store(suspends=3, tries=1),
+    "a suspend that is tried twice, and a scrub": Store(suspends=1, tries=2, scrubs=1),
+    "two suspends and a scrub": Store(suspends=2, tries=1, scrubs=1),
 }
 
 FULL: dict[str, Model[Any]] = {
@@ -28,6 +30,7 @@ FULL: dict[str, Model[Any]] = {
     "two new processes": Worker(handles=1, reports=2, processes=2),
     "three reports": Worker(handles=1, reports=3),
     "a restored database and all that": Worker(handles=1, reports=2, processes=2, restores=True),
-    "three uploads of two blobs": Store(uploads=3, contents=("x", "y")),
+    "two suspends that are tried twice": Store(suspends=2, tries=2),
+    "a worker that remembers": Store(suspends=3, tries=1, contents=(("x",), ("y",)), remembers=True),
     "two resources, two reports, a new process": Worker(handles=2, reports=2),
 }

@@ -5,8 +5,8 @@ class TestMySnapshots(SnapshotStoreContract):
     def store(self, tmp_path): ...
 
     @pytest.fixture
-    def stored(self, tmp_path):
-        return lambda snapshot_id, name: path of the stored file
+    def raw(self, tmp_path):
+        return RawDirectory(where the objects lie as files)
 """
 
 from __future__ import annotations
@@ -14,29 +14,57 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from greenroom.core.errors import Conflict, DataLoss, InvalidArgument, NotFound
-from greenroom.core.records import FileDigest, Snapshot, SnapshotScope
+from greenroom.core.gc import blobs
+from greenroom.core.records import FileDigest, Snapshot, SnapshotScope, SnapshotState
 from greenroom.snapshots.port import SnapshotStore
 
-Stored = Callable[[str, str], Path]
+
+class Raw(Protocol):
+    """Objects past the store."""
+
+    def listed(self) -> list[str]: ...
+    def read(self, key: str) -> bytes: ...
+    def write(self, key: str, data: bytes) -> None: ...
+    def remove(self, key: str) -> None: ...
+
+
+class RawDirectory:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def listed(self) -> list[str]:
+        return sorted(path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file())
+
+    def read(self, key: str) -> bytes:
+        return (self.root / key).read_bytes()
+
+    def write(self, key: str, data: bytes) -> None:
+        (self.root / key).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / key).write_bytes(data)
+
+    def remove(self, key: str) -> None:
+        (self.root / key).unlink()
+
 
 #: Larger than the pieces that adapters read and upload at a time, and no multiple of them.
 _LARGE = bytes(range(256)) * (36 << 10) + b"end"
 _FILES = {"checkpoint.img": b"small state", "pages.img": _LARGE, "empty": b""}
 
 
-def make_snapshot(snapshot_id: str = "") -> Snapshot:
+def make_snapshot(snapshot_id: str = "", actor_uid: str = "u" * 32) -> Snapshot:
     return Snapshot(
         id=snapshot_id or uuid.uuid4().hex,
         namespace="default",
         actor="ada",
-        actor_uid="u" * 32,
+        actor_uid=actor_uid,
         template="counter",
         generation=7,
         scope=SnapshotScope.MEMORY,
@@ -56,6 +84,21 @@ def stage(directory: Path, files: dict[str, bytes] | None = None) -> Path:
     return directory
 
 
+def key_of(published: Snapshot, name: str) -> str:
+    """Where a file of it lies; that of its manifest for "manifest"."""
+    if name == "manifest":
+        return blobs.manifest_key(published.actor_uid, published.id)
+    return next(blobs.blob_key(published.actor_uid, file) for file in published.files if file.name == name)
+
+
+async def ids(store: SnapshotStore) -> list[str]:
+    return [snapshot_id for _, snapshot_id in await store.list()]
+
+
+async def read(store: SnapshotStore, snapshot: Snapshot) -> Snapshot:
+    return await store.manifest(snapshot.actor_uid, snapshot.id)
+
+
 class SnapshotStoreContract:
     """Every test gets a new, empty store."""
 
@@ -64,7 +107,7 @@ class SnapshotStoreContract:
         raise NotImplementedError
 
     @pytest.fixture
-    def stored(self, tmp_path: Path) -> Stored:
+    def raw(self, tmp_path: Path) -> Raw:
         raise NotImplementedError
 
     # --- what goes right --------------------------------------------------------------------------------------
@@ -72,14 +115,16 @@ class SnapshotStoreContract:
     async def test_published_is_fetched_and_verified(self, store: SnapshotStore, tmp_path: Path) -> None:
         snapshot = make_snapshot()
         published = await store.publish(snapshot, stage(tmp_path / "stage"))
-        assert published.files == tuple(
+        assert [replace(file, upload="") for file in published.files] == [
             FileDigest(name=name, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
             for name, data in sorted(_FILES.items())
-        )
-        assert msgspec.structs.replace(published, files=()) == snapshot
-        assert await store.manifest(snapshot.id) == published
-        assert await store.list() == [snapshot.id]
+        ]
+        assert len({file.upload for file in published.files}) == 1 and not blobs.not_there(published, [])
+        assert replace(published, files=()) == snapshot
+        assert await read(store, snapshot) == published
+        assert await store.list() == [(snapshot.actor_uid, snapshot.id)]
         directory = await store.fetch(published, tmp_path / "cache")
+        assert directory == tmp_path / "cache" / snapshot.id
         for name, data in _FILES.items():
             assert (directory / name).read_bytes() == data
         await store.verify(published, directory)
@@ -91,12 +136,13 @@ class SnapshotStoreContract:
             file.unlink()
         await store.verify(published, await store.fetch(published, tmp_path / "cache"))
 
-    async def test_publishing_again_changes_nothing(self, store: SnapshotStore, tmp_path: Path) -> None:
+    async def test_publishing_again_changes_nothing(self, store: SnapshotStore, raw: Raw, tmp_path: Path) -> None:
         snapshot, source = make_snapshot(), stage(tmp_path / "stage")
         first = await store.publish(snapshot, source)
+        before = raw.listed()
         assert await store.publish(snapshot, source) == first
         assert await store.publish(snapshot, stage(tmp_path / "equal")) == first
-        assert await store.list() == [snapshot.id]
+        assert raw.listed() == before
 
     async def test_published_at_once_by_two(self, store: SnapshotStore, tmp_path: Path) -> None:
         snapshot, source = make_snapshot(), stage(tmp_path / "stage")
@@ -110,23 +156,19 @@ class SnapshotStoreContract:
         first, second, third = await asyncio.gather(*fetches)
         assert first == second == third
 
-    async def test_list_is_sorted(self, store: SnapshotStore, tmp_path: Path) -> None:
-        ids = sorted(f"{n:02x}" * 16 for n in (0x0F, 0xF0, 0x77))
-        for number, each in enumerate(reversed(ids)):
-            await store.publish(make_snapshot(each), stage(tmp_path / f"stage{number}", {"data": b"x"}))
-        assert await store.list() == ids
-
-    async def test_deleted_is_gone(self, store: SnapshotStore, stored: Stored, tmp_path: Path) -> None:
+    async def test_damaged_cache_is_fetched_anew(self, store: SnapshotStore, tmp_path: Path) -> None:
         published = await store.publish(make_snapshot(), stage(tmp_path / "stage"))
-        await store.delete(published.id)
-        await store.delete(published.id)
-        assert await store.list() == []
-        assert not stored(published.id, "pages.img").exists()
-        with pytest.raises(NotFound):
-            await store.manifest(published.id)
-        # The id is free again: nothing of the old content is in the way.
-        again = await store.publish(make_snapshot(published.id), stage(tmp_path / "other", {"data": b"other"}))
-        await store.verify(again, await store.fetch(again, tmp_path / "cache2"))
+        cached = await store.fetch(published, tmp_path / "cache")
+        (cached / "pages.img").unlink()
+        (cached / "pages.img").write_bytes(b"short")
+        await store.verify(published, await store.fetch(published, tmp_path / "cache"))
+        assert [path.name for path in (tmp_path / "cache").iterdir()] == [published.id]
+
+    async def test_list_is_sorted(self, store: SnapshotStore, tmp_path: Path) -> None:
+        names = sorted((f"{uid:02x}" * 16, f"{n:02x}" * 16) for n in (0x0F, 0xF0, 0x77) for uid in (1, 2))
+        for number, (uid, each) in enumerate(reversed(names)):
+            await store.publish(make_snapshot(each, uid), stage(tmp_path / f"stage{number}", {"data": b"x"}))
+        assert await store.list() == names
 
     async def test_progress(self, store: SnapshotStore, tmp_path: Path) -> None:
         total = sum(map(len, _FILES.values()))
@@ -134,11 +176,84 @@ class SnapshotStoreContract:
         stored: list[tuple[int, int]] = []
         published = await store.publish(make_snapshot(), source, lambda done, of: stored.append((done, of)))
         assert stored == sorted(stored) and all(done <= of == total for done, of in stored) and stored[-1][0] > 0
-        read: list[tuple[int, int]] = []
-        listener = lambda done, of: read.append((done, of))  # noqa: E731
+        loaded: list[tuple[int, int]] = []
+        listener = lambda done, of: loaded.append((done, of))  # noqa: E731
         directory = await store.fetch(published, tmp_path / "cache", listener)
         await store.verify(published, directory, listener)
-        assert all(0 < done <= of == total for done, of in read) and read
+        assert all(0 < done <= of == total for done, of in loaded) and loaded
+
+    # --- what is shared ---------------------------------------------------------------------------------------
+
+    async def test_an_equal_file_is_not_stored_again(self, store: SnapshotStore, raw: Raw, tmp_path: Path) -> None:
+        first = await store.publish(make_snapshot(), stage(tmp_path / "one"))
+        before = set(raw.listed())
+        changed = {**_FILES, "checkpoint.img": b"SMALL STATE", "moved.img": _LARGE}
+        second = await store.publish(make_snapshot(), stage(tmp_path / "two", changed), base=first.files)
+        assert key_of(second, "pages.img") == key_of(second, "moved.img") == key_of(first, "pages.img")
+        new = {key_of(second, "manifest"), key_of(second, "checkpoint.img")}
+        assert set(raw.listed()) == before | new
+        assert not blobs.not_there(second, [first]) and len(blobs.not_there(second, [])) == 3
+        # What only the first has goes; what they share stays until the second goes too.
+        first = replace(first, state=SnapshotState.CONDEMNED)
+        await store.delete(blobs.doomed(first, [first, second]))
+        assert set(raw.listed()) == set(blobs.keys_of(second))
+        await store.verify(second, await store.fetch(second, tmp_path / "cache"))
+        second = replace(second, state=SnapshotState.CONDEMNED)
+        await store.delete(blobs.doomed(second, [second]))
+        assert raw.listed() == []
+
+    async def test_of_another_actor_nothing_is_shared(self, store: SnapshotStore, raw: Raw, tmp_path: Path) -> None:
+        first = await store.publish(make_snapshot(), stage(tmp_path / "one"))
+        second = await store.publish(make_snapshot(actor_uid="v" * 32), stage(tmp_path / "two"))
+        assert len(raw.listed()) == 8 and not set(blobs.keys_of(first)) & set(blobs.keys_of(second))
+
+    # --- what is removed --------------------------------------------------------------------------------------
+
+    async def test_deleted_is_gone(self, store: SnapshotStore, raw: Raw, tmp_path: Path) -> None:
+        published = await store.publish(make_snapshot(), stage(tmp_path / "stage"))
+        other = await store.publish(make_snapshot(), stage(tmp_path / "other"))
+        for _ in range(2):
+            await store.delete(blobs.keys_of(published))
+            assert await ids(store) == [other.id] and raw.listed() == sorted(blobs.keys_of(other))
+        with pytest.raises(NotFound):
+            await read(store, published)
+        await store.verify(other, await store.fetch(other, tmp_path / "cache"))
+
+    async def test_only_its_own_objects_are_deleted(self, store: SnapshotStore) -> None:
+        for key in (
+            "snapshots",
+            "snapshots/uu",
+            "../x",
+            "/etc/passwd",
+            "snapshots/uu/../../x",
+            "snapshots/ab/" + "u" * 32,
+        ):
+            with pytest.raises(InvalidArgument):
+                await store.delete([key])
+
+    async def test_retracted_is_gone(self, store: SnapshotStore, raw: Raw, tmp_path: Path) -> None:
+        """With what attempts have left that were killed before the manifest."""
+        kept = await store.publish(make_snapshot(), stage(tmp_path / "kept"))
+        made = await store.publish(make_snapshot(), stage(tmp_path / "stage"), base=kept.files)
+        left = replace(kept.files[0], upload=blobs.upload_name(made.id, 7))
+        raw.write(blobs.blob_key(made.actor_uid, left), b"half")
+        for _ in range(2):
+            await store.retract(made.actor_uid, made.id)
+            assert raw.listed() == sorted(blobs.keys_of(kept))
+        await store.retract("w" * 32, uuid.uuid4().hex)
+
+    async def test_objects_are_listed_by_actor_with_their_age(
+        self, store: SnapshotStore, raw: Raw, tmp_path: Path
+    ) -> None:
+        uids = ["a" * 32, "b" * 32]
+        made = [await store.publish(make_snapshot(actor_uid=u), stage(tmp_path / u)) for u in uids for _ in "x"]
+        raw.write("snapshots/unknown", b"what is not ours is not listed")
+        found = {uid: list(objects) async for uid, objects in store.objects()}
+        assert sorted(found) == uids
+        for snapshot in made:
+            assert sorted(o.key for o in found[snapshot.actor_uid]) == sorted(blobs.keys_of(snapshot))
+        assert all(-2 <= o.age_s < 60 for objects in found.values() for o in objects), "seconds may be all it knows"
+        assert raw.listed() == sorted([*(k for s in made for k in blobs.keys_of(s)), "snapshots/unknown"])
 
     # --- what is refused --------------------------------------------------------------------------------------
 
@@ -150,99 +265,138 @@ class SnapshotStoreContract:
         ):
             with pytest.raises(Conflict):
                 await store.publish(snapshot, stage(tmp_path / f"other{number}", other))
-        assert await store.manifest(snapshot.id) == first
+        assert await read(store, snapshot) == first
         await store.verify(first, await store.fetch(first, tmp_path / "cache"))
+
+    async def test_a_manifest_that_comes_in_between(self, store: SnapshotStore, raw: Raw, tmp_path: Path) -> None:
+        """Put-if-absent: of another publisher, who was slower to begin and faster to end."""
+        snapshot, source = make_snapshot(), stage(tmp_path / "stage")
+        other = replace(
+            snapshot, files=(FileDigest(name="x", size_bytes=0, sha256="0" * 64, upload=f"{'0' * 32}.{0:08x}"),)
+        )
+        data, look = msgspec.json.encode(other), store._read  # type: ignore[attr-defined]
+
+        async def late(actor_uid: str, snapshot_id: str) -> Snapshot | None:
+            found: Snapshot | None = await look(actor_uid, snapshot_id)
+            if found is None:
+                raw.write(key_of(snapshot, "manifest"), data)
+            return found
+
+        store._read = late  # type: ignore[attr-defined]
+        with pytest.raises(Conflict, match="somebody else"):
+            await store.publish(snapshot, source)
+        assert raw.read(key_of(snapshot, "manifest")) == data
 
     async def test_files_that_are_not_those_of_the_manifest(self, store: SnapshotStore, tmp_path: Path) -> None:
         """The manifest may come with its digests, from where the files have lain: what has rotted is not stored."""
         known = await store.publish(make_snapshot(), stage(tmp_path / "stage"))
-        moved = msgspec.structs.replace(known, id=uuid.uuid4().hex)
+        moved = replace(known, id=uuid.uuid4().hex)
         rotten = stage(tmp_path / "rotten", {**_FILES, "checkpoint.img": b"SMALL STATE"})
         with pytest.raises(DataLoss) as raised:
             await store.publish(moved, rotten)
         assert raised.value.reason == "SNAPSHOT_CORRUPT"
-        assert await store.list() == [known.id]
+        assert await ids(store) == [known.id]
         more = stage(tmp_path / "good", {**_FILES, "manifest.json": b"{}"})
         assert await store.publish(moved, more) == moved
         assert await store.publish(moved, more) == moved
 
     async def test_unknown(self, store: SnapshotStore, tmp_path: Path) -> None:
         with pytest.raises(NotFound):
-            await store.manifest("ab" * 16)
-        await store.delete("ab" * 16)
+            await store.manifest("u" * 32, "ab" * 16)
+        await store.delete([blobs.manifest_key("u" * 32, "ab" * 16)])
 
     @pytest.mark.parametrize("bad", ["", "ab", "../" * 8 + "etc/pass", "AB" * 16, "zz" * 16])
     async def test_only_ids(self, store: SnapshotStore, bad: str) -> None:
         with pytest.raises(InvalidArgument):
-            await store.manifest(bad)
+            await store.manifest("u" * 32, bad)
+        with pytest.raises(InvalidArgument):
+            await store.retract("u" * 32, bad)
 
-    async def test_only_plain_files(self, store: SnapshotStore, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("bad", ["", "../../etc", "a/b", ".."])
+    async def test_only_uids(self, store: SnapshotStore, bad: str) -> None:
+        with pytest.raises(InvalidArgument):
+            await store.manifest(bad, "ab" * 16)
+
+    async def test_only_plain_files(self, store: SnapshotStore, raw: Raw, tmp_path: Path) -> None:
         link = stage(tmp_path / "link")
         (link / "secret").symlink_to("/etc/passwd")
         nested = stage(tmp_path / "nested")
         (nested / "sub").mkdir()
-        forged = stage(tmp_path / "forged", {"manifest.json": b"{}"})
+        forged = stage(tmp_path / "forged", {".hidden": b"{}"})
         for source in (link, nested, forged, stage(tmp_path / "nothing", {}), tmp_path / "missing"):
             with pytest.raises(InvalidArgument):
                 await store.publish(make_snapshot(), source)
-        assert await store.list() == []
+        assert raw.listed() == []
 
     # --- what goes wrong with the bytes -----------------------------------------------------------------------
 
-    async def test_one_wrong_byte(self, store: SnapshotStore, stored: Stored, tmp_path: Path) -> None:
+    async def test_one_wrong_byte(self, store: SnapshotStore, raw: Raw, tmp_path: Path) -> None:
         published = await store.publish(make_snapshot(), stage(tmp_path / "stage"))
-        with stored(published.id, "pages.img").open("r+b") as file:
-            file.seek(len(_LARGE) // 2)
-            file.write(b"\xff\x00")
+        half = len(_LARGE) // 2
+        raw.write(key_of(published, "pages.img"), _LARGE[:half] + b"\xff\x00" + _LARGE[half + 2 :])
         with pytest.raises(DataLoss, match=r"pages\.img") as raised:
             await store.verify(published, await store.fetch(published, tmp_path / "cache"))
         assert raised.value.reason == "SNAPSHOT_CORRUPT"
 
-    async def test_truncated(self, store: SnapshotStore, stored: Stored, tmp_path: Path) -> None:
+    async def test_truncated(self, store: SnapshotStore, raw: Raw, tmp_path: Path) -> None:
         published = await store.publish(make_snapshot(), stage(tmp_path / "stage"))
-        with stored(published.id, "pages.img").open("r+b") as file:
-            file.truncate(1000)
+        raw.write(key_of(published, "pages.img"), _LARGE[:1000])
         with pytest.raises(DataLoss, match=r"pages\.img") as raised:
             await store.fetch(published, tmp_path / "cache")
         assert raised.value.reason == "SNAPSHOT_CORRUPT"
+        assert [*(tmp_path / "cache").iterdir()] == []
 
-    async def test_missing_file(self, store: SnapshotStore, stored: Stored, tmp_path: Path) -> None:
+    async def test_missing_file(self, store: SnapshotStore, raw: Raw, tmp_path: Path) -> None:
         published = await store.publish(make_snapshot(), stage(tmp_path / "stage"))
-        stored(published.id, "checkpoint.img").unlink()
+        raw.remove(key_of(published, "checkpoint.img"))
         with pytest.raises(DataLoss, match=r"checkpoint\.img"):
             await store.fetch(published, tmp_path / "cache")
+        assert [*(tmp_path / "cache").iterdir()] == []
 
-    async def test_unreadable_manifest(self, store: SnapshotStore, stored: Stored, tmp_path: Path) -> None:
+    async def test_unreadable_manifest(self, store: SnapshotStore, raw: Raw, tmp_path: Path) -> None:
         published = await store.publish(make_snapshot(), stage(tmp_path / "stage"))
-        manifest = stored(published.id, "manifest.json")
-        for damage in (b"", b"{", manifest.read_bytes().replace(published.id.encode(), b"ab" * 16)):
-            manifest.write_bytes(damage)
+        key = key_of(published, "manifest")
+        whole = raw.read(key)
+        for damage in (
+            b"",
+            b"{",
+            whole.replace(published.id.encode(), b"ab" * 16),
+            whole.replace(b"u" * 32, b"v" * 32),
+        ):
+            raw.write(key, damage)
             with pytest.raises(DataLoss):
-                await store.manifest(published.id)
+                await read(store, published)
 
     async def test_manifest_that_leads_elsewhere(self, store: SnapshotStore, tmp_path: Path) -> None:
         published = await store.publish(make_snapshot(), stage(tmp_path / "stage"))
-        for name in ("../secret", "/etc/passwd", "a/b", "..", "manifest.json"):
-            forged = msgspec.structs.replace(published, files=(FileDigest(name=name, size_bytes=0, sha256="0" * 64),))
+        good = published.files[0]
+        forgeries = [replace(good, name=name) for name in ("../secret", "/etc/passwd", "a/b", "..", ".hidden")]
+        forgeries += [replace(good, sha256="../../x"), replace(good, upload="../x"), replace(good, upload="")]
+        for file in forgeries:
+            forged = replace(published, files=(file,))
             with pytest.raises(DataLoss):
                 await store.fetch(forged, tmp_path / "cache")
             with pytest.raises(DataLoss):
                 await store.verify(forged, tmp_path)
 
-    async def test_half_published_does_not_exist(self, store: SnapshotStore, stored: Stored, tmp_path: Path) -> None:
-        """A publisher that was killed before the manifest left files, which the next attempt writes over."""
+    async def test_half_published_does_not_exist(self, store: SnapshotStore, raw: Raw, tmp_path: Path) -> None:
+        """A publisher that was killed before the manifest left files; the next attempt has others."""
         snapshot = make_snapshot()
-        leftover = stored(snapshot.id, "pages.img")
-        leftover.parent.mkdir(parents=True)
-        leftover.write_bytes(b"half")
+        file = FileDigest(
+            name="pages.img",
+            size_bytes=len(_LARGE),
+            sha256=hashlib.sha256(_LARGE).hexdigest(),
+            upload=blobs.upload_name(snapshot.id, 1),
+        )
+        raw.write(blobs.blob_key(snapshot.actor_uid, file), b"half")
         assert await store.list() == []
         with pytest.raises(NotFound):
-            await store.manifest(snapshot.id)
+            await read(store, snapshot)
         published = await store.publish(snapshot, stage(tmp_path / "stage"))
         await store.verify(published, await store.fetch(published, tmp_path / "cache"))
 
     async def test_cancelled_publish_leaves_nothing_running(
-        self, store: SnapshotStore, stored: Stored, tmp_path: Path
+        self, store: SnapshotStore, raw: Raw, tmp_path: Path
     ) -> None:
         """Cancelled at different points, it is published as a whole or not at all, and can be published again."""
         source = stage(tmp_path / "stage")
@@ -253,7 +407,7 @@ class SnapshotStoreContract:
                 await asyncio.sleep(0)
             publishing.cancel()
             await asyncio.wait([publishing])
-            if snapshot.id not in await store.list():
-                assert not stored(snapshot.id, "pages.img").exists()
+            if snapshot.id not in await ids(store):
+                assert not [key for key in raw.listed() if snapshot.id in key]
             published = await store.publish(snapshot, source)
-            await store.verify(published, await store.fetch(published, tmp_path / "cache"))
+            await store.verify(published, await store.fetch(published, tmp_path / f"cache-{turns}"))

@@ -431,10 +431,10 @@ class Calls:
             raise NotFound(f"worker {self.worker} has no files of {call.snapshot_id}", reason="NOT_STAGED")
         phases = await self._work(WRITE_S)
         if call.hold:
-            held = replace(staged[0], state=SnapshotState.LOCAL)
+            held = replace(staged[0], state=SnapshotState.LOCAL, files=(self.bucket.file(*staged),))
             self.machine.held[call.snapshot_id] = held, staged[1]
             return api.Published(snapshot=held, phases=phases)
-        return api.Published(snapshot=await self.bucket.publish(*staged), phases=phases)
+        return api.Published(snapshot=await self.bucket.publish(*staged, call.base), phases=phases)
 
     async def _upload(self, call: api.Upload) -> api.Published:
         held = self.machine.held.get(call.snapshot_id)

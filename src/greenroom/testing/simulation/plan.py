@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from greenroom.core.records import Durability, OnCrash
+from greenroom.core.records import Durability, OnCrash, Retention
 from greenroom.engine.config import EngineConfig
 from greenroom.testing.simloop import Pace
 from greenroom.testing.simulation.faults import OF_PARTS, Fault
@@ -26,12 +26,16 @@ CLOCKS = EngineConfig(
     idle_scan_s=1.0,
     janitor_s=2.0,
     reconcile_s=6.0,
+    mark_s=9.0,
+    scrub_s=7.0,
     retry_s=0.2,
     store_away_s=5.0,
 )
 
 
 PACE = Pace()
+
+USUAL = Retention()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class Plan:
     without: frozenset[Fault] = frozenset()
     pace: Pace = PACE
     durability: Durability = Durability.ACKED_AFTER_UPLOAD
+    retention: Retention = USUAL
     on_crash: OnCrash = OnCrash.RESTORE_LAST
     idle_timeout_s: float = 15.0
     clocks: EngineConfig = field(default=CLOCKS)
@@ -78,4 +83,5 @@ class Plan:
             on_crash=draw.choice((OnCrash.RESTORE_LAST, OnCrash.RESTORE_LAST, OnCrash.HOLD, OnCrash.BOOT)),
             durability=draw.choice(tuple(Durability)),
             idle_timeout_s=draw.choice((0.0, 3.0, 15.0)),
+            retention=draw.choice((USUAL, USUAL, Retention(keep_last=3), Retention(keep_for_s=8.0))),
         )

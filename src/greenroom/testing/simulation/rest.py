@@ -7,7 +7,7 @@ from collections import Counter
 
 from greenroom.core import states
 from greenroom.core.agentapi import ResidentState
-from greenroom.core.gc import control
+from greenroom.core.gc import blobs, control
 from greenroom.core.records import (
     Actor,
     ActorState,
@@ -36,8 +36,9 @@ CORRUPT = SnapshotState.CORRUPT
 def bound_s(clocks: EngineConfig, ahead_s: float) -> float:
     """How long a world may need to come to rest, in seconds: a lease that was taken by a clock that went ahead runs
     out, a janitor takes the operation over, it runs to its deadline and is put back (30 s,
-    `drivers.PUT_BACK_TIMEOUT_S`), a worker counts as away, and what is left on workers is found by the second look, on
-    their disks by the next thorough one; and a margin of 10 s for messages."""
+    `drivers.PUT_BACK_TIMEOUT_S`), a worker counts as away, what is left on workers is found by the second look, on
+    their disks by the next thorough one, and what is left in the snapshot store by two of three; and a margin of 10 s
+    for messages."""
     return (
         clocks.lease_ttl_s
         + ahead_s
@@ -46,6 +47,8 @@ def bound_s(clocks: EngineConfig, ahead_s: float) -> float:
         + 30.0
         + clocks.worker_return_s
         + (2 + LOOK_EVERY) * clocks.reconcile_s * (1.0 + control.SPREAD)
+        + clocks.mark_s
+        + 3 * clocks.scrub_s
         + HANG_S[1]
         + 10.0
     )
@@ -97,19 +100,25 @@ def _bindings(actors: list[Actor], replicas: list[Replica]) -> list[str]:
 async def _snapshots(
     store: MemoryStore, actors: list[Actor], machines: dict[str, Machine], bucket: Bucket
 ) -> list[str]:
-    """What has a record is stored, each record is wanted by somebody, and workers hold nothing else. What is stored may
-    be more: a snapshot that is published after its suspend was backed out is found within a day."""
+    """What has a record is stored, each record is wanted by somebody; nothing is stored or held without a record."""
+    stored = {*bucket.listed()}
     records = {s.id: s for s in await list_all(store, Snapshot)}
     present = {i for i, s in records.items() if s.state is SnapshotState.PRESENT}
     wanted = {i for a in actors for i in (a.snapshot, a.previous_snapshot) if i}
     templates = {t.name: t for t in await list_all(store, Template)}
     wanted |= {t.golden_snapshot for t in templates.values()}
+    for a in actors:
+        owned = [s for s in records.values() if s.actor_uid == a.uid]
+        retention = templates[a.template].spec.retention
+        over = blobs.expired(owned, {a.snapshot, a.previous_snapshot}, retention, store.clock())
+        wanted |= {s.id for s in owned if s.state is not SnapshotState.CONDEMNED} - {s.id for s in over}
     # What a preparation that failed has left is removed when it is begun again, or the template is deleted.
     failed = {name for name, t in templates.items() if t.state is TemplateState.FAILED}
     wanted |= {s.id for s in records.values() if s.golden and s.template in failed}
     return (
-        [f"recorded, but not stored: {i}" for i in present - set(bucket.stored)]
-        + [f"held on {m.name} by mistake: {i}" for m in machines.values() for i in m.held if i not in records]
+        [f"held on {m.name} by mistake: {i}" for m in machines.values() for i in m.held if i not in records]
+        + [f"recorded, but not stored: {k}" for i in present for k in set(blobs.keys_of(records[i])) - stored]
+        + [f"stored, but not recorded: {k}" for k in stored - {k for s in records.values() for k in blobs.keys_of(s)}]
         + [f"still to be uploaded: {s}" for s in records.values() if s.state is SnapshotState.LOCAL]
         + [
             f"wanted by nobody: {records[i]}"

@@ -133,7 +133,7 @@ class Trouble:
                 world.loop.call_soon(agent.program_ends, machine.sandboxes[uid], context=agent.process.context)
             case Fault.DISK_FULL:
                 machine.disk_full_until = world.loop.time() + away_s
-            case Fault.CORRUPTION if among := sorted(i for i, (s, _) in world.bucket.stored.items() if not s.golden):
+            case Fault.CORRUPTION if among := sorted(i for i, s in world.bucket.stored.items() if not s.golden):
                 world.bucket.corrupt.add(self._random.choice(among))
             case _:
                 return False

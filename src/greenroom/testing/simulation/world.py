@@ -66,6 +66,7 @@ class World:
             idle_timeout_s=plan.idle_timeout_s,
             on_crash=plan.on_crash,
             durability=plan.durability,
+            retention=plan.retention,
         )
         self.people = self.loop.process("people")
         self._processes = 0
@@ -89,7 +90,7 @@ class World:
 
     def stored_count(self, snapshot_id: str) -> int | None:
         if snapshot_id in self.bucket.stored:
-            return self.bucket.stored[snapshot_id][1]
+            return self.bucket.count(self.bucket.stored[snapshot_id])
         return next((m.held[snapshot_id][1] for m in self.machines.values() if snapshot_id in m.held), None)
 
     def is_damaged(self, snapshot_id: str) -> bool:

@@ -120,7 +120,7 @@ class ActorsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ResumeActor(self, request, context):
-        """Wakes it; also from CRASHED, on purpose: back to the last good snapshot.
+        """Wakes it; also from CRASHED, on purpose: back to the last good snapshot, or to the one that the request names.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -1623,6 +1623,11 @@ class SnapshotsStub:
                 request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ListSnapshotsRequest.SerializeToString,
                 response_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ListSnapshotsResponse.FromString,
                 _registered_method=True)
+        self.TagSnapshot = channel.unary_unary(
+                '/greenroom.v1alpha1.Snapshots/TagSnapshot',
+                request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.TagSnapshotRequest.SerializeToString,
+                response_deserializer=greenroom_dot_v1alpha1_dot_resources__pb2.Snapshot.FromString,
+                _registered_method=True)
 
 
 class SnapshotsServicer:
@@ -1640,6 +1645,13 @@ class SnapshotsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TagSnapshot(self, request, context):
+        """Gives it a name, which keeps it whatever its template's retention says, or takes one away. Either may be repeated.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SnapshotsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -1652,6 +1664,11 @@ def add_SnapshotsServicer_to_server(servicer, server):
                     servicer.ListSnapshots,
                     request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.ListSnapshotsRequest.FromString,
                     response_serializer=greenroom_dot_v1alpha1_dot_api__pb2.ListSnapshotsResponse.SerializeToString,
+            ),
+            'TagSnapshot': grpc.unary_unary_rpc_method_handler(
+                    servicer.TagSnapshot,
+                    request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.TagSnapshotRequest.FromString,
+                    response_serializer=greenroom_dot_v1alpha1_dot_resources__pb2.Snapshot.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1708,6 +1725,33 @@ class Snapshots:
             '/greenroom.v1alpha1.Snapshots/ListSnapshots',
             greenroom_dot_v1alpha1_dot_api__pb2.ListSnapshotsRequest.SerializeToString,
             greenroom_dot_v1alpha1_dot_api__pb2.ListSnapshotsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TagSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/greenroom.v1alpha1.Snapshots/TagSnapshot',
+            greenroom_dot_v1alpha1_dot_api__pb2.TagSnapshotRequest.SerializeToString,
+            greenroom_dot_v1alpha1_dot_resources__pb2.Snapshot.FromString,
             options,
             channel_credentials,
             insecure,

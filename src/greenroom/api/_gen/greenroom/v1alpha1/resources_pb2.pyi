@@ -503,6 +503,36 @@ class ActorStats(_message.Message):
 Global___ActorStats: _TypeAlias = ActorStats  # noqa: Y015
 
 @_typing.final
+class Retention(_message.Message):
+    """Which snapshots of an actor are kept, beside those that it needs and those that are tagged."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEEP_LAST_FIELD_NUMBER: _builtins.int
+    KEEP_FOR_FIELD_NUMBER: _builtins.int
+    keep_last: _builtins.int
+    """the newest, 2 to 1000; default 2: what it wakes from, and its way back"""
+    @_builtins.property
+    def keep_for(self) -> _duration_pb2.Duration:
+        """and those that are younger; default 0"""
+
+    def __init__(
+        self,
+        *,
+        keep_last: _builtins.int | None = ...,
+        keep_for: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_last", b"_keep_last", "keep_for", b"keep_for", "keep_last", b"keep_last"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_last", b"_keep_last", "keep_for", b"keep_for", "keep_last", b"keep_last"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__keep_last: _TypeAlias = _typing.Literal["keep_last"]  # noqa: Y015
+    _WhichOneofArgType__keep_last: _TypeAlias = _typing.Literal["_keep_last", b"_keep_last"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_last) -> _WhichOneofReturnType__keep_last | None: ...
+
+Global___Retention: _TypeAlias = Retention  # noqa: Y015
+
+@_typing.final
 class Probe(_message.Message):
     """Readiness: HTTP GET answers 200 to 399."""
 
@@ -639,6 +669,7 @@ class TemplateSpec(_message.Message):
     EVICTABLE_FIELD_NUMBER: _builtins.int
     WORKER_SELECTOR_FIELD_NUMBER: _builtins.int
     STOP_SIGNAL_FIELD_NUMBER: _builtins.int
+    RETENTION_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """OCI reference; required"""
     workdir: _builtins.str
@@ -681,6 +712,8 @@ class TemplateSpec(_message.Message):
     def worker_selector(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """labels that a worker must have"""
 
+    @_builtins.property
+    def retention(self) -> Global___Retention: ...
     def __init__(
         self,
         *,
@@ -700,10 +733,11 @@ class TemplateSpec(_message.Message):
         evictable: _builtins.bool | None = ...,
         worker_selector: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         stop_signal: _builtins.str = ...,
+        retention: Global___Retention | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_evictable", b"_evictable", "_pool", b"_pool", "evictable", b"evictable", "idle_timeout", b"idle_timeout", "pool", b"pool", "readyz", b"readyz", "resources", b"resources"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_evictable", b"_evictable", "_pool", b"_pool", "evictable", b"evictable", "idle_timeout", b"idle_timeout", "pool", b"pool", "readyz", b"readyz", "resources", b"resources", "retention", b"retention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evictable", b"_evictable", "_pool", b"_pool", "args", b"args", "command", b"command", "durability", b"durability", "env", b"env", "evictable", b"evictable", "idle_timeout", b"idle_timeout", "image", b"image", "on_crash", b"on_crash", "pool", b"pool", "ports", b"ports", "readyz", b"readyz", "resources", b"resources", "stop_signal", b"stop_signal", "user", b"user", "workdir", b"workdir", "worker_selector", b"worker_selector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evictable", b"_evictable", "_pool", b"_pool", "args", b"args", "command", b"command", "durability", b"durability", "env", b"env", "evictable", b"evictable", "idle_timeout", b"idle_timeout", "image", b"image", "on_crash", b"on_crash", "pool", b"pool", "ports", b"ports", "readyz", b"readyz", "resources", b"resources", "retention", b"retention", "stop_signal", b"stop_signal", "user", b"user", "workdir", b"workdir", "worker_selector", b"worker_selector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__evictable: _TypeAlias = _typing.Literal["evictable"]  # noqa: Y015
     _WhichOneofArgType__evictable: _TypeAlias = _typing.Literal["_evictable", b"_evictable"]  # noqa: Y015
@@ -1431,20 +1465,24 @@ class FileDigest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
+    UPLOAD_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     size_bytes: _builtins.int
     sha256: _builtins.str
     """lower-case hex"""
+    upload: _builtins.str
+    """which upload put it into the snapshot store"""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
         sha256: _builtins.str = ...,
+        upload: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "sha256", b"sha256", "size_bytes", b"size_bytes", "upload", b"upload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1474,6 +1512,7 @@ class Snapshot(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     namespace: _builtins.str
     actor: _builtins.str
@@ -1498,6 +1537,10 @@ class Snapshot(_message.Message):
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileDigest]: ...
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """while it has any it is kept"""
+
     def __init__(
         self,
         *,
@@ -1521,10 +1564,11 @@ class Snapshot(_message.Message):
         version: _builtins.int = ...,
         size_bytes: _builtins.int = ...,
         held: _builtins.bool = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "actor_uid", b"actor_uid", "backend", b"backend", "created_at", b"created_at", "files", b"files", "fingerprint", b"fingerprint", "generation", b"generation", "golden", b"golden", "held", b"held", "hostname", b"hostname", "id", b"id", "image_digest", b"image_digest", "namespace", b"namespace", "parent", b"parent", "scope", b"scope", "size_bytes", b"size_bytes", "state", b"state", "template", b"template", "version", b"version", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "actor_uid", b"actor_uid", "backend", b"backend", "created_at", b"created_at", "files", b"files", "fingerprint", b"fingerprint", "generation", b"generation", "golden", b"golden", "held", b"held", "hostname", b"hostname", "id", b"id", "image_digest", b"image_digest", "namespace", b"namespace", "parent", b"parent", "scope", b"scope", "size_bytes", b"size_bytes", "state", b"state", "tags", b"tags", "template", b"template", "version", b"version", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1700,6 +1744,7 @@ class Operation(_message.Message):
     CANCEL_REQUESTED_FIELD_NUMBER: _builtins.int
     REQUEST_DIGEST_FIELD_NUMBER: _builtins.int
     HELD_UNTIL_FIELD_NUMBER: _builtins.int
+    CHOSEN_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """ids are ordered by time"""
     kind: Global___OperationKind.ValueType
@@ -1731,6 +1776,8 @@ class Operation(_message.Message):
     """0: not known"""
     cancel_requested: _builtins.bool
     request_digest: _builtins.str
+    chosen: _builtins.bool
+    """a resume: its snapshot was asked for"""
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -1787,10 +1834,11 @@ class Operation(_message.Message):
         cancel_requested: _builtins.bool = ...,
         request_digest: _builtins.str = ...,
         held_until: _timestamp_pb2.Timestamp | None = ...,
+        chosen: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_attempts", b"_attempts", "_cause", b"_cause", "attempts", b"attempts", "cause", b"cause", "created_at", b"created_at", "deadline_at", b"deadline_at", "error", b"error", "finished_at", b"finished_at", "held_until", b"held_until", "updated_at", b"updated_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_attempts", b"_attempts", "_cause", b"_cause", "attempts", b"attempts", "cancel_requested", b"cancel_requested", "cause", b"cause", "created_at", b"created_at", "deadline_at", b"deadline_at", "done_bytes", b"done_bytes", "error", b"error", "finished_at", b"finished_at", "from_state", b"from_state", "generation", b"generation", "held_until", b"held_until", "id", b"id", "kind", b"kind", "layers", b"layers", "name", b"name", "namespace", b"namespace", "owner", b"owner", "phase", b"phase", "phases", b"phases", "rejected", b"rejected", "request_digest", b"request_digest", "request_id", b"request_id", "snapshot", b"snapshot", "state", b"state", "takeovers", b"takeovers", "to_state", b"to_state", "total_bytes", b"total_bytes", "uid", b"uid", "updated_at", b"updated_at", "version", b"version", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_attempts", b"_attempts", "_cause", b"_cause", "attempts", b"attempts", "cancel_requested", b"cancel_requested", "cause", b"cause", "chosen", b"chosen", "created_at", b"created_at", "deadline_at", b"deadline_at", "done_bytes", b"done_bytes", "error", b"error", "finished_at", b"finished_at", "from_state", b"from_state", "generation", b"generation", "held_until", b"held_until", "id", b"id", "kind", b"kind", "layers", b"layers", "name", b"name", "namespace", b"namespace", "owner", b"owner", "phase", b"phase", "phases", b"phases", "rejected", b"rejected", "request_digest", b"request_digest", "request_id", b"request_id", "snapshot", b"snapshot", "state", b"state", "takeovers", b"takeovers", "to_state", b"to_state", "total_bytes", b"total_bytes", "uid", b"uid", "updated_at", b"updated_at", "version", b"version", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__attempts: _TypeAlias = _typing.Literal["attempts"]  # noqa: Y015
     _WhichOneofArgType__attempts: _TypeAlias = _typing.Literal["_attempts", b"_attempts"]  # noqa: Y015
