@@ -76,7 +76,7 @@ def test_an_actors_life_in_a_bucket(serve: Callable[..., Kit], server: S3Server,
     # It sleeps and wakes, on both workers: another actor takes the place that it had.
     workers, made = set(), []
     for count in range(1, 6):
-        assert kit.get("a")["files" if backend == "process" else "ram"] == count
+        assert kit.get("a")["file"] == count
         workers.add(kit.actor("a").worker)
         taken = kit.actor("a").worker
         shell("suspend", "a").ok()
@@ -110,7 +110,7 @@ def test_an_actors_life_in_a_bucket(serve: Callable[..., Kit], server: S3Server,
     shell("resume", "b", "--snapshot", made[2]).failed(3, f"actor default/b has no snapshot {made[2]}")
     shell("resume", "a", "b", "--snapshot", made[2]).failed(2, "a snapshot is one actor's")
     shell("resume", "a", "--snapshot", made[2]).ok()
-    assert kit.get("a")["files" if backend == "process" else "ram"] == 4, "it had counted to 3 then"
+    assert kit.get("a")["file"] == 4, "it had counted to 3 then"
     shell("resume", "a", "--snapshot", made[2]).failed(4, "wakes from another snapshot only when it sleeps")
     assert kit.actor("a").previous_snapshot == made[6], "what it would have woken from is its way back"
     shell("suspend", "a").ok()

@@ -118,7 +118,7 @@ class Night:
             "image_digest": DIGEST,
             "hostname": actor,
             "created_at": now,
-            "files": (FileDigest(name="pages", size_bytes=48 << 20, sha256="0" * 64, upload="u.0"),),
+            "files": (FileDigest(name="pages", size_bytes=48 << 20, sha256="0" * 64, upload=f"{snapshot_id}.0"),),
         }
         return Snapshot(**made | fields)
 
