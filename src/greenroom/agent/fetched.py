@@ -2,8 +2,9 @@
 
 A sandbox backend restores from a directory that has the files under their names; the snapshot store has them under
 keys. `SnapshotStore.fetch` makes that directory, of links or of what it downloads; here it is shared by those who want
-the same snapshot at the same time (many actors wake from one golden snapshot), and goes with the last of them. What an
-agent was killed over the next one removes.
+the same snapshot at the same time (many actors wake from one golden snapshot), and goes with the last of them: an
+actor's own snapshot is read once. What was downloaded and is read again and again is kept, up to a bound, the latest
+used. What an agent was killed over the next one removes.
 """
 
 from __future__ import annotations
@@ -12,35 +13,56 @@ import asyncio
 import contextlib
 import secrets
 import shutil
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+
+#: Of what is kept for those who come later, together.
+MAX_KEPT_BYTES = 2 << 30
 
 
 class Fetched:
     """``root``: the directory for them. `clear` first."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, max_kept_bytes: int = MAX_KEPT_BYTES) -> None:
         self._root = root
+        self._max_kept_bytes = max_kept_bytes
         self._readers: Counter[str] = Counter()
+        self._kept: OrderedDict[str, int] = OrderedDict()  # sizes in bytes; the latest used last
 
     async def clear(self) -> None:
         """Removes what an earlier process left; no sandbox that runs needs it."""
+        self._kept.clear()
         await asyncio.to_thread(shutil.rmtree, self._root, ignore_errors=True)
         self._root.mkdir(parents=True, exist_ok=True)
 
     @asynccontextmanager
-    async def reading(self, snapshot_id: str, fetch: Callable[[Path], Awaitable[Path]]) -> AsyncIterator[Path]:
-        """``fetch`` makes ``<directory it is given>/<snapshot id>``, or finds it."""
+    async def reading(
+        self, snapshot_id: str, fetch: Callable[[Path], Awaitable[Path]], keep_bytes: int = 0
+    ) -> AsyncIterator[Path]:
+        """``fetch`` makes ``<directory it is given>/<snapshot id>``, or finds it. ``keep_bytes``: its size, if others
+        will come for it. What somebody fails over is not kept."""
         self._readers[snapshot_id] += 1
+        self._kept.pop(snapshot_id, None)
         try:
             yield await fetch(self._root)
+        except BaseException:
+            keep_bytes = 0
+            raise
         finally:
             self._readers[snapshot_id] -= 1
             if not self._readers[snapshot_id]:
                 del self._readers[snapshot_id]
-                self._drop(snapshot_id)
+                self._leave(snapshot_id, keep_bytes)
+
+    def _leave(self, snapshot_id: str, keep_bytes: int) -> None:
+        if not 0 < keep_bytes <= self._max_kept_bytes:
+            self._drop(snapshot_id)
+            return
+        self._kept[snapshot_id] = keep_bytes
+        while sum(self._kept.values()) > self._max_kept_bytes:
+            self._drop(self._kept.popitem(last=False)[0])
 
     def _drop(self, snapshot_id: str) -> None:
         """Out of the way at once, so that whoever fetches it next makes it anew; removed behind the caller's back, for

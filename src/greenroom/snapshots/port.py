@@ -24,6 +24,10 @@ class StoredObject(NamedTuple):
 
 
 class SnapshotStore(Protocol):
+    @property
+    def is_near(self) -> bool:
+        """Whether `fetch` costs nothing: the files are on this machine."""
+
     async def publish(
         self, snapshot: Snapshot, source: Path, progress: OnBytes | None = None, base: Sequence[FileDigest] = ()
     ) -> Snapshot:

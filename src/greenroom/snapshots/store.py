@@ -133,6 +133,10 @@ class ObjectSnapshotStore:
             raise NotFound(f"no snapshot {snapshot_id} in {self._objects}", reason="SNAPSHOT_NOT_FOUND")
         return found
 
+    @property
+    def is_near(self) -> bool:
+        return self._objects.is_near
+
     async def fetch(self, snapshot: Snapshot, cache: Path, progress: OnBytes | None = None) -> Path:
         _check_id(snapshot.actor_uid, snapshot.id)
         _check_names(snapshot)

@@ -94,6 +94,8 @@ class Bucket:
 class SimSnapshots:
     """See `greenroom.snapshots.port.SnapshotStore`, as far as the control plane uses it."""
 
+    is_near = False
+
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
 
