@@ -388,10 +388,10 @@ def _dripping(root: Path) -> ObjectSnapshotStore:
     import time
 
     class Dripping(BucketObjects):
-        def put_file(self, prefix, source, name, stop):  # type: ignore[no-untyped-def]
+        def put_file(self, prefix, source, staged, name, stop):  # type: ignore[no-untyped-def]
             moved = stop.moved
             stop.moved = lambda count: (time.sleep(0.1), moved(count))
-            return super().put_file(prefix, source, name, stop)
+            return super().put_file(prefix, source, staged, name, stop)
 
         def download(self, key, target, stop):  # type: ignore[no-untyped-def]
             moved = stop.moved

@@ -185,6 +185,10 @@ def test_strays() -> None:
     assert rules.strays(keys, [row], ()) == [killed, second_attempt, unknown]
     assert rules.strays(keys, [row], {TWO_ID}) == [killed, second_attempt]
     assert rules.strays(keys, [changed(row, state=CONDEMNED)], {TWO_ID}) == [killed, second_attempt], "it has a row"
+    staged = f"{rules.directory('ac')}/{rules.staged_name(TWO_ID, '0123')}"
+    assert rules.strays([staged], [row], ()) == [staged] and not rules.strays([staged], [row], {TWO_ID})
+    held = snapshot(TWO_ID, file(of=TWO_ID), state=LOCAL)
+    assert not rules.strays([staged], [row, held], ()), "it may be on its way, with no operation"
     assert not rules.is_old(rules.SCRUB_AGE_S) and rules.is_old(rules.SCRUB_AGE_S + 1)
     assert not rules.is_old(24 * 3600.0), "one clock that is a day ahead"
 
@@ -241,7 +245,8 @@ def test_a_stray_is_nobodys(rows: list[Snapshot], uploading: set[str], files: li
     for key in keys:
         place = rules.place_of(key)
         assert place is not None and place.actor_uid == "ac"
-        owned = any(key in rules.keys_of(s) for s in rows) or place.snapshot_id in uploading
+        held = {s.id for s in rows if s.state is LOCAL}
+        owned = any(key in rules.keys_of(s) for s in rows) or place.snapshot_id in uploading | held
         assert (key in found) is not owned
 
 

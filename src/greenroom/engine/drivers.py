@@ -639,6 +639,7 @@ class Drivers:
     async def _unpublish(self, op: Operation) -> None:
         """What a suspend that was backed out may have left: in the snapshot store, and on its worker's disk."""
         await self._engine.snapshots.retract(op.uid, op.snapshot)
+        log.info("snapshot retracted", snapshot=op.snapshot, actor=str(op.key), why="its suspend was backed out")
         try:
             await self._engine.hub.call(op.worker, api.Release(snapshot_id=op.snapshot))
         except GreenroomError as error:

@@ -50,7 +50,9 @@ class BucketObjects:
     def __str__(self) -> str:
         return self._name
 
-    def put_file(self, prefix: str, source: Path, name: Callable[[int, str], str], stop: Stop) -> tuple[int, str]:
+    def put_file(
+        self, prefix: str, source: Path, staged: str, name: Callable[[int, str], str], stop: Stop
+    ) -> tuple[int, str]:
         # Its key names its content, so it is read twice: from this machine's memory, far faster than it is sent.
         known = digest_file(source, stop, share=0.2)
         called = name(*known)
@@ -81,7 +83,7 @@ class BucketObjects:
     def seal(self, prefix: str) -> None:
         pass
 
-    def put_new(self, key: str, data: bytes) -> bool:
+    def put_new(self, key: str, data: bytes, staged: str) -> bool:
         try:
             with self._errors():
                 obstore.put(self._store, key, data, mode="create", use_multipart=False)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,42 +38,44 @@ class LocalObjects:
     def __str__(self) -> str:
         return str(self._root)
 
-    def put_file(self, prefix: str, source: Path, name: Callable[[int, str], str], stop: Stop) -> tuple[int, str]:
+    def put_file(
+        self, prefix: str, source: Path, staged: str, name: Callable[[int, str], str], stop: Stop
+    ) -> tuple[int, str]:
         directory = self._root / prefix
-        staged = directory / f".{secrets.token_hex(8)}"
+        on_its_way = directory / staged
         copied = None
         try:
             try:
-                _into(directory, lambda: os.link(source, staged, follow_symlinks=False))
+                _into(directory, lambda: os.link(source, on_its_way, follow_symlinks=False))
             except OSError:  # another file system, or one without hard links, or too many links
-                copied = _into(directory, lambda: _copy(source, staged, stop))
-            stored = _digest_and_sync(staged, stop, share=1.0 if copied is None else 0.5)
+                copied = _into(directory, lambda: _copy(source, on_its_way, stop))
+            stored = _digest_and_sync(on_its_way, stop, share=1.0 if copied is None else 0.5)
             if copied is not None and copied != stored:
                 raise DataLoss(
-                    f"{staged}: what was stored differs from {source}; check the disk", reason="SNAPSHOT_CORRUPT"
+                    f"{on_its_way}: what was stored differs from {source}; check the disk", reason="SNAPSHOT_CORRUPT"
                 )
             if called := name(*stored):
-                staged.replace(directory / called)
+                on_its_way.replace(directory / called)
         finally:
-            staged.unlink(missing_ok=True)  # also after it was renamed over another link to the same file
+            on_its_way.unlink(missing_ok=True)  # also after it was renamed over another link to the same file
         return stored
 
     def seal(self, prefix: str) -> None:
         _sync_directory(self._root / prefix)
 
-    def put_new(self, key: str, data: bytes) -> bool:
+    def put_new(self, key: str, data: bytes, staged: str) -> bool:
         target = self._root / key
-        staged = target.with_name(f".{secrets.token_hex(8)}")
+        on_its_way = target.with_name(staged)
         try:
-            with _into(target.parent, lambda: staged.open("xb")) as file:
+            with _into(target.parent, lambda: on_its_way.open("xb")) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(staged, target)  # unlike a rename, fails when the name is taken
+            os.link(on_its_way, target)  # unlike a rename, fails when the name is taken
         except FileExistsError:
             return False
         finally:
-            staged.unlink(missing_ok=True)
+            on_its_way.unlink(missing_ok=True)
         _sync_directory(target.parent)
         return True
 
@@ -118,12 +119,12 @@ class LocalObjects:
                     yield Stored(path.relative_to(self._root).as_posix(), path.lstat().st_mtime)
 
     def clock(self) -> float:
-        mark = self._root / f".{secrets.token_hex(8)}"
-        mark.touch()
-        try:
-            return mark.stat().st_mtime
-        finally:
-            mark.unlink()
+        mark = self._root / ".clock"  # one name: nothing is left by whoever is killed here, but for the next to remove
+        with mark.open("wb") as file:
+            os.utime(file.fileno())
+            now = os.fstat(file.fileno()).st_mtime
+        mark.unlink(missing_ok=True)
+        return now
 
 
 def _into(directory: Path, put: Callable[[], _T]) -> _T:

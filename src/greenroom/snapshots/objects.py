@@ -85,12 +85,15 @@ class Objects(Protocol):
 
     is_near: bool
 
-    def put_file(self, prefix: str, source: Path, name: Callable[[int, str], str], stop: Stop) -> tuple[int, str]:
+    def put_file(
+        self, prefix: str, source: Path, staged: str, name: Callable[[int, str], str], stop: Stop
+    ) -> tuple[int, str]:
         """Stores ``source`` below ``prefix``, over what an earlier attempt left there; returns (size in bytes, SHA-256
         in hex) of what is stored, as read back from it. By the time it returns ``stop.moved`` has heard of as many
         bytes.
 
         Args:
+            staged: a name of its own that it may have there meanwhile.
             name: what it is to be called, by its size and SHA-256; "": it need not be stored. What it raises goes
                 through, and then nothing was stored.
         """
@@ -98,8 +101,9 @@ class Objects(Protocol):
     def seal(self, prefix: str) -> None:
         """Makes the names of everything that is directly below ``prefix`` durable."""
 
-    def put_new(self, key: str, data: bytes) -> bool:
-        """Stores ``data`` unless the key exists; returns whether it did. Atomic: never half visible."""
+    def put_new(self, key: str, data: bytes, staged: str) -> bool:
+        """Stores ``data`` unless the key exists; returns whether it did. Atomic: never half visible. ``staged``: a name
+        of its own that it may have beside it meanwhile."""
 
     def get(self, key: str, limit_bytes: int) -> bytes | None:
         """The object, or None; never more than ``limit_bytes`` + 1 bytes of it."""

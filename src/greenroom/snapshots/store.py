@@ -107,7 +107,7 @@ class ObjectSnapshotStore:
         # From here on it may exist, whatever becomes of this call: nothing of it is deleted any more.
         key = blobs.manifest_key(snapshot.actor_uid, snapshot.id)
         data = msgspec.json.format(msgspec.json.encode(manifest))
-        if await in_thread(lambda stop: self._objects.put_new(key, data)):
+        if await in_thread(lambda stop: self._objects.put_new(key, data, _staged(snapshot.id))):
             return manifest
         published = await self._read(snapshot.actor_uid, snapshot.id)  # perhaps by this call, which was sent twice
         if published != manifest:
@@ -208,7 +208,8 @@ class ObjectSnapshotStore:
             upload.put.add(blobs.blob_key(upload.snapshot.actor_uid, file))
             return blobs.blob_name(sha256, file.upload)
 
-        await in_thread(lambda stop: self._objects.put_file(prefix, source, name, stop), meter)
+        staged = _staged(upload.snapshot.id)
+        await in_thread(lambda stop: self._objects.put_file(prefix, source, staged, name, stop), meter)
         assert file is not None
         return file
 
@@ -299,6 +300,10 @@ def _open(location: str | Path) -> Objects:
     if "://" in text:
         return BucketObjects(from_url(text), text)
     return LocalObjects(Path(location))
+
+
+def _staged(snapshot_id: str) -> str:
+    return blobs.staged_name(snapshot_id, secrets.token_hex(8))
 
 
 def _check_id(actor_uid: str, snapshot_id: str) -> None:

@@ -84,8 +84,13 @@ def is_sha256(text: str) -> bool:
     return _SHA256.fullmatch(text) is not None
 
 
+def staged_name(snapshot_id: str, unique: str) -> str:
+    """Of what is on its way and has no key yet."""
+    return f".{snapshot_id}.{unique}"
+
+
 class Place(NamedTuple):
-    """Whose an object is. ``snapshot_id``: "" for what a publisher had not finished when it was killed."""
+    """Whose an object is. ``snapshot_id``: "" for what has a dot before its name, and no `staged_name`."""
 
     actor_uid: str
     snapshot_id: str
@@ -99,7 +104,8 @@ def place_of(key: str) -> Place | None:
         return None
     uid, name = parts[2], parts[3]
     if name.startswith("."):
-        return Place(uid, "")
+        staged = name[1:].partition(".")[0]
+        return Place(uid, staged if ID.fullmatch(staged) else "")
     first, _, rest = name.partition(".")
     if rest == "json" and ID.fullmatch(first):
         return Place(uid, first, is_manifest=True)
@@ -161,9 +167,12 @@ def strays(keys: Iterable[str], snapshots: Iterable[Snapshot], uploading: Collec
         snapshots: all rows of the actor, whatever their state, read after ``uploading``.
         uploading: ids of snapshots that running operations make.
     """
+    snapshots = [*snapshots]
     owned = {key for snapshot in snapshots for key in keys_of(snapshot)}
+    # One that its worker holds may be on its way, with no operation.
+    held = {snapshot.id for snapshot in snapshots if snapshot.state is SnapshotState.LOCAL}
     found = ((key, place_of(key)) for key in keys if key not in owned)
-    return [key for key, place in found if place is not None and place.snapshot_id not in uploading]
+    return [key for key, place in found if place is not None and place.snapshot_id not in {*uploading, *held}]
 
 
 # --- retention --------------------------------------------------------------------------------------------

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from msgspec.structs import replace
 
-from greenroom.core.commands import Advance, BeginDelete, BeginResume, BeginSuspend, FallBack, Outcome
-from greenroom.core.errors import FailedPrecondition, ResourceExhausted
+from greenroom.core.commands import (
+    Advance,
+    BeginDelete,
+    BeginResume,
+    BeginSuspend,
+    Expire,
+    FallBack,
+    Outcome,
+    TagSnapshot,
+)
+from greenroom.core.errors import FailedPrecondition, NotFound, ResourceExhausted
 from greenroom.core.records import (
     ActorState,
     OnCrash,
     Operation,
     OperationKind,
     OperationState,
+    Retention,
     Snapshot,
     SnapshotState,
     Template,
@@ -277,3 +289,58 @@ class Snapshots:
         await world.do(BeginResume, key)
         await world.crash(key)
         assert (await world.begin(BeginResume, key, hold_crashed=True)).snapshot == saved
+
+    # what is kept
+
+    async def test_what_a_template_keeps_and_people_tag(self, world: World) -> None:
+        t = await world.store.get(Template, "ns/t")
+        await world.store.put(replace(t, spec=replace(t.spec, retention=Retention(keep_last=3))))
+        key = await world.create()
+        made = []
+        for _ in range(5):
+            await world.do(BeginResume, key)
+            op = await world.begin(BeginSuspend, key)
+            await world.apply(world.finish_command(op, keeps=True))
+            made.append(op.snapshot)
+        uid = (await world.actor(key)).uid
+
+        async def kept() -> list[str]:
+            found = await world.store.list(Snapshot, where={"actor_uid": uid})
+            return [s.id for s in found if s.state is PRESENT]
+
+        assert await kept() == made
+        about: dict[str, Any] = {"key": key, "now": world.now, "snapshot_id": made[1], "tag": "x"}
+        tagged = await world.apply(TagSnapshot(**about))
+        assert tagged.source and tagged.source.tags == ("x",)
+        assert (await world.apply(TagSnapshot(**about))).outcome is Outcome.ALREADY
+        expire = Expire(key=key, now=world.now, uid=uid)
+        assert {s.id for s in (await world.apply(expire)).snapshots} == {made[0]}
+        assert (await world.apply(expire)).outcome is Outcome.ALREADY
+        assert await kept() == made[1:], "three that are new, and one that is tagged"
+        with pytest.raises(NotFound):
+            await world.apply(TagSnapshot(**about | {"snapshot_id": "unknown"}))
+        over = await world.apply(TagSnapshot(**about, undo=True))
+        assert over.source and (over.source.state, over.source.tags) == (CONDEMNED, ())
+        with pytest.raises(FailedPrecondition):
+            await world.apply(TagSnapshot(**about))
+
+    async def test_an_actor_wakes_from_an_older_one(self, world: World) -> None:
+        key = await world.create()
+        other = await world.create("b")
+        made = []
+        for _ in range(2):
+            await world.do(BeginResume, key)
+            made.append((await world.do(BeginSuspend, key)).snapshot)
+        old, last = made
+        with pytest.raises(NotFound):
+            await world.begin(BeginResume, other, snapshot_id=old)
+        op = await world.begin(BeginResume, key, snapshot_id=old)
+        assert op.snapshot == old
+        await world.back_out(op, ActorState.SUSPENDED)
+        actor = await world.actor(key)
+        assert (actor.snapshot, actor.previous_snapshot) == (last, old), "as before"
+        await world.do(BeginResume, key, snapshot_id=old)
+        actor = await world.actor(key)
+        assert (actor.snapshot, actor.previous_snapshot) == (old, last)
+        with pytest.raises(FailedPrecondition):
+            await world.begin(BeginResume, key, snapshot_id=last)
