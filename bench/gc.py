@@ -25,6 +25,7 @@ import contextlib
 import os
 import random
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -373,6 +374,7 @@ def main() -> int:
     if unknown := {*parts} - {*PARTS}:
         parser.error(f"--only: there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     before = conditions()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what it started is ended too
     shutil.rmtree(HOME, ignore_errors=True)
     HOME.mkdir(parents=True)
     figures: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import uvloop
@@ -54,6 +55,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     before = conditions()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what it started is ended too
     shutil.rmtree(HOME, ignore_errors=True)
     HOME.mkdir(parents=True)
     image = build_python_image(HOME / "image", app=Path(counter_app.__file__), compression="none")

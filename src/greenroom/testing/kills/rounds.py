@@ -51,7 +51,7 @@ class Finding:
     @property
     def kind(self) -> str:
         text = re.sub(r"/\S*/(?=\S)", "", self.what)  # paths
-        text = re.sub(r"\b[0-9a-f]{16,}\b", "ID", text)
+        text = re.sub(r"\b[0-9a-f]{8,}\b", "ID", text)
         text = re.sub(r"\bdefault/[\w-]+", "default/NAME", text)
         return re.sub(r"\d+", "N", text)
 
