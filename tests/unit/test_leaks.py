@@ -15,6 +15,7 @@ import pytest
 from core_views import actor
 from msgspec.structs import replace
 
+from greenroom.core.gc.blobs import manifest_key
 from greenroom.core.records import (
     ActorState,
     Lease,
@@ -140,8 +141,8 @@ def test_of_a_worker_that_is_gone(changes: dict[str, Any], said: str) -> None:
         ({"holders": frozenset({"h"})}, "image use: holder h is no worker"),
         ({"objects": MACHINE.objects | {"snapshots/aa/b/.f.1"}}, "object: snapshots/aa/b/.f.1 belongs to no snapshot"),
         (
-            {"objects": MACHINE.objects - {"snapshots/as/asleep/manifest.json"}},
-            "lost: object snapshots/as/asleep/manifest.json of snapshot asleep of ns/a",
+            {"objects": MACHINE.objects - {manifest_key("u", "asleep")}},
+            f"lost: object {manifest_key('u', 'asleep')} of snapshot asleep of ns/a",
         ),
     ],
 )

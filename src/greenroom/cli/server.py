@@ -27,6 +27,7 @@ from greenroom.api.server import MAX_SOCKET_PATH_BYTES, ApiServer, stop
 from greenroom.api.service import ServerInfo
 from greenroom.cli.supervisor import AgentPaths, Supervisor, awake_actors
 from greenroom.core.errors import FailedPrecondition, GreenroomError, InvalidArgument, NotFound, Unavailable
+from greenroom.core.gc.blobs import SCRUB_AGE_S
 from greenroom.core.records import Actor, OperationKind, Pool, PoolSpec
 from greenroom.engine.config import DEADLINES_S, PREPARE_DEADLINE_S, EngineConfig
 from greenroom.engine.engine import Engine
@@ -81,6 +82,8 @@ class ServerOptions:
     stall_s: float = 60.0
     worker_return_s: float = 15.0
     worker_gone_s: float = 86400.0
+    scrub_s: float = 6 * 3600.0
+    scrub_age_s: float = SCRUB_AGE_S
     deadlines_s: dict[OperationKind, float] = field(default_factory=dict)
     operation_deadline_s: float = 300.0
     capacity_wait_s: float = 60.0
@@ -138,6 +141,8 @@ class Server:
             stall_s=options.stall_s,
             worker_return_s=options.worker_return_s,
             worker_gone_s=options.worker_gone_s,
+            scrub_s=options.scrub_s,
+            scrub_age_s=options.scrub_age_s,
             deadlines_s=DEADLINES_S | options.deadlines_s,
             prepare_deadline_s=options.deadlines_s.get(OperationKind.PREPARE, PREPARE_DEADLINE_S),
             operation_deadline_s=options.operation_deadline_s,

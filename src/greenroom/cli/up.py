@@ -22,6 +22,7 @@ from greenroom.cli.up_options import (
     store_url,
     worker_labels,
 )
+from greenroom.core.gc.blobs import SCRUB_AGE_S
 from greenroom.core.records import OperationKind
 
 #: Default of --worker-return. With a database of its own, which fails over in less than half a minute, twice as much.
@@ -125,6 +126,22 @@ WORKER_RETURN_SHARED_S = 30.0
     "earlier.",
 )
 @click.option(
+    "--scrub-every",
+    type=seconds(1, 30 * 86400),
+    metavar="SECONDS",
+    default=6 * 3600.0,
+    show_default="6 hours",
+    help="How often the snapshot store is looked through for what belongs to nobody.",
+)
+@click.option(
+    "--scrub-age",
+    type=seconds(1, 366 * 86400),
+    metavar="SECONDS",
+    default=SCRUB_AGE_S,
+    show_default="25 hours",
+    help="What belongs to nobody there is left alone until it is so old; longer than clocks may be wrong by.",
+)
+@click.option(
     "--capacity-wait",
     type=click.FloatRange(min=0),
     default=60.0,
@@ -162,6 +179,8 @@ def up(
     lease_ttl: float,
     worker_return: float | None,
     worker_gone: float,
+    scrub_every: float,
+    scrub_age: float,
     capacity_wait: float,
     metrics: tuple[str, int] | None,
     log_level: str,
@@ -222,6 +241,8 @@ def up(
         stall_s=stall_timeout,
         worker_return_s=return_s,
         worker_gone_s=worker_gone,
+        scrub_s=scrub_every,
+        scrub_age_s=scrub_age,
         operation_deadline_s=deadline_s,
         deadlines_s=deadlines_s,
         capacity_wait_s=capacity_wait,

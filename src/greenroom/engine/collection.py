@@ -176,7 +176,7 @@ class Collection:
         destroyed: list[str] = []
         batch: dict[str, set[str]] = {}
         async for uid, objects in self._engine.snapshots.objects():
-            if old := {o.key for o in objects if blobs.is_old(o.age_s)}:
+            if old := {o.key for o in objects if blobs.is_old(o.age_s, self._engine.config.scrub_age_s)}:
                 batch.setdefault(uid, set()).update(old)
             if len(batch) >= SCRUB_BATCH:
                 destroyed += await self._scrub(batch, found)
@@ -250,7 +250,7 @@ class Collection:
                 at = blobs.place_of(one.key)
                 makers = [o for o in running if at is not None and o.snapshot and o.snapshot == at.snapshot_id]
                 owners = [row for row in rows if one.key in blobs.keys_of(row)]
-                said = verdict.stored(owners, makers[0] if makers else None, one.age_s, blobs.SCRUB_AGE_S)
+                said = verdict.stored(owners, makers[0] if makers else None, one.age_s, self._engine.config.scrub_age_s)
                 made_at = self._engine.now() - one.age_s
                 found.append(verdict.judged("object", one.key, verdict.SNAPSHOT_STORE, said, made_at=made_at))
         return found

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from greenroom.core.gc.blobs import SCRUB_AGE_S
 from greenroom.core.records import OperationKind
 
 #: A large image on a slow link.
@@ -42,6 +43,7 @@ class EngineConfig:
         reconcile_s: how often what runs on each worker is compared with the records, whatever was lost on the way.
         mark_s: how often snapshots are looked for that their template keeps no longer.
         scrub_s: how often the snapshot store is compared with the records.
+        scrub_age_s: what belongs to nobody there is left alone until it is so old.
         rebind_pause_s: before a wake-up that failed is tried on another worker; doubles with each.
         retry_s: between two tries of what has to be done in the end: a write to a store that does not answer, a call
             to a worker whose connection broke.
@@ -71,6 +73,7 @@ class EngineConfig:
     reconcile_s: float = 30.0
     mark_s: float = 300.0
     scrub_s: float = 6 * 3600.0
+    scrub_age_s: float = SCRUB_AGE_S
     rebind_pause_s: float = 0.05
     retry_s: float = 0.1
     store_away_s: float = 10.0

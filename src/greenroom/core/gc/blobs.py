@@ -154,9 +154,9 @@ def doomed(condemned: Snapshot, others: Iterable[Snapshot]) -> list[str]:
     return list(dict.fromkeys(key for key in keys_of(condemned) if key not in kept))
 
 
-def is_old(age_s: float) -> bool:
+def is_old(age_s: float, scrub_age_s: float = SCRUB_AGE_S) -> bool:
     """Whether an object of this age (seconds, by the store's own clock) may be looked at by the scrub."""
-    return age_s > SCRUB_AGE_S
+    return age_s > scrub_age_s
 
 
 def strays(keys: Iterable[str], snapshots: Iterable[Snapshot], uploading: Collection[str]) -> list[str]:

@@ -33,6 +33,8 @@ DOWN_S = (0.0, 0.5)
 WORKERS, SLOTS, WARM = 2, 4, 1
 #: Everything that is killed is started again: on a machine that is busy that may take long.
 WORKER_RETURN_S = 60
+#: What an upload that was killed has left in the snapshot store is to be found within a round.
+SCRUB = ("--scrub-every=1", "--scrub-age=3")
 #: Until all is at rest: the janitor and the comparison of workers come round several times.
 SETTLE_S = 40.0
 #: The same when everything that is left has been reported before, of the same kind.
@@ -93,7 +95,7 @@ class Rounds:
     def start(self) -> None:
         """Raises `FailedPrecondition` when the templates can't be made."""
         data = self.home / "d"
-        options = (f"--warm={WARM}", "--capacity-wait=15", f"--worker-return={WORKER_RETURN_S}")
+        options = (f"--warm={WARM}", "--capacity-wait=15", f"--worker-return={WORKER_RETURN_S}", *SCRUB)
         self.server = LiveServer(data, backend=self.backend, workers=WORKERS, slots=SLOTS, options=options)
         self.server.start()
         self.agent = LiveAgent(

@@ -14,8 +14,11 @@ from dataclasses import dataclass, field
 
 from greenroom.agent.logs import KEPT_FILES
 from greenroom.core import states
+from greenroom.core.gc.blobs import keys_of
+from greenroom.core.keeping import keeps_more
 from greenroom.core.records import (
     Actor,
+    Key,
     OperationState,
     Snapshot,
     SnapshotState,
@@ -51,9 +54,8 @@ def differences(rows: Rows, machine: Machine, wanted: Wanted = Wanted()) -> list
 
 
 def objects_of(snapshot: Snapshot) -> set[str]:
-    """The keys that a snapshot has in the store, with that of its manifest (`greenroom.snapshots.store`)."""
-    prefix = f"snapshots/{snapshot.id[:2]}/{snapshot.id}"
-    return {f"{prefix}/manifest.json", *(f"{prefix}/{file.name}" for file in snapshot.files)}
+    """The keys that a snapshot has in the store, with that of its manifest."""
+    return {*keys_of(snapshot)}
 
 
 def under_way(rows: Rows) -> Iterator[str]:
@@ -116,8 +118,10 @@ def _snapshots(rows: Rows) -> Iterator[str]:
     for snapshot_id, who in needed.items():
         if snapshot_id not in there:
             yield f"lost: snapshot {snapshot_id}, which {who} needs, has no row"
+    more = {t.key for t in rows.templates if keeps_more(t)}
     for snapshot in rows.snapshots:
-        if snapshot.id not in needed and snapshot.state is not SnapshotState.CONDEMNED:
+        kept = snapshot.tags or Key(snapshot.namespace, snapshot.template) in more
+        if snapshot.id not in needed and snapshot.state is not SnapshotState.CONDEMNED and not kept:
             yield f"snapshot row: {snapshot.id} of {snapshot.namespace}/{snapshot.actor}, which nothing needs"
 
 
