@@ -21,6 +21,7 @@ from greenroom.core.commands import Expire, Outcome
 from greenroom.core.errors import GreenroomError, NotFound
 from greenroom.core.gc import blobs
 from greenroom.core.records import (
+    Actor,
     Key,
     Operation,
     OperationState,
@@ -138,17 +139,14 @@ class Collection:
         for template in await self._engine.census.all(Template):
             if not keeping.keeps_more(template):
                 continue
-            of_actor: dict[str, list[Snapshot]] = {}
+            owned: dict[str, list[Snapshot]] = {}
             for snapshot in await self._engine.census.all(Snapshot, template=template.name):
-                if snapshot.namespace == template.namespace:
-                    of_actor.setdefault(snapshot.actor_uid, []).append(snapshot)
-            for uid, snapshots in of_actor.items():
-                # What the actor needs is not known here; mostly the two newest. If it needs older ones, these are found
-                # to be over, and the transaction sees which really are.
-                snapshots.sort(key=attrgetter("created_at", "id"))
-                needed = {s.id for s in snapshots[-blobs.NEEDED :]}
-                if blobs.expired(snapshots, needed, template.spec.retention, self._engine.now()):
-                    await self.expire(Key(template.namespace, snapshots[-1].actor), uid)
+                owned.setdefault(snapshot.actor_uid, []).append(snapshot)
+            for actor in await self._engine.census.all(Actor, template=template.name):
+                needed = {actor.snapshot, actor.previous_snapshot}
+                mine = owned.get(actor.uid, ()) if actor.namespace == template.namespace else ()
+                if blobs.expired(mine, needed, template.spec.retention, self._engine.now()):
+                    await self.expire(actor.key, actor.uid)
 
     async def expire(self, key: Key, uid: str) -> None:
         """What is over of one actor, in one transaction."""
