@@ -18,7 +18,8 @@ from greenroom.agent.fence import Fence
 from greenroom.core import lifecycle
 from greenroom.core.agentapi import Heartbeat
 from greenroom.core.commands import ActorCommand, BeginSuspend, Change, FinishSuspend, Outcome, TakeOver, View
-from greenroom.core.records import Actor, ActorState, Operation, OperationState, Snapshot, Worker
+from greenroom.core.gc import blobs
+from greenroom.core.records import Actor, ActorState, Operation, OperationState, Snapshot, Template, Worker
 from greenroom.engine.census import Census
 from greenroom.engine.drivers import Drivers, Phases
 from greenroom.engine.engine import Engine
@@ -105,10 +106,10 @@ def discarded_before_the_commit(patch: Patch) -> None:
     finish = Drivers._finish_suspend
 
     async def discard_first(
-        self: Drivers, actor: Actor, op: Operation, snapshot: Snapshot, phases: Phases
+        self: Drivers, actor: Actor, op: Operation, template: Template | None, snapshot: Snapshot, phases: Phases
     ) -> Operation:
         await self._discard(actor, op)
-        return await finish(self, actor, op, snapshot, phases)
+        return await finish(self, actor, op, template, snapshot, phases)
 
     patch.setattr(Drivers, "_finish_suspend", discard_first)
 
@@ -172,6 +173,14 @@ def suspends_are_answered_when_they_begin(patch: Patch) -> None:
     patch.setattr(Engine, "transition", at_once)
 
 
+def what_others_refer_to_is_swept(patch: Patch) -> None:
+    patch.setattr(blobs, "doomed", lambda condemned, others: [*blobs.keys_of(condemned)])
+
+
+def nothing_is_scrubbed(patch: Patch) -> None:
+    patch.setattr(blobs, "strays", lambda keys, snapshots, uploading: [])
+
+
 @dataclass(frozen=True)
 class Mutation:
     """``within``: seeds in which it is noticed; ``by``: what is said of it (one of these); ``world``: what is other
@@ -206,6 +215,8 @@ MUTATIONS = [
     Mutation(workers_of_others_count_as_lost, 30, "counts as lost, and was heard", APART),
     Mutation(nothing_is_revoked, 10, "routes to|answered by", DRAWN),
     Mutation(suspends_are_answered_when_they_begin, 20, "as was said, with", DRAWN),
+    Mutation(what_others_refer_to_is_swept, 40, "recorded, but not stored|SNAPSHOT_CORRUPT|corrupt", DRAWN),
+    Mutation(nothing_is_scrubbed, 40, "stored, but not recorded", BAD_NETWORK),
 ]
 
 
