@@ -18,8 +18,9 @@ from greenroom.agent.fence import Fence
 from greenroom.core import lifecycle
 from greenroom.core.agentapi import Heartbeat
 from greenroom.core.commands import ActorCommand, BeginSuspend, Change, FinishSuspend, Outcome, TakeOver, View
+from greenroom.core.gc import blobs
 from greenroom.core.gc.records import ResourceState
-from greenroom.core.records import Actor, ActorState, Operation, OperationState, Snapshot, Worker
+from greenroom.core.records import Actor, ActorState, Operation, OperationState, Snapshot, Template, Worker
 from greenroom.engine.census import Census
 from greenroom.engine.drivers import Drivers, Phases
 from greenroom.engine.engine import Engine
@@ -110,10 +111,10 @@ def discarded_before_the_commit(patch: Patch) -> None:
     finish = Drivers._finish_suspend
 
     async def discard_first(
-        self: Drivers, actor: Actor, op: Operation, snapshot: Snapshot, phases: Phases
+        self: Drivers, actor: Actor, op: Operation, template: Template | None, snapshot: Snapshot, phases: Phases
     ) -> Operation:
         await self._discard(actor, op)
-        return await finish(self, actor, op, snapshot, phases)
+        return await finish(self, actor, op, template, snapshot, phases)
 
     patch.setattr(Drivers, "_finish_suspend", discard_first)
 
@@ -207,6 +208,14 @@ def given_up_while_they_may_be_heard(patch: Patch) -> None:
     patch.setattr(User, "_forget", any_worker)
 
 
+def what_others_refer_to_is_swept(patch: Patch) -> None:
+    patch.setattr(blobs, "doomed", lambda condemned, others: [*blobs.keys_of(condemned)])
+
+
+def nothing_is_scrubbed(patch: Patch) -> None:
+    patch.setattr(blobs, "strays", lambda keys, snapshots, uploading: [])
+
+
 @dataclass(frozen=True)
 class Mutation:
     """``within``: seeds in which it is noticed; ``by``: what is said of it (one of these); ``world``: what is other
@@ -244,6 +253,8 @@ MUTATIONS = [
     Mutation(new_sandboxes_are_nobodys, 40, "it is swept, and is its actor's", DRAWN),
     Mutation(what_is_being_made_is_nobodys, 200, "drops what somebody needs", DRAWN),
     Mutation(suspends_are_answered_when_they_begin, 20, "as was said, with", DRAWN),
+    Mutation(what_others_refer_to_is_swept, 40, "recorded, but not stored|SNAPSHOT_CORRUPT|corrupt", DRAWN),
+    Mutation(nothing_is_scrubbed, 40, "stored, but not recorded", BAD_NETWORK),
 ]
 
 

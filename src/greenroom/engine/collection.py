@@ -21,6 +21,7 @@ from greenroom.core.commands import Expire, Outcome
 from greenroom.core.errors import GreenroomError, NotFound
 from greenroom.core.gc import blobs, verdict
 from greenroom.core.records import (
+    Actor,
     Key,
     Operation,
     OperationState,
@@ -136,20 +137,18 @@ class Collection:
             await self.expire(key, uid)
 
     async def over(self) -> list[Snapshot]:
-        """What `mark` looks at: snapshots that seem to be kept no longer. What their actors need is not known here;
-        mostly the two newest. If one needs older ones, the transaction sees which really are over."""
+        """What `mark` condemns if it is still so in the transaction: snapshots that are kept no longer."""
         found: list[Snapshot] = []
         for template in await self._engine.census.all(Template):
             if not keeping.keeps_more(template):
                 continue
-            of_actor: dict[str, list[Snapshot]] = {}
+            owned: dict[str, list[Snapshot]] = {}
             for snapshot in await self._engine.census.all(Snapshot, template=template.name):
-                if snapshot.namespace == template.namespace:
-                    of_actor.setdefault(snapshot.actor_uid, []).append(snapshot)
-            for snapshots in of_actor.values():
-                snapshots.sort(key=attrgetter("created_at", "id"))
-                needed = {s.id for s in snapshots[-blobs.NEEDED :]}
-                found += blobs.expired(snapshots, needed, template.spec.retention, self._engine.now())
+                owned.setdefault(snapshot.actor_uid, []).append(snapshot)
+            for actor in await self._engine.census.all(Actor, template=template.name):
+                needed = {actor.snapshot, actor.previous_snapshot}
+                mine = owned.get(actor.uid, ()) if actor.namespace == template.namespace else ()
+                found += blobs.expired(mine, needed, template.spec.retention, self._engine.now())
         return found
 
     async def expire(self, key: Key, uid: str) -> None:

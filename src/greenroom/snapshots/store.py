@@ -249,7 +249,9 @@ class ObjectSnapshotStore:
                 return target
             except DataLoss:
                 shutil.rmtree(target)  # the cache is damaged, not the store
-        staged = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        # Links are made in one go, which nobody of this process sees half done.
+        near = self._objects.is_near
+        staged = target if near else target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         try:
             staged.mkdir(mode=0o700, parents=True)
             for file in snapshot.files:
@@ -261,7 +263,8 @@ class ObjectSnapshotStore:
                     raise _corrupt(
                         snapshot, f"{file.name} has {size} bytes instead of {file.size_bytes}: {self._objects}/{key}"
                     )
-            staged.rename(target)
+            if not near:
+                staged.rename(target)
         except BaseException as error:
             shutil.rmtree(staged, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in _DISK_FULL:

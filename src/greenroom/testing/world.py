@@ -71,8 +71,8 @@ QUICK = EngineConfig(
     janitor_s=0.02,
     retry_s=0.002,
     reconcile_s=0.05,
-    mark_s=0.05,
-    scrub_s=0.05,
+    mark_s=0.2,
+    scrub_s=0.1,
 )
 #: How long `SimWorld.settle` waits. Everything takes milliseconds; this bounds a world that never settles, and is
 #: longer than a busy machine stands still.
