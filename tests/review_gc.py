@@ -288,4 +288,94 @@ async def test_a_directory_without_papers_that_holds_snapshots_is_not_erased(pla
         assert (held / "only-copy").exists(), "the only copy of a snapshot was erased"
 
 
-_ = (Actor, Durability, Key, SnapshotState, Unavailable)
+# --- 10: a worker that does not answer `Release` ------------------------------------------------------------------
+
+
+async def test_a_worker_that_does_not_answer_holds_up_nobody_elses_collection(place: Path) -> None:
+    """It stands still and keeps its connection open, or it is compromised: the sweep has no limit around `Release`, and
+    begins no other round before all of this one have ended."""
+    async with SimWorld(place, workers=2) as world:
+        await world.apply()
+        await world.apply("local", durability=Durability.LOCAL)
+        call = world.engine.hub.call
+
+        async def hangs(worker: str, what: api.AgentCall, *more: Any) -> Any:
+            if isinstance(what, api.Release):
+                await asyncio.Event().wait()
+            return await call(worker, what, *more)
+
+        world.engine.hub.call = hangs  # type: ignore[method-assign]
+        mine, other = await world.create("mine", "local"), await world.create("other")
+        for key in (mine, mine, mine, mine):
+            await world.request(key)
+            await world.engine.suspend(key)
+            await asyncio.sleep(0.1)  # it is uploaded
+
+        async def condemned(key: Key) -> list[str]:
+            rows = await world.store.list(Snapshot, where={"actor_uid": (await world.actor(key)).uid})
+            return [s.id for s in rows if s.state is SnapshotState.CONDEMNED]
+
+        assert await condemned(mine)
+        await asyncio.sleep(0.2)  # some rounds
+        for _ in range(4):
+            await world.request(other)
+            await world.engine.suspend(other)
+        await asyncio.sleep(1)  # fifty rounds
+        left = await condemned(other)
+        world.engine.hub.call = call  # type: ignore[method-assign]
+        assert not left, f"{len(left)} condemned snapshots of an actor that has nothing to do with that worker stay"
+
+
+# --- 11: somebody else's worker that retires ----------------------------------------------------------------------
+
+
+async def test_a_server_starts_no_agent_under_the_name_of_a_worker_that_is_not_its_own(place: Path) -> None:
+    """An agent that was started by hand (its state directory is elsewhere) retires while the server restarts. A second
+    one with an empty disk takes its name, and the first, with what is awake there, is told to wipe itself."""
+    from greenroom.cli.supervisor import AgentPaths, Supervisor
+
+    async with SimWorld(place / "w", workers=1) as world:
+        await world.apply()
+        await world.store.put(replace(await record(world), cordon="retiring"))
+        paths = AgentPaths(workers=place / "up", images=place / "i", snapshots=str(place / "s"), control="unix:none")
+        supervisor = Supervisor(world.engine, paths, log_level="info")
+        started: list[str] = []
+
+        def keeper(name: str, pool: Any) -> Any:
+            started.append(name)
+            return asyncio.get_running_loop().create_future()
+
+        async def nothing(name: str) -> None: ...
+
+        supervisor._keeper = keeper  # type: ignore[method-assign]
+        supervisor._retire = nothing  # type: ignore[method-assign]
+        await supervisor._retire_leftovers()
+        assert not started, f"starts an agent of its own under the name {started}"
+
+
+# --- 12: one worker's answer ends the round for all ---------------------------------------------------------------
+
+
+async def test_a_strange_answer_of_one_worker_does_not_end_a_round_for_all(place: Path) -> None:
+    async with SimWorld(place, workers=2) as world:
+        await world.apply()
+        await asyncio.sleep(0.2)
+        ask = world.engine.members.ask
+
+        async def lies(worker: str, call: api.AgentCall) -> Any:
+            answer = await ask(worker, call)
+            if isinstance(answer, api.Synced) and worker == "w0":
+                world.engine.inventories.said.pop("w0", None)
+                return replace(answer, same=True)
+            return answer
+
+        world.engine.members.ask = lies  # type: ignore[method-assign]
+        world.engine.inventories.said.pop("w0", None)
+        try:
+            report = await world.engine.garbage.collect(dry_run=True)
+            assert any("w0" in failure for failure in report.failures)
+        finally:
+            world.engine.members.ask = ask  # type: ignore[method-assign]
+
+
+_ = (Actor, Unavailable)
