@@ -177,7 +177,9 @@ async def test_a_snapshot_of_the_version_before_is_not_called_corrupt(place: Pat
     try:
         await store.fetch(before, place / "cache")
     except Exception as error:
-        assert getattr(error, "reason", "") != "SNAPSHOT_CORRUPT", f"its actor falls back, and it counts as lost: {error}"
+        assert getattr(error, "reason", "") != "SNAPSHOT_CORRUPT", (
+            f"its actor falls back, and it counts as lost: {error}"
+        )
 
 
 # --- 5: a question of the metrics takes the look at the disk away -------------------------------------------------
@@ -378,4 +380,23 @@ async def test_a_strange_answer_of_one_worker_does_not_end_a_round_for_all(place
             world.engine.members.ask = ask  # type: ignore[method-assign]
 
 
-_ = (Actor, Unavailable)
+# --- 13: a replica of the version before writes the record of an awake actor ---------------------------------------
+
+
+async def test_what_a_replica_of_the_version_before_writes_ends_no_actor(world: SimWorld) -> None:
+    """Replicas that share a database are replaced one by one. One of the version before does not know `sandbox`: an
+    actor that was woken by a new one, and that it pauses, resumes, reunites or puts back, has none afterwards."""
+    key = await world.create("a")
+    await world.request(key)
+    rows = world.store._rows.table(Actor)  # type: ignore[attr-defined]
+    before = rows[str(key)]
+    rows[str(key)] = replace(
+        before, sandbox="", sandbox_seq=0, generation=before.generation, version=before.version + 1
+    )
+    await world.engine.reconciler.compare("w0", anew=True)
+    await asyncio.sleep(0.3)
+    after = await world.actor(key)
+    assert after.state is ActorState.RUNNING and world.backends["w0"]._sandboxes, (after.state, after.reason)
+
+
+_ = (Unavailable,)
