@@ -1,4 +1,4 @@
-"""Failing tests of a review: what a worker has is more than one message of the link holds. Run: pytest tests/review_link.py"""
+"""Failing tests of a review: what a worker has is more than one message holds. Run: pytest tests/review_link.py"""
 
 from __future__ import annotations
 
