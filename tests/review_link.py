@@ -1,0 +1,95 @@
+"""Failing tests of a review: what a worker has is more than one message holds. Run: pytest tests/review_link.py"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "integration")]
+
+from agent_kit import Bench, short_directory, until  # noqa: E402
+from link_kit import Replica  # noqa: E402
+
+from greenroom.agent.links import Links  # noqa: E402
+from greenroom.core import agentapi as api  # noqa: E402
+from greenroom.core.agentapi import SandboxExited  # noqa: E402
+from greenroom.testing.world import SimWorld  # noqa: E402
+
+#: Of sleeping actors that have once written a line on this worker: each keeps a directory there (512 MiB of logs, which
+#: is the only bound, are room for some hundred thousand).
+LOGS = 50_000
+
+
+async def test_a_worker_with_the_logs_of_many_actors_can_be_asked_what_it_has() -> None:
+    with short_directory() as root:
+        async with Bench(root) as bench:
+            replica = Replica(bench.root, "r0")
+            await replica.start()
+            links = Links(bench.agent, [replica.address])
+            links.start()
+            try:
+                await until(lambda: replica.connected)
+                bench.agent._logs.uids = lambda: [f"{n:032x}" for n in range(LOGS)]  # type: ignore[method-assign]
+                said: Any = await replica.hub.call("w", api.Sync(epoch=1, closed_seq=0))
+                assert len(said.report.inventory) == LOGS
+                assert not replica.gone, "the link broke"
+            finally:
+                await links.close()
+                await replica.kill()
+
+
+async def test_more_logs_than_an_inventory_holds_do_not_make_awake_actors_unreachable(tmp_path: Path) -> None:
+    """Every comparison fails with INVENTORY_TOO_LARGE; and without one nobody is bound again after a restart."""
+    with short_directory() as root:
+        async with SimWorld(root, workers=1) as world:
+            await world.apply()
+            key = await world.create("a")
+            await world.request(key)
+            agent = world.agents["w0"]
+            real = agent._logs.uids
+            names = [f"{n:032x}" for n in range(100_001)]
+            agent._logs.uids = lambda: names  # type: ignore[method-assign]
+            try:
+                await world.crash_control()
+                reached = asyncio.ensure_future(world.request(key))
+                await asyncio.wait({reached}, timeout=30)
+                done = reached.done() and reached.exception() is None
+                reached.cancel()
+                await asyncio.gather(reached, return_exceptions=True)
+            finally:
+                agent._logs.uids = real  # type: ignore[method-assign]
+            assert done, "the actor runs, and nobody reaches it"
+
+
+_ = (SandboxExited, pytest)
+
+
+async def test_a_copy_whose_removal_failed_is_removed_at_the_next_try() -> None:
+    """`Held.release` forgets the copy before it is gone: the next try is answered with success and removes nothing, the
+    control plane removes the record, and the files stay until the agent is started again."""
+    from greenroom.core.errors import Unavailable
+
+    with short_directory() as root:
+        async with Bench(root) as bench:
+            identity = bench.identity(1, "a")
+            from agent_kit import SPEC
+
+            await bench.call(api.Start(**bench.ids("op", 1, "a"), identity=identity, spec=SPEC, image_digest=""))
+            saved = await bench.suspend()
+            assert saved.id in bench.agent._held
+            local = bench.agent._held._local
+            retract = local.retract
+
+            async def fails(*_: str) -> None:
+                raise Unavailable("the disk does not answer")
+
+            local.retract = fails  # type: ignore[method-assign]
+            with pytest.raises(Unavailable):
+                await bench.call(api.Release(snapshot_id=saved.id))
+            local.retract = retract  # type: ignore[method-assign]
+            await bench.call(api.Release(snapshot_id=saved.id))
+            assert not await local.list(), "said to be gone"
