@@ -198,7 +198,7 @@ async def test_lists_that_are_late_destroy_nothing(world: SimWorld, place: Place
 
 
 async def test_the_scrub_leaves_all_while_the_records_are_distrusted(world: SimWorld, place: Place) -> None:
-    await world.engine.members.distrust("w0", "it knows more than the database", "the database went back")
+    await world.engine.members.distrust("w0", "it knows more than the database", "the database went back", 0)
     stray = blobs.manifest_key("someone", "f" * 32)
     place.put(stray, b"{}")
     for _ in range(3):

@@ -148,7 +148,7 @@ async def test_t31_a_database_that_goes_back_under_a_running_replica(world: SimW
     actor = await awake(world, "a")
     seen = (await record(world)).version
     await until(lambda: tables[Worker]["w0"].version > seen + 2)  # type: ignore[attr-defined]
-    await until(lambda: world.engine.census._versions["w0"][1] > seen + 1)
+    await until(lambda: world.engine.census._numbers["w0"][1] > seen + 1)
     tables[Worker].update(backup)
     await until(lambda: tables[Worker]["w0"].distrust)  # type: ignore[attr-defined]
     assert "greenroom acknowledge worker w0" in (await record(world)).message

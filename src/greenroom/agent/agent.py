@@ -37,7 +37,6 @@ from greenroom.agent.warm import WarmPool
 from greenroom.core import agentapi as api
 from greenroom.core.agentapi import AgentCall, ResidentState
 from greenroom.core.errors import FailedPrecondition, GreenroomError, LeaseLost, NotFound, Unavailable
-from greenroom.core.gc.records import Refusal
 from greenroom.core.records import Record, SnapshotScope
 from greenroom.images.port import ImageStore
 from greenroom.sandbox.port import Backend, BackendProbe, ExecSession, ExecSpec, Warmer
@@ -247,6 +246,8 @@ class Agent:
                 return await self._enrol(call)
             case api.Sync():
                 return await self._inventory.sync(call)
+            case api.ListDisk():
+                return await self._inventory.list_disk(call)
             case api.Start() | api.Restore():
                 epoch = self._alone.now
                 return await self._fence.run(call, lambda hears: self._wake(call, epoch, hears), reporter)
@@ -303,7 +304,7 @@ class Agent:
                 return api.Done()
             case api.Shutdown():
                 if call.erase:
-                    await self._give_up()
+                    await self._give_up(call)
                 if not self.shutdown.done():
                     self.shutdown.set_result(call.wipe)
                 return api.Done()
@@ -328,17 +329,25 @@ class Agent:
                 log.error("this worker was given up, or another process has its name or disk: what runs here ends")
                 await self._wipe()
                 self._enrolment.renew()
-            elif call.refused is not None and call.refused.what is Refusal.NAME_TAKEN and not self.shutdown.done():
+            elif call.refused is not None and self._enrolment.is_taken(call.refused) and not self.shutdown.done():
                 log.error("another worker of this name lives, with another disk: give one of them another name")
                 self.shutdown.set_result(False)
         except OSError as error:
             raise from_os(error) from error
         return api.Done()
 
-    async def _give_up(self) -> None:
+    async def _give_up(self, call: api.Shutdown) -> None:
         """This worker ends for good: its papers go first, so that nothing is made here any more."""
-        self._erases = True
+        if self._erases:
+            return
         try:
+            self._enrolment.check_epoch(call.epoch)
+            if newer := self._inventory.made_after(call.closed_seq):
+                raise FailedPrecondition(
+                    f"worker {self._config.worker} has {newer}, which was made after it was told to erase its disk",
+                    reason="WORKER_IN_USE",
+                )
+            self._erases = True
             self._enrolment.forget()
         except OSError as error:
             raise from_os(error) from error

@@ -1,23 +1,26 @@
 """This worker's papers: which state disk it has, and what the control plane has told it in return
 (`greenroom.core.gc.worker`).
 
-They lie on the disk that they speak of, and are written before anybody is told what they say. Without a sync: after a
-power cut nothing runs here any more, and a disk without papers is an empty one.
+They lie on the disk that they speak of, and are written before anybody is told what they say. A disk without papers is
+an empty one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import structlog
+from msgspec.structs import replace
 
 from greenroom.core.agentapi import Identity
-from greenroom.core.errors import Conflict, LeaseLost, Unavailable
+from greenroom.core.errors import Conflict, Unavailable
 from greenroom.core.gc import worker as rules
-from greenroom.core.gc.records import Orders, Papers, Refused, Register, Registered
+from greenroom.core.gc.records import Orders, Papers, Refusal, Refused, Register, Registered
 
 log = structlog.get_logger(__name__)
 
@@ -25,10 +28,36 @@ log = structlog.get_logger(__name__)
 PAPERS = "papers.json"
 
 
-class Enrolment:
-    """``new_id``: a random name that nobody else ever draws."""
+#: Of the file, whatever is in it: papers have some 200.
+ROOM_BYTES = 1024
 
-    def __init__(self, path: Path, worker: str, new_id: Callable[[], str] = lambda: uuid.uuid4().hex) -> None:
+
+def write_with_room(path: Path, data: bytes, sync: bool) -> None:
+    """Replaces a small file by one that has its room already, so that a full disk does not keep a worker from being
+    registered, and from making room."""
+    spare = path.with_suffix(".spare")
+    with spare.open("r+b" if spare.exists() else "wb") as file:
+        file.write(data.ljust(ROOM_BYTES))
+        file.truncate(max(len(data), ROOM_BYTES))
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+    spare.replace(path)
+    with contextlib.suppress(OSError):
+        spare.write_bytes(b" " * ROOM_BYTES)
+
+
+class Enrolment:
+    """``new_id``: a random name that nobody else ever draws. ``write``: see `write_with_room`."""
+
+    def __init__(
+        self,
+        path: Path,
+        worker: str,
+        new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+        write: Callable[[Path, bytes, bool], None] | None = None,
+    ) -> None:
+        self._write_file = write or write_with_room
         self._path = path
         self._worker = worker
         self._new_id = new_id
@@ -59,6 +88,14 @@ class Enrolment:
                 f"worker {self._worker} is not registered by any replica yet; try again", reason="WORKER_NOT_REGISTERED"
             )
 
+    def check_epoch(self, epoch: int) -> None:
+        """Raises `Conflict` (reason ``WRONG_EPOCH``) when it is not that of this worker's registration."""
+        if not self.papers.answered or epoch != self.papers.epoch:
+            raise Conflict(
+                f"worker {self._worker} is in epoch {self.papers.epoch}, not {epoch}; register it again",
+                reason="WRONG_EPOCH",
+            )
+
     def close(self, epoch: int, closed_seq: int) -> None:
         """Nothing with that number or a lower one is made here any more.
 
@@ -66,11 +103,7 @@ class Enrolment:
             Conflict: it is meant for another registration (reason ``WRONG_EPOCH``).
             OSError: it can't be written down.
         """
-        if not self.papers.answered or epoch != self.papers.epoch:
-            raise Conflict(
-                f"worker {self._worker} is in epoch {self.papers.epoch}, not {epoch}; register it again",
-                reason="WRONG_EPOCH",
-            )
+        self.check_epoch(epoch)
         papers = rules.close(self.papers, Orders(incarnation=self.papers.incarnation, closed_seq=closed_seq))
         if papers != self.papers:
             self._write(papers)
@@ -79,15 +112,20 @@ class Enrolment:
         """A sandbox is about to be made.
 
         Raises:
-            Unavailable: nothing may be made here yet (reason ``WORKER_NOT_REGISTERED``).
-            LeaseLost: its number is closed: nobody waits for it any more.
+            Unavailable: nothing may be made here yet (reason ``WORKER_NOT_REGISTERED``), or its number is closed
+                (``NUMBER_CLOSED``): nobody waits for it any more.
         """
         self.check()
         if 0 < identity.create_seq <= self.papers.closed_seq:
-            raise LeaseLost(
+            raise Unavailable(
                 f"sandbox {identity.sandbox} (number {identity.create_seq}) comes too late: worker {self._worker} has "
-                f"closed {self.papers.closed_seq}; nobody waits for it any more"
+                f"closed {self.papers.closed_seq}; nobody waits for it any more",
+                reason="NUMBER_CLOSED",
             )
+
+    def is_taken(self, refused: Refused) -> bool:
+        """Whether this process can't have its name, because a worker with another disk has it."""
+        return refused.what is Refusal.NAME_TAKEN and refused.claim == self.papers.claim
 
     def must_wipe(self, refused: Refused) -> bool:
         return rules.must_wipe(self.papers, refused)
@@ -102,9 +140,9 @@ class Enrolment:
         self.papers, self._is_written = rules.begin(Papers(incarnation=self._new_id()), self._new_id()), False
 
     def _write(self, papers: Papers) -> None:
-        new = self._path.with_suffix(".new")
-        new.write_bytes(msgspec.json.encode(papers))
-        new.replace(self._path)
+        # Whose disk it is is not to be lost; what is closed may be.
+        is_news = replace(papers, closed_seq=0) != replace(self.papers, closed_seq=0)
+        self._write_file(self._path, msgspec.json.encode(papers), is_news)
         self.papers, self._is_written = papers, True
 
 

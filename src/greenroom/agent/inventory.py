@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from greenroom.agent.alone import AloneWatch
 from greenroom.agent.enrolment import Enrolment
-from greenroom.agent.fence import Fence, from_os
+from greenroom.agent.fence import Fence
 from greenroom.agent.held import Held
 from greenroom.agent.logs import LogFiles
 from greenroom.agent.residents import Residents, Wake
@@ -60,33 +60,49 @@ class Inventory:
     async def sync(self, call: api.Sync) -> api.Synced:
         try:
             self._enrolment.close(call.epoch, call.closed_seq)
-        except OSError as error:
-            raise from_os(error) from error
+        except OSError as error:  # then nothing more is closed; what is to go goes all the same, and makes room
+            log.error("can't write down what is closed", closed_seq=call.closed_seq, error=str(error))
         if self._warm:
             self._warm.rest(call.drain)
+        disk = digest_of(await self._on_disk())
+        # From here on nothing is awaited: all of it is of one moment.
+        entries = [*self._sandboxes()]
+        self._order({e.handle: e for e in entries}, call.destroy)
+        entries = [self._with_fate(e) for e in entries]
+        _ = self._alone.alone  # whether it has just become so is in the epoch
+        papers, residents = self._enrolment.papers, self._residents.listed()
+        return answer(call, papers, self._worker, entries, residents, self._alone.epoch, disk)
+
+    def made_after(self, seq: int) -> str:
+        """A sandbox here with a higher number; "" for none."""
+        return next((entry.handle for entry in self._sandboxes() if entry.create_seq > seq), "")
+
+    async def list_disk(self, call: api.ListDisk) -> api.Disk:
+        return page_of((self._with_fate(entry) for entry in await self._on_disk()), call.after)
+
+    async def _on_disk(self) -> list[Entry]:
+        """Of the logs none when they can't be listed: then nothing is said of them."""
         try:
             logs = await asyncio.to_thread(self._logs.uids)
-        except OSError as error:  # then this says nothing of what is missing
-            log.error("can't list what is here", error=str(error))
-            logs = None
-        # From here on nothing is awaited: all of it is of one moment.
-        here = [*self._sandboxes()]
-        others = [of_snapshot(snapshot_id, Local.LIVE) for snapshot_id in self._held.ids()]
-        others += [of_log(uid, Local.LIVE) for uid in logs or ()]
-        entries = [replace(e, state=Local.DYING) if e.handle in self._sweeper else e for e in (*here, *others)]
-        self._order({e.handle: e for e in entries}, call.destroy)
-        _ = self._alone.alone  # whether it has just become so is in the epoch
-        listed = None if logs is None else entries
-        residents = self._residents.listed()
-        return answer(call, self._enrolment.papers, self._worker, listed, residents, self._alone.epoch)
+        except OSError as error:
+            log.error("can't list logs", error=str(error))
+            logs = []
+        held = [of_snapshot(snapshot_id, Local.LIVE) for snapshot_id in self._held.ids()]
+        return held + [of_log(uid, Local.LIVE) for uid in logs]
 
-    def _order(self, here: Mapping[str, Entry], handles: Iterable[str]) -> None:
-        """Some of what is here is to go."""
-        doomed = [here[handle] for handle in handles if handle in here]
+    def _with_fate(self, entry: Entry) -> Entry:
+        return replace(entry, state=Local.DYING) if entry.handle in self._sweeper else entry
+
+    def _order(self, sandboxes: Mapping[str, Entry], handles: Iterable[str]) -> None:
+        """Some of what is here is to go; what is not is gone already."""
+        handles = {*handles}
         for wake in self._wakes.values():
             if wake.identity.handle in handles:
                 wake.unwanted = True
                 wake.end()
+        doomed = [sandboxes[handle] for handle in handles & sandboxes.keys()]
+        doomed += [of_snapshot(handle, Local.LIVE) for handle in handles & self._held.ids()]
+        doomed += [of_log(uid, Local.LIVE) for h in handles if (uid := uid_of_log(h)) != h and self._logs.has(uid)]
         self._sweeper.order(doomed)
 
     def _sandboxes(self) -> Iterator[Entry]:
@@ -150,22 +166,29 @@ def of_snapshot(snapshot_id: str, state: Local) -> Entry:
     return Entry(handle=snapshot_id, create_seq=0, state=state, kind=Kind.SNAPSHOT)
 
 
+def digest_of(entries: Iterable[Entry]) -> str:
+    return hashlib.sha256("\n".join(sorted(entry.handle for entry in entries)).encode()).hexdigest()
+
+
+def page_of(entries: Iterable[Entry], after: str) -> api.Disk:
+    later = sorted((entry for entry in entries if entry.handle > after), key=lambda entry: entry.handle)
+    return api.Disk(entries=tuple(later[: api.MAX_DISK_PAGE]), more=len(later) > api.MAX_DISK_PAGE)
+
+
 def answer(
     call: api.Sync,
     papers: Papers,
     worker: str,
-    entries: Iterable[Entry] | None,
+    entries: Iterable[Entry],
     residents: tuple[api.Resident, ...],
     alone_epoch: int,
+    disk: str,
 ) -> api.Synced:
-    """``papers``: after `Sync.closed_seq` was adopted; ``entries``, ``residents``: listed in one moment after that;
-    ``entries`` is None when they could not all be listed."""
-    listed = None if entries is None else sorted(entries, key=lambda entry: entry.handle)
-    report = rules.report(papers, worker, listed)
-    if listed is None:
-        return api.Synced(report=report, digest="", alone_epoch=alone_epoch, residents=residents)
+    """``papers``: after `Sync.closed_seq` was adopted; ``entries`` (of all sandboxes), ``residents``: listed in one
+    moment after that."""
+    report = rules.report(papers, worker, sorted(entries, key=lambda entry: entry.handle))
     digest = hashlib.sha256(msgspec.json.encode([report.inventory, residents])).hexdigest()
     if digest == call.known:
         report = replace(report, inventory=())
-        return api.Synced(report=report, digest=digest, same=True, alone_epoch=alone_epoch)
-    return api.Synced(report=report, digest=digest, alone_epoch=alone_epoch, residents=residents)
+        return api.Synced(report=report, digest=digest, same=True, disk=disk, alone_epoch=alone_epoch)
+    return api.Synced(report=report, digest=digest, disk=disk, alone_epoch=alone_epoch, residents=residents)

@@ -117,6 +117,9 @@ class LogFiles:
         """Of the actors that have logs here."""
         return [path.name for path in self._root.iterdir()]
 
+    def has(self, actor_uid: str) -> bool:
+        return bool(actor_uid) and "/" not in actor_uid and (self._root / actor_uid).is_dir()
+
     async def forget(self, actor_uid: str) -> None:
         """Removes the logs of an actor that is deleted. Idempotent."""
         self.detach(actor_uid)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 
-from greenroom.core.gc.records import Refused, Register, Registered, Report
+from greenroom.core.gc.records import Entry, Refused, Register, Registered, Report
 from greenroom.core.records import (
     Endpoint,
     Evicted,
@@ -23,6 +23,8 @@ from greenroom.core.records import (
     TemplateSpec,
 )
 
+#: Entries of one answer to `ListDisk`: some 500 KB.
+MAX_DISK_PAGE = 5_000
 #: What the phase of a wake begins with while its image is prepared: it waits for that.
 WAITS_FOR_IMAGE = "prepare/"
 
@@ -93,6 +95,13 @@ class Sync(Call, frozen=True, kw_only=True):
     destroy: tuple[str, ...] = ()
     drain: bool = False
     known: str = ""
+
+
+class ListDisk(Call, frozen=True, kw_only=True):
+    """What is on the worker's disk beside sandboxes: snapshots that it holds and logs, in the order of their handles,
+    at most `MAX_DISK_PAGE` of those after ``after``. -> `Disk`"""
+
+    after: str = ""
 
 
 class Prepare(Call, frozen=True, kw_only=True):
@@ -285,10 +294,18 @@ class Stats(Call, frozen=True, kw_only=True):
 class Shutdown(Call, frozen=True, kw_only=True):
     """The agent destroys its pooled sandboxes and network and ends. With ``wipe`` also every resident actor. With
     ``erase`` its state disk too: when it answers, what runs there has ended and its papers are gone, so whatever comes
-    back with that disk is a worker that nobody knows; the rest of the disk goes while it ends. -> `Done`"""
+    back with that disk is a worker that nobody knows; the rest of the disk goes while it ends. -> `Done`
+
+    ``epoch``, ``closed_seq``: with ``erase``, as in `Sync`: nothing of a higher number is to be erased.
+
+    Raises, with ``erase``: `Conflict` (reason ``WRONG_EPOCH``) as `Sync`; `FailedPrecondition` (reason
+    ``WORKER_IN_USE``) when something was made here since that was decided.
+    """
 
     wipe: bool = False
     erase: bool = False
+    epoch: int = -1
+    closed_seq: int = -1
 
 
 # --- answers ----------------------------------------------------------------------------------------------
@@ -348,12 +365,21 @@ class Residents(Record, frozen=True, kw_only=True):
     residents: tuple[Resident, ...] = ()
 
 
+class Disk(Record, frozen=True, kw_only=True):
+    """``more``: there are more after the last of them."""
+
+    entries: tuple[Entry, ...] = ()
+    more: bool = False
+
+
 class Synced(Record, frozen=True, kw_only=True):
-    """``digest``: of ``report.inventory`` and ``residents``, which are left out (``same``) when it is what the sender
-    knew. ``alone_epoch``: as `Residents.epoch`."""
+    """``digest``: of ``report.inventory`` (sandboxes) and ``residents``, which are left out (``same``) when it is what
+    the sender knew. ``disk``: a digest of the names of everything that `ListDisk` lists; "" when that can't be listed.
+    ``alone_epoch``: as `Residents.epoch`."""
 
     report: Report
     digest: str
+    disk: str = ""
     same: bool = False
     alone_epoch: int = 0
     residents: tuple[Resident, ...] = ()
@@ -455,6 +481,7 @@ AgentCall = (
     Present
     | Enrol
     | Sync
+    | ListDisk
     | Prepare
     | StopPrepare
     | ListImages
@@ -490,6 +517,7 @@ ANSWERS: dict[str, type[Record]] = {
     "Present": Register,
     "Enrol": Done,
     "Sync": Synced,
+    "ListDisk": Disk,
     "Prepare": Prepared,
     "StopPrepare": Done,
     "ListImages": ImageCache,

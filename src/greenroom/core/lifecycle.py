@@ -261,7 +261,7 @@ def _begin(view: View, c: BeginResume | BeginSuspend | BeginPause | BeginDelete)
         prefer = c.prefer or (actor.last_worker,)
         chosen, rejected = placement.choose(view.workers, demand(view, actor, source, c, prefer), c.now)
         worker = chosen.name
-        actor = replace(actor, sandbox=c.operation_id, sandbox_seq=chosen.version)
+        actor = replace(actor, sandbox=c.operation_id, sandbox_seq=chosen.seq)
         slots, snapshot = ((worker, 1),), source.id if source else ""
     elif isinstance(c, BeginSuspend):
         snapshot = c.snapshot_id
@@ -668,7 +668,7 @@ def _move(
     chosen, _ = placement.choose(workers, demand(view, actor, source, c), c.now)
     if chosen.name == actor.worker:  # it stays; its number is kept open since the first attempt there
         return chosen.name, actor.sandbox_seq, ()
-    return chosen.name, chosen.version, ((actor.worker, -1), (chosen.name, 1))
+    return chosen.name, chosen.seq, ((actor.worker, -1), (chosen.name, 1))
 
 
 def _fall_back(view: View, c: FallBack) -> Change:

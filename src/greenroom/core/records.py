@@ -308,7 +308,13 @@ class Worker(Record, frozen=True, kw_only=True):
     claim: str = ""
     epoch: int = 0
     distrust: str = ""
+    seq_base: int = 0
     version: int = 0
+
+    @property
+    def seq(self) -> int:
+        """The number of what is placed there by this record (`greenroom.core.gc`)."""
+        return self.seq_base + self.version
 
     @property
     def pk(self) -> str:

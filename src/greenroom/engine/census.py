@@ -85,8 +85,8 @@ class Census:
         self._abandoning: dict[str, asyncio.Task[None]] = {}
         #: ``last_seen`` of each worker, and when (loop time) this value was seen first, looking without a gap.
         self._seen: dict[str, tuple[float, float]] = {}
-        #: Of each worker's record at the last look: when the worker was first registered, and the version.
-        self._versions: dict[str, tuple[float, int]] = {}
+        #: Of each worker's record at the last look: when the worker was first registered, and the number.
+        self._numbers: dict[str, tuple[float, int]] = {}
         self._looked_at = 0.0
         #: Set, and replaced by a new one, with every look.
         self._looked = asyncio.Event()
@@ -370,13 +370,14 @@ class Census:
         """A record that is older than it was at the last look: the whole database must be. Workers find that by their
         numbers too, if they are asked before new ones have reached the old."""
         for worker in workers:
-            since, version = self._versions.get(worker.name, (worker.registered_at, 0))
-            if since == worker.registered_at and worker.version < version:
-                why = f"the record of worker {worker.name} has version {worker.version}, and had {version} before"
+            since, seq = self._numbers.get(worker.name, (worker.registered_at, 0))
+            if since == worker.registered_at and worker.seq < seq:
+                why = f"the record of worker {worker.name} is at number {worker.seq}, and was at {seq} before"
                 for each in workers:
-                    await self._engine.members.distrust(each.name, why, control.alarm(each.name, why))
-                break
-        self._versions = {w.name: (w.registered_at, w.version) for w in workers}
+                    _, seen = self._numbers.get(each.name, (0.0, 0))
+                    await self._engine.members.distrust(each.name, why, control.alarm(each.name, why), seen)
+                return  # the next look is at what was written now
+        self._numbers = {w.name: (w.registered_at, w.seq) for w in workers}
 
     def _observe(self, worker: Worker, got: float) -> None:
         """``got``: after the record was read, so that what is seen first is never counted as older than it is."""

@@ -96,7 +96,8 @@ class Decommission:
             record = await self._store.get(Worker, name)
             if record.cordon != RETIRING or record.distrust:
                 return  # somebody has undone it, or has to look first
-            await self._engine.members.ask(name, api.Shutdown(wipe=True, erase=True))
+            call = api.Shutdown(wipe=True, erase=True, epoch=record.epoch, closed_seq=record.seq - 1)
+            await self._engine.members.ask(name, call)
             if await self._remove(record):
                 self._engine.removals.add("worker", name, DATABASE, "it has retired, and erased its disk")
         except NotFound:

@@ -16,14 +16,13 @@ and then the actors are read, was placed at v or later.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
 
 from greenroom.core import agentapi as api
-from greenroom.core.errors import Conflict, Unavailable
+from greenroom.core.errors import Conflict, InvalidArgument, Unavailable
 from greenroom.core.gc import control, verdict
 from greenroom.core.gc import records as gc
 from greenroom.core.records import (
@@ -46,6 +45,8 @@ if TYPE_CHECKING:
 LOOK_EVERY = 10
 
 
+#: Handles that one question orders to be destroyed of what is on a disk; the next takes more.
+MAX_ORDERS = 5_000
 #: Logs of deleted actors that are remembered for a worker until it is asked.
 MAX_DELETED = 10_000
 #: What people call what a worker has.
@@ -57,14 +58,20 @@ GOING = (SnapshotState.CONDEMNED, SnapshotState.CORRUPT)
 class There(NamedTuple):
     """Attributes:
     actors: that are bound to the worker by the records; read before it was asked.
+    entries: of all its sandboxes.
+    disk: a digest of the names of what is on its disk beside these.
     residents: by the handle of their sandbox.
+    handles: of the sandboxes of the actors, by uid.
     missing: handles of sandboxes that are not there and can't come any more.
     trusted: whether the records may be acted on.
     destroy: handles that nobody has a record of, to be sent with the next question.
     """
 
     actors: Sequence[Actor]
+    entries: Sequence[gc.Entry]
+    disk: str
     residents: dict[str, api.Resident]
+    handles: dict[str, str]
     alone_epoch: int
     missing: frozenset[str]
     trusted: bool
@@ -83,6 +90,8 @@ class Inventories:
         self.said: dict[str, api.Synced] = {}
         #: By worker: the digest of what was on its disk when that was last compared, and how often it was not since.
         self._compared: dict[str, tuple[str, int]] = {}
+        #: By worker: what was found to be nobody's on its disk when that was looked at.
+        self._nobodys: dict[str, dict[str, gc.Entry]] = {}
         #: By worker: logs of actors that were deleted since it was asked last.
         self._deleted: dict[str, set[str]] = {}
         #: By worker: what it was told to destroy and has not said yet to be gone, by handle.
@@ -97,38 +106,63 @@ class Inventories:
         record = await self._registered(worker)
         deleted = tuple(sorted(self._deleted.get(worker, ())))
         actors = await self._engine.census.all(Actor, worker=worker)
-        rows = {row.handle: row for row in map(_of_actor, actors)}
-        said = await self._sync(worker, record, rows.values(), () if record.distrust else (*orders, *deleted))
+        rows = [_of_actor(actor) for actor in actors]
+        said = await self._sync(worker, record, rows, () if record.distrust else (*orders, *deleted))
         self._deleted.get(worker, set()).difference_update(deleted)
-        owners = await self._owners_of([e for e in said.report.inventory or () if e.handle not in rows])
-        rows |= {row.handle: row for row in map(_of_actor, owners.values()) if row.worker == worker}
-        report, on_disk = await self._with_disk(worker, said)
+        entries = said.report.inventory or ()
+        known = {row.handle for row in rows}
+        owners = await self._owners_of([e for e in entries if e.handle not in known])
+        bound = {a.uid: a for a in (*actors, *owners.values()) if a.worker == worker}
+        handles = {uid: _handle_among(entries, actor) for uid, actor in bound.items()}
+        rows = [replace(_of_actor(actor), handle=handles[uid]) for uid, actor in bound.items()]
         record = await self._registered(worker)  # only now comparable with what the worker knows
         generations = {pk: actor.generation for pk, actor in owners.items()}
-        decision = control.sync(member_of(record), [*rows.values(), *on_disk], report, generations=generations)
-        if decision.alarm:
-            await self._engine.members.distrust(worker, decision.member.quarantined, decision.alarm)
+        decision = control.sync(member_of(record), rows, said.report, generations=generations)
+        if decision.alarm or decision.member.seq > record.seq:
+            why = decision.member.quarantined
+            await self._engine.members.distrust(worker, why, control.alarm(worker, why), decision.member.seq)
         if not isinstance(decision.answer, gc.Orders):
             raise Unavailable(f"worker {worker} has registered anew meanwhile", reason="WORKER_NOT_REGISTERED")
-        self._note_gone(worker, said.report)
+        self._note_gone(worker, entries, lambda kind: kind is gc.Kind.SANDBOX)
         return There(
             actors=actors,
+            entries=entries,
+            disk=said.disk,
             residents={resident.sandbox or resident.actor_uid: resident for resident in said.residents},
+            handles=handles,
             alone_epoch=said.alone_epoch,
             missing=frozenset(row.handle for row in decision.removed),
             trusted=not decision.member.quarantined,
             destroy=decision.answer.destroy,
         )
 
+    async def look(self, worker: str, disk: str) -> tuple[str, ...]:
+        """What nobody has a record of on the worker's disk: handles to be ordered with the next question. Nothing when
+        it need not be looked at: its names (``disk``: `There.disk`) are the same as before, and the records mostly too.
+
+        Raises:
+            Unavailable: it does not answer.
+        """
+        before, times = self._compared.get(worker, ("", 0))
+        if disk == before and times < LOOK_EVERY and not self.is_sweeping(worker):
+            self._compared[worker] = disk, times + 1
+            return ()
+        entries, nobodys, all_of_it = await self._on_disk(worker)
+        self._compared[worker] = (disk if all_of_it else ""), 0
+        self._nobodys[worker] = {entry.handle: entry for entry in nobodys}
+        if all_of_it:
+            self._note_gone(worker, entries, lambda kind: kind is not gc.Kind.SANDBOX)
+        return tuple(self._nobodys[worker])
+
     async def listed(self, worker: str) -> list[verdict.There]:
         """Its sandboxes, and the snapshots that it holds; nothing comes of this question. Raises as `ask`."""
-        await self.ask(worker)
-        entries = self.said[worker].report.inventory or ()
+        there = await self.ask(worker)
+        entries, _, _ = await self._on_disk(worker)
         return [
             verdict.There(
                 worker=worker, kind=KINDS[e.kind], id=e.handle, owner=gc.uid_of_log(e.parent) if e.parent else e.handle
             )
-            for e in entries
+            for e in (*there.entries, *entries)
             if e.kind is not gc.Kind.LOG and e.state is not gc.Local.DYING
         ]
 
@@ -148,13 +182,11 @@ class Inventories:
         """Whether it was told to destroy something and has not said yet that it is gone."""
         return bool(self._ordered.get(worker))
 
-    def _note_gone(self, worker: str, report: gc.Report) -> None:
-        """Of what was ordered to be destroyed, what is."""
-        if report.inventory is None:
-            return
-        there = {entry.handle: entry for entry in report.inventory}
-        ordered = self._ordered.setdefault(worker, {})
-        for handle in [*ordered.keys() - there.keys()]:
+    def _note_gone(self, worker: str, entries: Iterable[gc.Entry], of: Callable[[gc.Kind], bool]) -> None:
+        """Of what was ordered to be destroyed, what is. ``entries``: everything that is there of the kinds ``of``."""
+        there = {entry.handle for entry in entries}
+        ordered = self._ordered.get(worker, {})
+        for handle in [h for h, entry in ordered.items() if of(entry.kind) and h not in there]:
             entry = ordered.pop(handle)
             whose = f" of actor {entry.owner}" if entry.owner else ""
             why = f"no record speaks of this {entry.kind}{whose}"
@@ -162,6 +194,7 @@ class Inventories:
 
     def forget(self, worker: str) -> None:
         """It has gone."""
+        self._nobodys.pop(worker, None)
         self._deleted.pop(worker, None)
         self._ordered.pop(worker, None)
         self.said.pop(worker, None)
@@ -179,7 +212,7 @@ class Inventories:
     ) -> api.Synced:
         last = self.said.get(worker)
         if orders and last is not None:
-            entries = {entry.handle: entry for entry in last.report.inventory or ()}
+            entries = {entry.handle: entry for entry in last.report.inventory or ()} | self._nobodys.get(worker, {})
             self._ordered.setdefault(worker, {}).update((h, entries[h]) for h in orders if h in entries)
         call = api.Sync(
             epoch=record.epoch,
@@ -196,7 +229,8 @@ class Inventories:
             raise
         assert isinstance(said, api.Synced)
         if said.same:
-            assert last is not None
+            if last is None or last.digest != said.digest:
+                raise InvalidArgument(f"worker {worker} says the same as nothing", reason="INVENTORY_INVALID")
             said = replace(said, report=replace(said.report, inventory=last.report.inventory), residents=last.residents)
         self.said[worker] = said
         return said
@@ -208,21 +242,23 @@ class Inventories:
         uids = {e.owner: gc.uid_of_log(e.parent) for e in new}
         return {actor.pk: actor for actor in found if actor.uid == uids[actor.pk]}
 
-    async def _with_disk(self, worker: str, said: api.Synced) -> tuple[gc.Report, list[gc.Resource]]:
-        """The report as far as it is to be looked at now, and the rows of what is on the worker's disk."""
-        report = said.report
-        if report.inventory is None:
-            return report, []
-        kept = [e for e in report.inventory if e.kind is not gc.Kind.SANDBOX]
-        digest = hashlib.sha256("\n".join(e.handle for e in kept).encode()).hexdigest()
-        before, times = self._compared.get(worker, ("", 0))
-        if digest == before and times < LOOK_EVERY:
-            self._compared[worker] = digest, times + 1
-            return replace(report, inventory=tuple(e for e in report.inventory if e.kind is gc.Kind.SANDBOX)), []
-        rows = await self._of_snapshots(worker, [e.handle for e in kept if e.kind is gc.Kind.SNAPSHOT])
-        rows += await self._of_logs(worker, [e.handle for e in kept if e.kind is gc.Kind.LOG])
-        self._compared[worker] = digest, 0
-        return report, rows
+    async def _on_disk(self, worker: str) -> tuple[list[gc.Entry], list[gc.Entry], bool]:
+        """What is on a worker's disk, what of it is nobody's and not ordered yet, and whether that is all."""
+        found: list[gc.Entry] = []
+        nobodys: list[gc.Entry] = []
+        after, more = "", True
+        while more and len(nobodys) < MAX_ORDERS:
+            page = await self._engine.members.ask(worker, api.ListDisk(after=after))
+            assert isinstance(page, api.Disk)
+            rows = await self._of_snapshots(worker, [e.handle for e in page.entries if e.kind is gc.Kind.SNAPSHOT])
+            rows += await self._of_logs(worker, [e.handle for e in page.entries if e.kind is gc.Kind.LOG])
+            wanted = {row.handle for row in rows if row.state is not gc.ResourceState.DESTROYING}
+            nobodys += [e for e in page.entries if e.handle not in wanted and e.state is not gc.Local.DYING]
+            found += page.entries
+            last = max((entry.handle for entry in page.entries), default="")
+            more = page.more and last > after
+            after = last
+        return found, nobodys, not more
 
     async def _of_snapshots(self, worker: str, handles: Sequence[str]) -> list[gc.Resource]:
         if not handles:
@@ -264,17 +300,21 @@ class Inventories:
         return found
 
 
+def _handle_among(entries: Iterable[gc.Entry], actor: Actor) -> str:
+    """Of the sandbox that an actor is bound to. One that was written by a version that knew no handles is the one that
+    is there."""
+    if actor.sandbox:
+        return actor.sandbox
+    its = (e.handle for e in entries if e.parent == gc.log_handle(actor.uid))
+    return next(its, actor.uid)
+
+
 def _of_actor(actor: Actor) -> gc.Resource:
     creating = actor.state is ActorState.RESUMING
     return gc.Resource(
-        handle=handle_of(actor),
+        handle=actor.sandbox or actor.uid,
         worker=actor.worker,
         create_seq=actor.sandbox_seq,
         state=gc.ResourceState.CREATING if creating else gc.ResourceState.LIVE,
         operation=actor.operation,
     )
-
-
-def handle_of(actor: Actor) -> str:
-    """Of the sandbox that an actor is bound to; as `greenroom.core.agentapi.Identity.handle`."""
-    return actor.sandbox or actor.uid

@@ -103,10 +103,16 @@ class Members:
         self._enrolled.pop(worker, None)
         self._engine.census.welcome_again(worker)
 
-    async def distrust(self, worker: str, why: str, alarm: str) -> None:
-        """Nothing is destroyed or given up there from now on, until somebody has looked."""
+    async def distrust(self, worker: str, why: str, alarm: str, seen: int) -> None:
+        """Nothing is destroyed or given up there from now on, until somebody has looked. ``seen``: the highest number
+        that was ever given out, as far as is known; what is placed there gets higher ones, or it would be refused."""
         log.error("a worker's records are not trusted", worker=worker, why=alarm)
-        await self.change(worker, lambda record: replace(record, distrust=record.distrust or why, message=alarm))
+
+        def change(record: Worker) -> Worker:
+            base = max(record.seq_base, seen - record.version)
+            return replace(record, distrust=record.distrust or why, message=alarm, seq_base=base)
+
+        await self.change(worker, change)
 
     async def find(self, worker: str) -> Worker | None:
         try:
@@ -173,7 +179,7 @@ def member_of(worker: Worker) -> gc.Member:
         incarnation=worker.incarnation,
         claim=worker.claim,
         epoch=worker.epoch,
-        seq=worker.version,
+        seq=worker.seq,
         shared=True,
         standing=standing or gc.Standing.DRAINING,
         quarantined=worker.distrust,
@@ -200,6 +206,7 @@ def _enrolled(known: Worker | None, hello: api.Hello, member: gc.Member, now: fl
         "claim": member.claim,
         "epoch": member.epoch,
         "distrust": member.quarantined,
+        "seq_base": max(known.seq_base, member.seq - known.version) if known is not None else member.seq,
     }
     if known is None:
         return Worker(name=hello.worker, registered_at=now, last_seen=now, **said)

@@ -23,12 +23,16 @@ from greenroom.core.records import Actor, ActorState, Key, Template
 from greenroom.core.states import BUSY
 from greenroom.engine import clock
 from greenroom.engine.bindings import Binding
-from greenroom.engine.inventories import There, handle_of
+from greenroom.engine.inventories import There
 
 if TYPE_CHECKING:
     from greenroom.engine.engine import Engine
 
 log = structlog.get_logger(__name__)
+
+
+#: Questions in a row to a worker that has more and more to destroy; what is left is for the next time.
+MAX_ROUNDS = 10
 
 
 class Reconciler:
@@ -93,19 +97,22 @@ class Reconciler:
     async def _settle(self, worker: str) -> list[str]:
         """Looks again until the worker knows of everything that is to go there."""
         orders: tuple[str, ...] = ()
-        while True:
+        for _ in range(MAX_ROUNDS):
             there = await self._engine.inventories.ask(worker, orders)
             await self._act(worker, there)
             orders = there.destroy
+            if there.trusted:
+                orders += await self._engine.inventories.look(worker, there.disk)
             if not orders:
-                return [actor.operation for actor in there.actors if actor.state in BUSY and actor.operation]
+                break
             log.info("orders what nobody has a record of to be destroyed", worker=worker, handles=orders[:10])
+        return [actor.operation for actor in there.actors if actor.state in BUSY and actor.operation]
 
     async def _act(self, worker: str, there: There) -> None:
         for actor in there.actors:
             if actor.state in BUSY:
                 continue  # its operation asks the worker itself
-            handle = handle_of(actor)
+            handle = there.handles.get(actor.uid, actor.uid)
             resident = there.residents.get(handle)
             if resident is not None and resident.endpoint is not None:
                 await self._one(str(actor.key), self._reunite(actor, resident, there.alone_epoch))

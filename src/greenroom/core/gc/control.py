@@ -73,6 +73,9 @@ def register(member: Member | None, rows: Sequence[Resource], said: Register, *,
     same = said.incarnation == member.incarnation
     if same and member.standing is Standing.GONE:
         return _refuse(member, said, Refusal.WIPE)
+    taken = heard and not same and member.standing is not Standing.GONE
+    if taken and said.epoch > member.epoch:
+        return _refuse(member, said, Refusal.NAME_TAKEN)  # a foreign disk; the present worker loses nothing to it
     if said.epoch > member.epoch or (same and max(said.highest_seq, said.closed_seq) > member.seq):
         return _took_back(member, said)
     if same and said.claim == member.claim:  # the first answer was lost, or it is asked once more
@@ -81,7 +84,7 @@ def register(member: Member | None, rows: Sequence[Resource], said: Register, *,
         return _accept(replace(member, claim=said.claim, epoch=member.epoch + 1), rows)
     if said.epoch > 0 or same:
         return _refuse(member, said, Refusal.WIPE)
-    if heard and member.standing is not Standing.GONE:
+    if taken:
         return _refuse(member, said, Refusal.NAME_TAKEN)
     if said.replaces != member.epoch:
         return _refuse(member, said, Refusal.REGISTER)

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from greenroom.agent.alone import AloneWatch
 from greenroom.agent.enrolment import Enrolment
 from greenroom.agent.fence import Fence
-from greenroom.agent.inventory import answer, of_sandbox, of_snapshot
+from greenroom.agent.inventory import answer, digest_of, of_sandbox, of_snapshot, page_of
 from greenroom.agent.journal import Journal
 from greenroom.agent.residents import Wake
 from greenroom.agent.sweeper import Sweeper
@@ -82,7 +82,8 @@ class Calls:
 
     def begin(self) -> None:
         """To be called in the agent's process, before anything else."""
-        self.enrolment = Enrolment(cast(Path, self.machine.papers), self.worker, self._new_id)
+        papers = cast(Path, self.machine.papers)
+        self.enrolment = Enrolment(papers, self.worker, self._new_id, _write)
         file, loop = cast(Path, self.machine.welcome), self.network.loop
         self.alone = AloneWatch(file, self._stale, self._stop_stale, boot_time=loop.time)
         for sandbox in self.machine.sandboxes.values():
@@ -157,6 +158,8 @@ class Calls:
                 return api.Done()  # one whose name is taken waits; what it has is an empty disk
             case api.Sync():
                 return self._sync(call)
+            case api.ListDisk():
+                return page_of(self._held(), call.after)
             case api.Start() | api.Restore():
                 epoch = self.alone.now
                 return await self._fence.run(call, lambda _: self._wake(call, epoch), _NOBODY)
@@ -262,15 +265,23 @@ class Calls:
     def _sync(self, call: api.Sync) -> api.Synced:
         """See `greenroom.agent.inventory`."""
         self.enrolment.close(call.epoch, call.closed_seq)
-        here = {e.handle: e for e in (*self._sandboxes(), *(of_snapshot(h, Local.LIVE) for h in self.machine.held))}
-        entries = [replace(e, state=Local.DYING) if e.handle in self.sweeper else e for e in here.values()]
+        here = {e.handle: e for e in self._sandboxes()}
         for wake in self._wakes.values():
             if wake.identity.handle in call.destroy:
                 wake.unwanted = True
                 wake.end()
-        self.sweeper.order([here[handle] for handle in call.destroy if handle in here])
+        held = {entry.handle: entry for entry in self._held()}
+        self.sweeper.order([(here | held)[handle] for handle in call.destroy if handle in here | held])
+        entries = [self._with_fate(e) for e in here.values()]
         _ = self.alone.alone  # whether it has just become so is in the epoch
-        return answer(call, self.enrolment.papers, self.worker, entries, self.residents(), self.alone.epoch)
+        disk = digest_of(self._held())
+        return answer(call, self.enrolment.papers, self.worker, entries, self.residents(), self.alone.epoch, disk)
+
+    def _held(self) -> list[Entry]:
+        return [self._with_fate(of_snapshot(snapshot_id, Local.LIVE)) for snapshot_id in self.machine.held]
+
+    def _with_fate(self, entry: Entry) -> Entry:
+        return replace(entry, state=Local.DYING) if entry.handle in self.sweeper else entry
 
     def _sandboxes(self) -> Iterator[Entry]:
         for wake in self._wakes.values():
@@ -445,3 +456,7 @@ class Calls:
             return api.Published(snapshot=await self.bucket.publish(*held), phases=phases)
         except Conflict as other:
             raise DataLoss(other.message, reason="SNAPSHOT_CORRUPT") from other
+
+
+def _write(file: Path, data: bytes, sync: bool) -> None:
+    file.write_bytes(data)

@@ -951,6 +951,7 @@ class Worker(_message.Message):
     CLAIM_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     DISTRUST_FIELD_NUMBER: _builtins.int
+    SEQ_BASE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     pool: _builtins.str
     backend: _builtins.str
@@ -983,6 +984,8 @@ class Worker(_message.Message):
     """grows with every registration"""
     distrust: _builtins.str
     """why what is recorded of it is not acted on until somebody has looked; "": it is"""
+    seq_base: _builtins.int
+    """what its version lacks to numbers that the worker has seen"""
     @_builtins.property
     def registered_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -1024,10 +1027,11 @@ class Worker(_message.Message):
         claim: _builtins.str = ...,
         epoch: _builtins.int = ...,
         distrust: _builtins.str = ...,
+        seq_base: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_memory_snapshots", b"_memory_snapshots", "last_seen", b"last_seen", "memory_snapshots", b"memory_snapshots", "quarantined_until", b"quarantined_until", "registered_at", b"registered_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_snapshots", b"_memory_snapshots", "backend", b"backend", "boot_id", b"boot_id", "capacity", b"capacity", "claim", b"claim", "cordon", b"cordon", "distrust", b"distrust", "epoch", b"epoch", "failures", b"failures", "fingerprint", b"fingerprint", "image_bytes", b"image_bytes", "image_over_bytes", b"image_over_bytes", "images", b"images", "incarnation", b"incarnation", "labels", b"labels", "last_seen", b"last_seen", "memory_snapshots", b"memory_snapshots", "message", b"message", "name", b"name", "pool", b"pool", "quarantined_until", b"quarantined_until", "registered_at", b"registered_at", "state", b"state", "used", b"used", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_snapshots", b"_memory_snapshots", "backend", b"backend", "boot_id", b"boot_id", "capacity", b"capacity", "claim", b"claim", "cordon", b"cordon", "distrust", b"distrust", "epoch", b"epoch", "failures", b"failures", "fingerprint", b"fingerprint", "image_bytes", b"image_bytes", "image_over_bytes", b"image_over_bytes", "images", b"images", "incarnation", b"incarnation", "labels", b"labels", "last_seen", b"last_seen", "memory_snapshots", b"memory_snapshots", "message", b"message", "name", b"name", "pool", b"pool", "quarantined_until", b"quarantined_until", "registered_at", b"registered_at", "seq_base", b"seq_base", "state", b"state", "used", b"used", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__memory_snapshots: _TypeAlias = _typing.Literal["memory_snapshots"]  # noqa: Y015
     _WhichOneofArgType__memory_snapshots: _TypeAlias = _typing.Literal["_memory_snapshots", b"_memory_snapshots"]  # noqa: Y015
