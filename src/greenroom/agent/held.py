@@ -26,6 +26,11 @@ from greenroom.snapshots.store import ObjectSnapshotStore
 log = structlog.get_logger(__name__)
 
 
+def holds_any(root: Path) -> bool:
+    """Whether files of snapshots lie in a `Held` of that root, whole or not."""
+    return any(not path.is_dir() for path in (root / blobs.PREFIX).rglob("*"))
+
+
 @dataclass(slots=True)
 class _Upload:
     """One under way, for all who want it."""
