@@ -72,30 +72,3 @@ async def test_more_logs_than_an_inventory_holds_do_not_make_awake_actors_unreac
 
 
 _ = (SandboxExited, pytest)
-
-
-async def test_a_copy_whose_removal_failed_is_removed_at_the_next_try() -> None:
-    """`Held.release` forgets the copy before it is gone: the next try is answered with success and removes nothing, the
-    control plane removes the record, and the files stay until the agent is started again."""
-    from greenroom.core.errors import Unavailable
-
-    with short_directory() as root:
-        async with Bench(root) as bench:
-            identity = bench.identity(1, "a")
-            from agent_kit import SPEC
-
-            await bench.call(api.Start(**bench.ids("op", 1, "a"), identity=identity, spec=SPEC, image_digest=""))
-            saved = await bench.suspend()
-            assert saved.id in bench.agent._held
-            local = bench.agent._held._local
-            retract = local.retract
-
-            async def fails(*_: str) -> None:
-                raise Unavailable("the disk does not answer")
-
-            local.retract = fails  # type: ignore[method-assign]
-            with pytest.raises(Unavailable):
-                await bench.call(api.Release(snapshot_id=saved.id))
-            local.retract = retract  # type: ignore[method-assign]
-            await bench.call(api.Release(snapshot_id=saved.id))
-            assert not await local.list(), "said to be gone"

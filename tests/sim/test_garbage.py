@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from greenroom.core import agentapi as api
 from greenroom.core.errors import InvalidArgument, NotFound, Unavailable
 from greenroom.core.gc.verdict import Judged, There
 from greenroom.core.records import Durability, Key, Snapshot, SnapshotState
+from greenroom.engine import members
 from greenroom.testing.contracts.store_world import list_all
-from greenroom.testing.world import SimWorld
+from greenroom.testing.world import QUICK, SimWorld
 
 
 @pytest.fixture
@@ -19,6 +23,12 @@ async def world(make_world: Callable[..., Any]) -> AsyncIterator[SimWorld]:
     async with make_world() as world:
         await world.apply()
         yield world
+
+
+async def until(check: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(10):
+        while not await check():
+            await asyncio.sleep(0.002)
 
 
 async def slept(world: SimWorld, name: str, times: int = 1) -> Key:
@@ -181,3 +191,74 @@ async def test_images_only_when_they_are_asked_for(world: SimWorld) -> None:
     assert not (await world.engine.garbage.collect(dry_run=True)).would_go
     report = await world.engine.garbage.collect(dry_run=True, images=True)
     assert {one.kind for one in report.would_go} <= {"image"} and not report.failures
+
+
+async def test_a_worker_that_does_not_let_go_holds_up_nobody_elses_snapshots(
+    make_world: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands still and keeps its connection open."""
+    monkeypatch.setattr(members, "ANSWER_TIMEOUT_S", 0.1)
+    async with make_world(workers=1) as world:
+        await world.apply()
+        await world.apply("local", durability=Durability.LOCAL)
+        call = world.engine.hub.call
+
+        async def hangs(worker: str, what: api.AgentCall, *more: Any) -> Any:
+            if isinstance(what, api.Release):
+                await asyncio.Event().wait()
+            return await call(worker, what, *more)
+
+        world.engine.hub.call = hangs
+        mine = await world.create("mine", "local")
+        for _ in range(4):
+            await world.request(mine)
+            await world.engine.suspend(mine)
+            await until(lambda: no_more(world, SnapshotState.LOCAL))
+        held = await condemned(world)
+        assert len(held) == 2
+        await slept(world, "other", times=4)
+
+        async def only_the_held_ones_are_left() -> bool:
+            return await condemned(world) == held
+
+        await until(only_the_held_ones_are_left)
+        world.engine.hub.call = call
+
+
+async def no_more(world: SimWorld, state: SnapshotState) -> bool:
+    return not [s for s in await list_all(world.store, Snapshot) if s.state is state]
+
+
+async def test_a_copy_that_its_worker_was_not_told_to_let_go_is_found_by_the_next_comparison(
+    make_world: Callable[..., Any],
+) -> None:
+    async with make_world(workers=1, config=replace(QUICK, reconcile_s=3600.0)) as world:
+        await world.apply(durability=Durability.LOCAL)
+        key = await world.create("a")
+        await world.request(key)
+        call, lost = world.engine.hub.call, asyncio.Event()
+
+        async def loses(worker: str, what: api.AgentCall, *more: Any) -> Any:
+            if isinstance(what, api.Release):
+                lost.set()
+                raise Unavailable("the connection broke")
+            answer = await call(worker, what, *more)
+            if isinstance(what, api.Publish):
+                await world.engine.reconciler.compare("w0", anew=True)  # its operation runs, so it belongs to that
+                raise Unavailable("the answer is lost")
+            return answer
+
+        world.engine.hub.call = loses
+        suspended = await world.engine.suspend(key)
+        assert suspended.error is not None
+        await lost.wait()
+        held = world.agents["w0"]._held
+        assert held.ids()
+        for _ in range(2):
+            await world.engine.reconciler.compare("w0", anew=True)
+
+        async def let_go() -> bool:
+            return not held.ids()
+
+        await until(let_go)
+        world.engine.hub.call = call

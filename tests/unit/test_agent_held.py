@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from agent_kit import Bench, Said, short_directory, until
+from agent_kit import SPEC, Bench, Said, short_directory, until
 from msgspec.structs import replace
 from obstore.store import LocalStore
 
@@ -412,3 +412,20 @@ async def test_errors_of_the_disk_are_said(bench: Bench) -> None:
     with pytest.raises(GreenroomError) as failed:
         await upload(bench, held)
     assert failed.value.reason == "WORKER_IO"
+
+
+async def test_a_removal_that_failed_is_not_done_at_the_next_try(bench: Bench) -> None:
+    await bench.call(api.Start(**bench.ids(), identity=bench.identity(), spec=SPEC, image_digest=""))
+    saved = await bench.suspend()
+    local = bench.agent._held._local
+    retract = local.retract
+
+    async def fails(*_: str) -> None:
+        raise Unavailable("the disk does not answer")
+
+    local.retract = fails  # type: ignore[method-assign]
+    with pytest.raises(Unavailable):
+        await bench.call(api.Release(snapshot_id=saved.id))
+    local.retract = retract  # type: ignore[method-assign]
+    await bench.call(api.Release(snapshot_id=saved.id))
+    assert not await local.list()

@@ -26,6 +26,11 @@ from greenroom.snapshots.store import ObjectSnapshotStore
 log = structlog.get_logger(__name__)
 
 
+def holds_any(root: Path) -> bool:
+    """Whether files of snapshots lie in a `Held` of that root, whole or not."""
+    return any(not path.is_dir() for path in (root / blobs.PREFIX).rglob("*"))
+
+
 @dataclass(slots=True)
 class _Upload:
     """One under way, for all who want it."""
@@ -151,8 +156,9 @@ class Held:
     async def release(self, snapshot_id: str) -> None:
         """Removes it; an upload of it is stopped first. Idempotent."""
         await self._stop(snapshot_id)
-        if (uid := self._ids.pop(snapshot_id, None)) is not None:
+        if (uid := self._ids.get(snapshot_id)) is not None:
             await self._local.retract(uid, snapshot_id)
+            self._ids.pop(snapshot_id, None)  # only now: a removal that failed is not done at the next try
 
     async def _stop(self, snapshot_id: str) -> None:
         upload = self._uploads.get(snapshot_id)

@@ -16,13 +16,13 @@ import structlog
 
 from greenroom.agent.enrolment import PAPERS, was_registered
 from greenroom.agent.erase import erase
+from greenroom.agent.held import holds_any
 from greenroom.cli.agent import END_SIGNAL, WIPE_SIGNAL
 from greenroom.core import states
 from greenroom.core.agentapi import Shutdown
 from greenroom.core.errors import GreenroomError
 from greenroom.core.records import Actor, Pool, PoolSpec, Worker, WorkerState
 from greenroom.engine.engine import Engine
-from greenroom.engine.members import RETIRING
 from greenroom.store.port import Event, Store
 
 log = structlog.get_logger(__name__)
@@ -114,12 +114,11 @@ class Supervisor:
 
     async def _retire_leftovers(self) -> None:
         """Workers of an earlier server that no pool asks for any more (``up`` with fewer of them): they are started
-        once more, so that nothing that runs there is left behind. Also one whose retirement was cut short when it had
-        erased its disk: then a fresh one retires in its place."""
+        once more, so that nothing that runs there is left behind. One whose retirement was cut short when it had erased
+        its disk has no directory: the sweep gives it up (`greenroom.engine.decommission`)."""
         workers = await self._engine.store.list(Worker)
         for worker in workers:
-            cut_short = worker.cordon == RETIRING and worker.name.startswith(self._paths.prefix)
-            if not (cut_short or (self._paths.workers / worker.name).is_dir()):
+            if not (self._paths.workers / worker.name).is_dir():
                 continue  # another server's, or an agent's that was started by hand
             if worker.name in self._keepers:
                 continue
@@ -218,14 +217,22 @@ class Supervisor:
         return worker is None or worker.state is WorkerState.GONE
 
     async def _clear(self, name: str) -> None:
-        """What a worker that nobody knows any more leaves here. Not one that was told of something: what a restored
-        database knows nothing of is not discarded."""
+        """What a worker that nobody knows any more leaves here. Not one that was told of something, and none that holds
+        snapshots, whatever became of its papers: what a restored database knows nothing of is not discarded."""
         directory = self._paths.workers / name
         try:
             if await self._engine.members.find(name) is not None:
                 return  # its tombstone
             if was_registered(directory / PAPERS):
                 log.error("a worker that the database does not know has left its disk", path=str(directory))
+                return
+            if await asyncio.to_thread(holds_any, directory / "held"):
+                log.error(
+                    "a worker that the database does not know has left snapshots, perhaps the only copies",
+                    path=str(directory),
+                    todo="if the database was restored to an earlier time, restore a later one; if nothing is missed, "
+                    "remove the directory",
+                )
                 return
             await asyncio.to_thread(erase, directory)
         except (GreenroomError, OSError) as error:

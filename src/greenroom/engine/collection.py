@@ -18,7 +18,7 @@ import structlog
 from greenroom.core import agentapi as api
 from greenroom.core import keeping
 from greenroom.core.commands import Expire, Outcome
-from greenroom.core.errors import GreenroomError, NotFound
+from greenroom.core.errors import GreenroomError, NotFound, Unavailable
 from greenroom.core.gc import blobs, verdict
 from greenroom.core.records import (
     Actor,
@@ -56,6 +56,8 @@ class Collection:
         self._store = engine.store
         self._removals = engine.removals
         self._turns = asyncio.Semaphore(AT_ONCE)
+        #: Workers that have not answered in this round: one that hangs costs a round one wait, not one per snapshot.
+        self._silent: set[str] = set()
         #: By snapshot id, how often it could not be removed, and when (loop time) it is tried again.
         self._failed: dict[str, tuple[int, float]] = {}
         #: What the last pass of the scrub found without an owner.
@@ -85,6 +87,7 @@ class Collection:
 
     async def sweep(self) -> None:
         """Removes every condemned snapshot: its objects, then its row. One that can't be removed holds up nobody."""
+        self._silent.clear()
         condemned = await self._engine.census.all(Snapshot, state=SnapshotState.CONDEMNED)
         known = {s.id for s in condemned}
         self._failed = {i: failed for i, failed in self._failed.items() if i in known}
@@ -126,7 +129,13 @@ class Collection:
             return
         if self._engine.uploads.is_gone(worker):
             return
-        await self._engine.hub.call(snapshot.worker, api.Release(snapshot_id=snapshot.id))
+        if worker.name in self._silent:
+            raise Unavailable(f"worker {worker.name}, which holds a copy, has not let go of another one just now")
+        try:
+            await self._engine.members.ask(worker.name, api.Release(snapshot_id=snapshot.id))
+        except Unavailable:
+            self._silent.add(worker.name)
+            raise
 
     # --- mark ---------------------------------------------------------------------------------------------
 

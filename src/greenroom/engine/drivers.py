@@ -637,13 +637,14 @@ class Drivers:
         return change.operation
 
     async def _unpublish(self, op: Operation) -> None:
-        """What a suspend that was backed out may have left: in the snapshot store, and on its worker's disk."""
+        """What a suspend that was backed out may have left: on its worker's disk, and in the snapshot store."""
+        try:
+            await self._engine.members.ask(op.worker, api.Release(snapshot_id=op.snapshot))
+        except GreenroomError as error:
+            self._engine.inventories.look_closely(op.worker)  # the next comparison finds a copy that is still there
+            log.info("a copy may stay on a worker", worker=op.worker, snapshot=op.snapshot, error=error.message)
         await self._engine.snapshots.retract(op.uid, op.snapshot)
         log.info("snapshot retracted", snapshot=op.snapshot, actor=str(op.key), why="its suspend was backed out")
-        try:
-            await self._engine.hub.call(op.worker, api.Release(snapshot_id=op.snapshot))
-        except GreenroomError as error:
-            log.info("a copy may stay on a worker", worker=op.worker, snapshot=op.snapshot, error=error.message)
 
     async def _template(self, actor: Actor) -> Template | None:
         try:
