@@ -1,4 +1,4 @@
-"""Failing tests of a review: what a worker has is more than one message holds. Run: pytest tests/review_link.py"""
+"""A worker with more on its disk than one message holds."""
 
 from __future__ import annotations
 

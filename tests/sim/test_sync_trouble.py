@@ -1,4 +1,4 @@
-"""Failing tests of a review of the collection across workers. Run: pytest tests/review_gc.py"""
+"""What goes wrong between a control plane and its workers: databases that went back, full disks, strange answers."""
 
 from __future__ import annotations
 
@@ -23,15 +23,8 @@ from greenroom.core.gc.records import Entry, Local, Member, Papers, Refusal, Ref
 from greenroom.core.records import (
     Actor,
     ActorState,
-    Durability,
-    FileDigest,
-    Key,
-    Snapshot,
-    SnapshotScope,
-    SnapshotState,
     Worker,
 )
-from greenroom.snapshots.store import ObjectSnapshotStore
 from greenroom.testing.world import QUICK, SimWorld
 
 
