@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from agent_kit import Bench, short_directory, until
+from link_kit import Replica
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "integration")]
-
-from agent_kit import Bench, short_directory, until  # noqa: E402
-from link_kit import Replica  # noqa: E402
-
-from greenroom.agent.links import Links  # noqa: E402
-from greenroom.core import agentapi as api  # noqa: E402
-from greenroom.core.agentapi import SandboxExited  # noqa: E402
-from greenroom.testing.world import SimWorld  # noqa: E402
+from greenroom.agent.links import Links
+from greenroom.core import agentapi as api
+from greenroom.core.agentapi import SandboxExited
+from greenroom.testing.world import SimWorld
 
 #: Of sleeping actors that have once written a line on this worker: each keeps a directory there (512 MiB of logs, which
 #: is the only bound, are room for some hundred thousand).
