@@ -23,15 +23,8 @@ from greenroom.core.gc.records import Entry, Local, Member, Papers, Refusal, Ref
 from greenroom.core.records import (
     Actor,
     ActorState,
-    Durability,
-    FileDigest,
-    Key,
-    Snapshot,
-    SnapshotScope,
-    SnapshotState,
     Worker,
 )
-from greenroom.snapshots.store import ObjectSnapshotStore
 from greenroom.testing.world import QUICK, SimWorld
 
 

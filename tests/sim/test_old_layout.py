@@ -37,7 +37,9 @@ async def moved_back(world: SimWorld, root: Path) -> list[Snapshot]:
 async def until_only(world: SimWorld, root: Path, old: set[str]) -> None:
     """Until nothing else is left in the old layout."""
     async with asyncio.timeout(10):
-        while {p.snapshot_id for k in RawDirectory(root).listed() if (p := blobs.place_of(k)) and not p.actor_uid} != old:
+        while {
+            p.snapshot_id for k in RawDirectory(root).listed() if (p := blobs.place_of(k)) and not p.actor_uid
+        } != old:
             await asyncio.sleep(0.002)
 
 

@@ -283,9 +283,7 @@ class SnapshotStoreContract:
         assert await read(store, snapshot) == first
         await store.verify(first, await store.fetch(first, tmp_path / "cache"))
 
-    async def test_what_the_version_before_has_put_there(
-        self, store: SnapshotStore, raw: Raw, tmp_path: Path
-    ) -> None:
+    async def test_what_the_version_before_has_put_there(self, store: SnapshotStore, raw: Raw, tmp_path: Path) -> None:
         old, other = old_layout(raw, make_snapshot()), old_layout(raw, make_snapshot())
         assert await store.list() == sorted([(old.actor_uid, old.id), (old.actor_uid, other.id)])
         assert await read(store, old) == old
@@ -295,7 +293,8 @@ class SnapshotStoreContract:
         # The next one stores all of it anew: nothing is shared with the old layout.
         new = await store.publish(make_snapshot(), fetched, base=old.files)
         assert all(file.upload for file in new.files) and not blobs.not_there(new, [old])
-        await store.delete(blobs.doomed(old, [old, other, new]))
+        over = replace(old, state=SnapshotState.CONDEMNED)
+        await store.delete(blobs.doomed(over, [over, other, new]))
         assert raw.listed() == sorted([*blobs.keys_of(other), *blobs.keys_of(new)])
         # What its worker holds in the old layout is brought where its row says.
         again = await store.publish(old, fetched)
