@@ -8,8 +8,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
+from greenroom.core import agentapi as api
 from greenroom.core.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from greenroom.core.records import ActorState, Durability, Key, OnCrash, Snapshot, SnapshotState
 from greenroom.testing.world import QUICK, SimWorld
@@ -171,3 +173,25 @@ async def test_a_crashed_actor_that_boots_begins_anew(make_world: Callable[..., 
         assert (await world.request(key)).count == 1, "as one that was just created"
         assert (await world.actor(key)).previous_snapshot == saved.id
         await world.settle()
+
+
+async def test_a_worker_says_what_it_made_and_not_whose_it_is(world: SimWorld) -> None:
+    victim, mine = await world.create("victim"), await world.create("mine")
+    uid, call = (await world.actor(victim)).uid, world.engine.hub.call
+
+    async def lies(worker: str, what: api.AgentCall, *more: Any) -> Any:
+        answer = await call(worker, what, *more)
+        if isinstance(answer, api.Published):
+            forged = {"actor_uid": uid, "actor": "victim", "tags": ("kept",), "created_at": 1e12, "worker": "w9"}
+            return msgspec.structs.replace(answer, snapshot=msgspec.structs.replace(answer.snapshot, **forged))
+        return answer
+
+    world.engine.hub.call = lies  # type: ignore[method-assign]
+    await world.request(mine)
+    where = (await world.actor(mine)).worker
+    made = await slept(world, mine)
+    world.engine.hub.call = call  # type: ignore[method-assign]
+    assert not await world.store.list(Snapshot, where={"actor_uid": uid})
+    assert (made.actor, made.actor_uid) == ("mine", (await world.actor(mine)).uid)
+    assert (made.tags, made.worker) == ((), where) and made.created_at < 1e11
+    assert (await world.request(mine)).count == 2

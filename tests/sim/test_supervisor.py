@@ -48,6 +48,7 @@ async def test_no_agent_is_started_under_the_name_of_a_worker_that_is_not_its_ow
     """An agent that was started by hand, with its state directory elsewhere, retires while the server restarts. A
     second one with an empty disk would take its name, and it would be told to wipe itself."""
     async with make_world(workers=1) as world:
+        await world.apply()  # it is registered
         await world.kill_agent("w0")  # so that it does not retire before anybody looks
         assert await world.engine.members.cordon("w0", RETIRING)
         supervisor = Supervisor(world.engine, paths, log_level="info")

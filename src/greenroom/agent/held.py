@@ -59,6 +59,7 @@ class Held:
     async def open(self) -> None:
         """Finds what earlier agent processes hold; what one of them was killed over is removed."""
         await self._fetched.clear()
+        await self._local.remove_unfinished()
         self._ids = {snapshot_id: uid for uid, snapshot_id in await self._local.list()}
         await self._remove_unfinished()
 

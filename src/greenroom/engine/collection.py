@@ -118,7 +118,7 @@ class Collection:
         keys = blobs.doomed(snapshot, others)
         await self._engine.snapshots.delete(keys)
         await self._store.remove(snapshot)
-        size_bytes = sum(file.size_bytes for file in snapshot.files if blobs.blob_key(snapshot.actor_uid, file) in keys)
+        size_bytes = sum(file.size_bytes for file in snapshot.files if blobs.file_key(snapshot, file) in keys)
         self._removals.add("snapshot", snapshot.id, verdict.SNAPSHOT_STORE, CONDEMNED, size_bytes=size_bytes)
 
     async def _release(self, snapshot: Snapshot) -> None:

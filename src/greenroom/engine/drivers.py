@@ -332,7 +332,8 @@ class Drivers:
     async def _finish_suspend(
         self, actor: Actor, op: Operation, template: Template | None, snapshot: Snapshot, phases: Phases
     ) -> Operation:
-        snapshot = replace(snapshot, held=snapshot.state is SnapshotState.LOCAL)
+        """``snapshot``: as the worker says it, or what it has put into the snapshot store."""
+        snapshot = _made(_announced(actor, op, template), snapshot, op.worker)
         finished = await self._ops.commit(
             FinishSuspend(
                 key=actor.key,
@@ -675,7 +676,7 @@ def _ids(actor: Actor, op: Operation) -> dict[str, Any]:
     return {"operation_id": op.attempt, "actor_uid": actor.uid, "generation": op.generation}
 
 
-def _announced(actor: Actor, op: Operation, template: Template) -> Snapshot:
+def _announced(actor: Actor, op: Operation, template: Template | None) -> Snapshot:
     """The manifest as far as the control plane knows it; the worker fills in what it made."""
     return Snapshot(
         id=op.snapshot,
@@ -687,10 +688,26 @@ def _announced(actor: Actor, op: Operation, template: Template) -> Snapshot:
         scope=SnapshotScope.MEMORY,
         backend="",
         fingerprint="",
-        image_digest=template.image_digest,
+        image_digest=template.image_digest if template else "",
         hostname="",
         created_at=op.created_at,
         golden=actor.golden,
+    )
+
+
+def _made(announced: Snapshot, said: Snapshot, worker: str) -> Snapshot:
+    """The row of what was made: a worker says what it made, not whose it is."""
+    local = said.state is SnapshotState.LOCAL
+    return replace(
+        announced,
+        files=said.files,
+        scope=said.scope,
+        backend=said.backend,
+        fingerprint=said.fingerprint,
+        hostname=said.hostname,
+        worker=worker,
+        state=SnapshotState.LOCAL if local else SnapshotState.PRESENT,
+        held=local,
     )
 
 

@@ -80,7 +80,8 @@ class SnapshotStore(Protocol):
         """
 
     async def list(self) -> list[tuple[str, str]]:
-        """(actor uid, id) of the published snapshots, sorted."""
+        """(actor uid, id) of the published snapshots, sorted. For one of the layout before (`greenroom.core.gc.blobs`)
+        its manifest is read; when that is damaged, its actor is "unknown"."""
 
     def objects(self) -> AsyncIterator[tuple[str, Sequence[StoredObject]]]:
         """All objects, by actor (uid): what is listed may be gone, and what is there may be missing, if the store lists

@@ -6,7 +6,11 @@ shared)::
     snapshots/<last two of uid>/<actor uid>/<sha256>.<snapshot id>.<attempt>   a file's content
     snapshots/<last two of uid>/<actor uid>/<snapshot id>.json                 greenroom.core.records.Snapshot
 
-All that an actor has lies in one place. One snapshot has one writer (the operation that makes it); within one process
+All that an actor has lies in one place. What the version before has put there is kept as it lies::
+
+    snapshots/<first two of id>/<snapshot id>/<file>, with a manifest.json
+
+One snapshot has one writer (the operation that makes it); within one process
 calls about a snapshot are put in a row.
 """
 
@@ -15,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import itertools
-import re
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -39,8 +42,6 @@ from greenroom.snapshots.threads import all_of, in_thread
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-
 #: A manifest is about 1 KB; what is larger is no manifest.
 MAX_MANIFEST_BYTES = 1 << 20
 
@@ -52,6 +53,9 @@ LIST_PAGE = 1000
 
 #: A snapshot up to this size is verified without threads: 0.2 ms, about what handing it to one costs.
 INLINE_BYTES = 256 << 10
+
+#: Whose a snapshot is that says it no more: its manifest is damaged, and in the layout before its key does not say it.
+UNKNOWN = "unknown"
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -77,12 +81,13 @@ class ObjectSnapshotStore:
     ) -> Snapshot:
         _check_id(snapshot.actor_uid, snapshot.id)
         _check_names(snapshot)
+        key, *_ = blobs.keys_of(snapshot)
         async with self._in_turn(snapshot.id):
             files = {file.name: file.size_bytes for file in snapshot.files}
             if not files:
                 files = await in_thread(lambda stop: _scan(source))
             meter = Meter(sum(files.values()), progress) if progress else None
-            if (published := await self._read(snapshot.actor_uid, snapshot.id)) is not None:
+            if (published := await self._read(snapshot.actor_uid, snapshot.id, key)) is not None:
                 return await self._same_or_conflict(published, source, [*files], meter)
             try:
                 return await self._publish(_Upload(snapshot, base), source, [*files], meter)
@@ -93,7 +98,8 @@ class ObjectSnapshotStore:
 
     async def _publish(self, upload: _Upload, source: Path, names: Sequence[str], meter: Meter | None) -> Snapshot:
         snapshot = upload.snapshot
-        prefix = blobs.directory(snapshot.actor_uid)
+        key, *_ = blobs.keys_of(snapshot)
+        prefix = key.rpartition("/")[0]
         try:
             stored = await all_of(self._put_file(upload, prefix, source / name, meter) for name in names)
             manifest = msgspec.structs.replace(snapshot, files=tuple(stored))
@@ -105,11 +111,10 @@ class ObjectSnapshotStore:
                 await asyncio.shield(in_thread(lambda stop: self._objects.delete([*upload.put])))
             raise
         # From here on it may exist, whatever becomes of this call: nothing of it is deleted any more.
-        key = blobs.manifest_key(snapshot.actor_uid, snapshot.id)
         data = msgspec.json.format(msgspec.json.encode(manifest))
         if await in_thread(lambda stop: self._objects.put_new(key, data, _staged(snapshot.id))):
             return manifest
-        published = await self._read(snapshot.actor_uid, snapshot.id)  # perhaps by this call, which was sent twice
+        published = await self._read(snapshot.actor_uid, snapshot.id, key)  # perhaps by this call, which was sent twice
         if published != manifest:
             raise Conflict(f"snapshot {snapshot.id} was published by somebody else at the same time")
         return manifest
@@ -118,18 +123,21 @@ class ObjectSnapshotStore:
         _check_id(actor_uid, snapshot_id)
 
         def remove(stop: Stop) -> None:
-            listed = ((stored.key, blobs.place_of(stored.key)) for stored in self._objects.list(prefix))
-            keys = [key for key, place in listed if place is not None and place.snapshot_id == snapshot_id]
-            self._objects.delete(sorted(keys, key=lambda key: key != manifest))
+            for prefix in (blobs.directory(actor_uid), blobs.old_directory(snapshot_id)):
+                listed = [(stored.key, blobs.place_of(stored.key)) for stored in self._objects.list(prefix)]
+                its = [(key, place) for key, place in listed if place is not None and place.snapshot_id == snapshot_id]
+                self._objects.delete([key for key, place in sorted(its, key=lambda one: not one[1].is_manifest)])
 
-        prefix, manifest = blobs.directory(actor_uid), blobs.manifest_key(actor_uid, snapshot_id)
         async with self._in_turn(snapshot_id):
             await in_thread(remove)
 
     async def manifest(self, actor_uid: str, snapshot_id: str) -> Snapshot:
         _check_id(actor_uid, snapshot_id)
-        found = await self._read(actor_uid, snapshot_id)
-        if found is None:
+        for key in (blobs.manifest_key(actor_uid, snapshot_id), blobs.old_manifest_key(snapshot_id)):
+            found = await self._read(actor_uid, snapshot_id, key)
+            if found is not None:
+                break
+        else:
             raise NotFound(f"no snapshot {snapshot_id} in {self._objects}", reason="SNAPSHOT_NOT_FOUND")
         return found
 
@@ -167,7 +175,26 @@ class ObjectSnapshotStore:
     async def list(self) -> list[tuple[str, str]]:
         keys = await in_thread(lambda stop: [stored.key for stored in self._objects.list(blobs.PREFIX)])
         places = (blobs.place_of(key) for key in keys)
-        return sorted((p.actor_uid, p.snapshot_id) for p in places if p is not None and p.is_manifest)
+        found = [p for p in places if p is not None and p.is_manifest]
+        return sorted([(p.actor_uid or await self._owner(p.snapshot_id), p.snapshot_id) for p in found])
+
+    async def remove_unfinished(self) -> None:
+        """Removes what has no manifest in the layout before, whose keys say to nobody else whose it is. Only while
+        nobody of that version writes here."""
+        keys = await in_thread(lambda stop: [stored.key for stored in self._objects.list(blobs.PREFIX)])
+        old = {key: place for key in keys if (place := blobs.place_of(key)) is not None and not place.actor_uid}
+        whole = {place.snapshot_id for place in old.values() if place.is_manifest}
+        await self.delete([key for key, place in old.items() if place.snapshot_id not in whole])
+
+    async def _owner(self, snapshot_id: str) -> str:
+        """Uid of the actor of a snapshot in the layout before, whose keys do not say it."""
+        key = blobs.old_manifest_key(snapshot_id)
+        data = await in_thread(lambda stop: self._objects.get(key, MAX_MANIFEST_BYTES))
+        try:
+            uid = msgspec.json.decode(data or b"", type=_Owned).actor_uid
+        except (msgspec.DecodeError, msgspec.ValidationError):
+            return UNKNOWN
+        return uid if blobs.is_uid(uid) else UNKNOWN
 
     async def objects(self) -> AsyncIterator[tuple[str, Sequence[StoredObject]]]:
         now = await in_thread(lambda stop: self._objects.clock())
@@ -176,7 +203,7 @@ class ObjectSnapshotStore:
         while page := await in_thread(lambda stop: [*itertools.islice(listing, LIST_PAGE)]):
             for key, modified_at in page:
                 place = blobs.place_of(key)
-                if place is None:
+                if place is None or not place.actor_uid:
                     continue
                 if place.actor_uid != uid:
                     if found:
@@ -205,16 +232,16 @@ class ObjectSnapshotStore:
             file, is_new = upload.place(source, size_bytes, sha256)
             if not is_new:
                 return ""
-            upload.put.add(blobs.blob_key(upload.snapshot.actor_uid, file))
-            return blobs.blob_name(sha256, file.upload)
+            key = f"{prefix}/{blobs.blob_name(sha256, file.upload) if file.upload else file.name}"
+            upload.put.add(key)
+            return key.rpartition("/")[2]
 
         staged = _staged(upload.snapshot.id)
         await in_thread(lambda stop: self._objects.put_file(prefix, source, staged, name, stop), meter)
         assert file is not None
         return file
 
-    async def _read(self, actor_uid: str, snapshot_id: str) -> Snapshot | None:
-        key = blobs.manifest_key(actor_uid, snapshot_id)
+    async def _read(self, actor_uid: str, snapshot_id: str, key: str) -> Snapshot | None:
         data = await in_thread(lambda stop: self._objects.get(key, MAX_MANIFEST_BYTES))
         if data is None:
             return None
@@ -255,7 +282,7 @@ class ObjectSnapshotStore:
         try:
             staged.mkdir(mode=0o700, parents=True)
             for file in snapshot.files:
-                key = blobs.blob_key(snapshot.actor_uid, file)
+                key = blobs.file_key(snapshot, file)
                 size = self._objects.download(key, staged / file.name, stop)
                 if size is None:
                     raise _corrupt(snapshot, f"{file.name} is missing: {self._objects}/{key}")
@@ -271,6 +298,10 @@ class ObjectSnapshotStore:
                 raise disk_full(str(target.parent)) from error
             raise
         return target
+
+
+class _Owned(msgspec.Struct):
+    actor_uid: str
 
 
 class _Upload:
@@ -327,7 +358,7 @@ def _scan(source: Path) -> dict[str, int]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InvalidArgument(f"{source} is no directory of snapshot files") from error
     for entry in entries:
-        if entry.is_symlink() or not entry.is_file() or not _FILE_NAME.fullmatch(entry.name):
+        if entry.is_symlink() or not entry.is_file() or not blobs.is_file_name(entry.name):
             raise InvalidArgument(f"{entry} can't be part of a snapshot: only plain files with plain names can")
     if not 1 <= len(entries) <= MAX_FILES:
         raise InvalidArgument(f"{source} has {len(entries)} files; a snapshot has 1 to {MAX_FILES}")
@@ -337,9 +368,9 @@ def _scan(source: Path) -> dict[str, int]:
 def _check_names(snapshot: Snapshot) -> None:
     """A manifest that was tampered with must not lead out of its directory."""
     for file in snapshot.files:
-        if not _FILE_NAME.fullmatch(file.name):
+        if not blobs.is_file_name(file.name):
             raise _corrupt(snapshot, f"{file.name!r} is no name of a snapshot file")
-        if not (blobs.is_sha256(file.sha256) and blobs.is_upload(file.upload)):
+        if not blobs.has_place(snapshot, file):
             raise _corrupt(snapshot, f"{file.name} has no place in the store: {file.sha256!r}, {file.upload!r}")
 
 

@@ -21,6 +21,10 @@ There is no table of objects and none of leases: the rows that a suspend writes 
    nobody: the operation's row came first (`strays`). It is deleted when it is old and was found so twice. Operations
    are read before the rows: a suspend that ends in between is seen once at least. After the database was restored rows
    are missing, and then the scrub must not run.
+
+The layout before this one had no uploads: a snapshot's files lay below its own id under their names, and its row still
+says so by files whose ``upload`` is empty. They are read, brought to the store by the worker that holds them, and
+deleted there; nothing is shared with them. Their keys do not name an actor, so the scrub leaves them alone.
 """
 
 from __future__ import annotations
@@ -43,6 +47,9 @@ ID = re.compile(r"[0-9a-f]{32}")
 _UID = re.compile(r"[0-9a-zA-Z_-]{1,64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ATTEMPT = re.compile(r"[0-9a-f]{8}")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+#: In the layout before.
+_OLD_MANIFEST = "manifest.json"
 
 
 # --- keys -------------------------------------------------------------------------------------------------
@@ -70,6 +77,37 @@ def manifest_key(actor_uid: str, snapshot_id: str) -> str:
     return f"{directory(actor_uid)}/{snapshot_id}.json"
 
 
+def old_directory(snapshot_id: str) -> str:
+    """What the keys of a snapshot's objects began with in the layout before."""
+    return f"{PREFIX}/{snapshot_id[:2]}/{snapshot_id}"
+
+
+def old_manifest_key(snapshot_id: str) -> str:
+    return f"{old_directory(snapshot_id)}/{_OLD_MANIFEST}"
+
+
+def is_old_layout(snapshot: Snapshot) -> bool:
+    return bool(snapshot.files) and not any(file.upload for file in snapshot.files)
+
+
+def file_key(snapshot: Snapshot, file: FileDigest) -> str:
+    """Where one of its files lies, in either layout."""
+    if is_old_layout(snapshot):
+        return f"{old_directory(snapshot.id)}/{file.name}"
+    return blob_key(snapshot.actor_uid, file)
+
+
+def is_file_name(text: str) -> bool:
+    return _FILE_NAME.fullmatch(text) is not None
+
+
+def has_place(snapshot: Snapshot, file: FileDigest) -> bool:
+    """Whether what its row or its manifest says of a file leads to a key of its own, whoever wrote that."""
+    if not (is_file_name(file.name) and is_sha256(file.sha256)):
+        return False
+    return file.name != _OLD_MANIFEST if is_old_layout(snapshot) else is_upload(file.upload)
+
+
 def is_uid(text: str) -> bool:
     """Whether it can be an actor's uid in a key."""
     return _UID.fullmatch(text) is not None
@@ -90,7 +128,8 @@ def staged_name(snapshot_id: str, unique: str) -> str:
 
 
 class Place(NamedTuple):
-    """Whose an object is. ``snapshot_id``: "" for what has a dot before its name, and no `staged_name`."""
+    """Whose an object is. ``actor_uid``: "" in the layout before, whose keys do not say it. ``snapshot_id``: "" for
+    what has a dot before its name, and no `staged_name`."""
 
     actor_uid: str
     snapshot_id: str
@@ -100,9 +139,14 @@ class Place(NamedTuple):
 def place_of(key: str) -> Place | None:
     """None for what is no object of ours."""
     parts = key.split("/")
-    if len(parts) != 4 or parts[0] != PREFIX or not is_uid(parts[2]) or parts[1] != parts[2][-2:]:
+    if len(parts) != 4 or parts[0] != PREFIX:
         return None
-    uid, name = parts[2], parts[3]
+    return _place(*parts[1:]) or _old_place(*parts[1:])
+
+
+def _place(group: str, uid: str, name: str) -> Place | None:
+    if not is_uid(uid) or group != uid[-2:]:
+        return None
     if name.startswith("."):
         staged = name[1:].partition(".")[0]
         return Place(uid, staged if ID.fullmatch(staged) else "")
@@ -114,10 +158,19 @@ def place_of(key: str) -> Place | None:
     return None
 
 
+def _old_place(group: str, snapshot_id: str, name: str) -> Place | None:
+    if not ID.fullmatch(snapshot_id) or group != snapshot_id[:2]:
+        return None
+    if is_file_name(name) or name.startswith(f".{snapshot_id}."):
+        return Place("", snapshot_id, is_manifest=name == _OLD_MANIFEST)
+    return None
+
+
 def keys_of(snapshot: Snapshot) -> tuple[str, ...]:
     """All that it refers to, the manifest first."""
-    uid = snapshot.actor_uid
-    return manifest_key(uid, snapshot.id), *(blob_key(uid, file) for file in snapshot.files)
+    old = is_old_layout(snapshot)
+    manifest = old_manifest_key(snapshot.id) if old else manifest_key(snapshot.actor_uid, snapshot.id)
+    return manifest, *(file_key(snapshot, file) for file in snapshot.files)
 
 
 # --- uploads ----------------------------------------------------------------------------------------------
@@ -141,6 +194,8 @@ def not_there(made: Snapshot, needed: Iterable[Snapshot]) -> list[FileDigest]:
         if s.state is SnapshotState.PRESENT and s.actor_uid == made.actor_uid
         for f in s.files
     }
+    if is_old_layout(made):  # a worker of the version before; nothing of it is shared
+        return []
     return [f for f in made.files if f.upload.partition(".")[0] != made.id and (f.sha256, f.upload) not in present]
 
 

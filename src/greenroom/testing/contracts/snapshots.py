@@ -95,6 +95,21 @@ async def ids(store: SnapshotStore) -> list[str]:
     return [snapshot_id for _, snapshot_id in await store.list()]
 
 
+def old_layout(raw: Raw, snapshot: Snapshot, files: dict[str, bytes] | None = None) -> Snapshot:
+    """A snapshot as the version before has put it there, and its row."""
+    made = [
+        FileDigest(name=name, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        for name, data in sorted((_FILES if files is None else files).items())
+    ]
+    snapshot = replace(snapshot, files=tuple(made))
+    for name, data in (_FILES if files is None else files).items():
+        raw.write(f"{blobs.old_directory(snapshot.id)}/{name}", data)
+    data = msgspec.json.encode(snapshot)
+    assert b"upload" not in data, "what has its default is not written: just as the version before wrote it"
+    raw.write(f"{blobs.old_directory(snapshot.id)}/manifest.json", data)
+    return snapshot
+
+
 async def read(store: SnapshotStore, snapshot: Snapshot) -> Snapshot:
     return await store.manifest(snapshot.actor_uid, snapshot.id)
 
@@ -268,6 +283,37 @@ class SnapshotStoreContract:
         assert await read(store, snapshot) == first
         await store.verify(first, await store.fetch(first, tmp_path / "cache"))
 
+    async def test_what_the_version_before_has_put_there(self, store: SnapshotStore, raw: Raw, tmp_path: Path) -> None:
+        old, other = old_layout(raw, make_snapshot()), old_layout(raw, make_snapshot())
+        assert await store.list() == sorted([(old.actor_uid, old.id), (old.actor_uid, other.id)])
+        assert await read(store, old) == old
+        fetched = await store.fetch(old, tmp_path / "cache")
+        await store.verify(old, fetched)
+        assert [uid async for uid, _ in store.objects()] == [], "nobody can say whose an object is"
+        # The next one stores all of it anew: nothing is shared with the old layout.
+        new = await store.publish(make_snapshot(), fetched, base=old.files)
+        assert all(file.upload for file in new.files) and not blobs.not_there(new, [old])
+        over = replace(old, state=SnapshotState.CONDEMNED)
+        await store.delete(blobs.doomed(over, [over, other, new]))
+        assert raw.listed() == sorted([*blobs.keys_of(other), *blobs.keys_of(new)])
+        # What its worker holds in the old layout is brought where its row says.
+        again = await store.publish(old, fetched)
+        assert again == old and set(blobs.keys_of(old)) <= set(raw.listed())
+        await store.retract(old.actor_uid, old.id)
+        await store.retract(other.actor_uid, other.id)
+        assert raw.listed() == sorted(blobs.keys_of(new))
+
+    async def test_a_row_of_the_version_before_leads_nowhere_else(
+        self, store: SnapshotStore, raw: Raw, tmp_path: Path
+    ) -> None:
+        old = old_layout(raw, make_snapshot())
+        for name in ("../x", "manifest.json", ".x", "a/b"):
+            forged = replace(old, files=(replace(old.files[0], name=name),))
+            with pytest.raises(DataLoss):
+                await store.fetch(forged, tmp_path / "cache")
+        with pytest.raises(InvalidArgument):
+            await store.delete([f"{blobs.old_directory(old.id)}/../x"])
+
     async def test_a_manifest_that_comes_in_between(self, store: SnapshotStore, raw: Raw, tmp_path: Path) -> None:
         """Put-if-absent: of another publisher, who was slower to begin and faster to end."""
         snapshot, source = make_snapshot(), stage(tmp_path / "stage")
@@ -276,8 +322,8 @@ class SnapshotStoreContract:
         )
         data, look = msgspec.json.encode(other), store._read  # type: ignore[attr-defined]
 
-        async def late(actor_uid: str, snapshot_id: str) -> Snapshot | None:
-            found: Snapshot | None = await look(actor_uid, snapshot_id)
+        async def late(*about: str) -> Snapshot | None:
+            found: Snapshot | None = await look(*about)
             if found is None:
                 raw.write(key_of(snapshot, "manifest"), data)
             return found
