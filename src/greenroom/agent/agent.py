@@ -159,6 +159,7 @@ class Agent:
             self._wakes,
             fence=self._fence,
             held=self._held,
+            fetched=fetched,
             logs=self._logs,
             alone=self._alone,
             warm=self._warm,

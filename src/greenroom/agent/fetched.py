@@ -37,6 +37,15 @@ class Fetched:
         await asyncio.to_thread(shutil.rmtree, self._root, ignore_errors=True)
         self._root.mkdir(parents=True, exist_ok=True)
 
+    def kept(self) -> frozenset[str]:
+        """Ids of snapshots that nobody reads now."""
+        return frozenset(self._kept)
+
+    def forget(self, snapshot_id: str) -> None:
+        """Nobody will come for it. One that is read now stays for its readers."""
+        if self._kept.pop(snapshot_id, None) is not None:
+            self._drop(snapshot_id)
+
     @asynccontextmanager
     async def reading(
         self, snapshot_id: str, fetch: Callable[[Path], Awaitable[Path]], keep_bytes: int = 0

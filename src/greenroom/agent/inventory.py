@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from greenroom.agent.alone import AloneWatch
 from greenroom.agent.enrolment import Enrolment
 from greenroom.agent.fence import Fence
+from greenroom.agent.fetched import Fetched
 from greenroom.agent.held import Held
 from greenroom.agent.logs import LogFiles
 from greenroom.agent.residents import Residents, Wake
@@ -21,7 +22,7 @@ from greenroom.agent.sweeper import Sweeper
 from greenroom.agent.warm import WarmPool
 from greenroom.core import agentapi as api
 from greenroom.core.gc import worker as rules
-from greenroom.core.gc.records import Entry, Kind, Local, Papers, log_handle, uid_of_log
+from greenroom.core.gc.records import Entry, Kind, Local, Papers, fetched_handle, log_handle, snapshot_of, uid_of_log
 
 log = structlog.get_logger(__name__)
 
@@ -38,6 +39,7 @@ class Inventory:
         *,
         fence: Fence,
         held: Held,
+        fetched: Fetched,
         logs: LogFiles,
         alone: AloneWatch,
         warm: WarmPool | None,
@@ -48,6 +50,7 @@ class Inventory:
         self._wakes = wakes
         self._fence = fence
         self._held = held
+        self._fetched = fetched
         self._logs = logs
         self._alone = alone
         self._warm = warm
@@ -87,7 +90,8 @@ class Inventory:
         except OSError as error:
             log.error("can't list logs", error=str(error))
             logs = []
-        held = [of_snapshot(snapshot_id, Local.LIVE) for snapshot_id in self._held.ids()]
+        copies = [*self._held.ids(), *map(fetched_handle, self._fetched.kept())]
+        held = [of_snapshot(handle, Local.LIVE) for handle in copies]
         return held + [of_log(uid, Local.LIVE) for uid in logs]
 
     def _with_fate(self, entry: Entry) -> Entry:
@@ -101,7 +105,8 @@ class Inventory:
                 wake.unwanted = True
                 wake.end()
         doomed = [sandboxes[handle] for handle in handles & sandboxes.keys()]
-        doomed += [of_snapshot(handle, Local.LIVE) for handle in handles & self._held.ids()]
+        copies = {*self._held.ids(), *map(fetched_handle, self._fetched.kept())}
+        doomed += [of_snapshot(handle, Local.LIVE) for handle in handles & copies]
         doomed += [of_log(uid, Local.LIVE) for h in handles if (uid := uid_of_log(h)) != h and self._logs.has(uid)]
         self._sweeper.order(doomed)
 
@@ -119,7 +124,9 @@ class Inventory:
     async def _destroy(self, entry: Entry) -> None:
         """For the sweeper. What has its handle's turn, and is looked at again there, can't become something else
         meanwhile."""
-        if entry.kind is Kind.SNAPSHOT:
+        if entry.kind is Kind.SNAPSHOT and snapshot_of(entry.handle) != entry.handle:
+            self._fetched.forget(snapshot_of(entry.handle))
+        elif entry.kind is Kind.SNAPSHOT:
             await self._held.release(entry.handle)
         elif entry.kind is Kind.LOG:
             uid = uid_of_log(entry.handle)

@@ -159,9 +159,7 @@ class Inventories:
         there = await self.ask(worker)
         entries, _, _ = await self._on_disk(worker)
         return [
-            verdict.There(
-                worker=worker, kind=KINDS[e.kind], id=e.handle, owner=gc.uid_of_log(e.parent) if e.parent else e.handle
-            )
+            verdict.There(worker=worker, kind=KINDS[e.kind], id=e.handle, owner=_owner(e))
             for e in (*there.entries, *entries)
             if e.kind is not gc.Kind.LOG and e.state is not gc.Local.DYING
         ]
@@ -265,16 +263,16 @@ class Inventories:
             return []
         # In this order: an operation that has ended before it was looked for has written what it made by then.
         running = await self._engine.census.all(Operation, state=OperationState.RUNNING)
-        records = {s.id: s.state for s in await self._all(Snapshot, "pk", handles)}
+        records = {s.id: s.state for s in await self._all(Snapshot, "pk", {*map(gc.snapshot_of, handles)})}
         rows = {op.snapshot: gc.ResourceState.CREATING for op in running if op.snapshot}
         rows |= {
             snapshot: gc.ResourceState.DESTROYING if state in GOING else gc.ResourceState.LIVE
             for snapshot, state in records.items()
         }
         return [
-            gc.Resource(handle=h, worker=worker, create_seq=0, state=rows[h], kind=gc.Kind.SNAPSHOT)
+            gc.Resource(handle=h, worker=worker, create_seq=0, state=rows[gc.snapshot_of(h)], kind=gc.Kind.SNAPSHOT)
             for h in handles
-            if h in rows
+            if gc.snapshot_of(h) in rows
         ]
 
     async def _of_logs(self, worker: str, handles: Sequence[str]) -> list[gc.Resource]:
@@ -298,6 +296,11 @@ class Inventories:
             some = tuple(ordered[start : start + MAX_PAGE])
             found += await self._ops.steadily(lambda: self._store.list(cls, where={field: some}))  # noqa: B023
         return found
+
+
+def _owner(entry: gc.Entry) -> str:
+    """An actor's uid, or a snapshot's id."""
+    return gc.uid_of_log(entry.parent) if entry.parent else gc.snapshot_of(entry.handle)
 
 
 def _handle_among(entries: Iterable[gc.Entry], actor: Actor) -> str:

@@ -28,7 +28,18 @@ def uid_of_log(handle: str) -> str:
     return handle.removeprefix(_LOG)
 
 
-_LOG = "log-"
+def fetched_handle(snapshot_id: str) -> str:
+    """Of a snapshot that a worker has downloaded and keeps for those who wake from it: as long as there is the
+    snapshot."""
+    return f"{_FETCHED}{snapshot_id}"
+
+
+def snapshot_of(handle: str) -> str:
+    """The id of the snapshot that a worker has a copy of."""
+    return handle.removeprefix(_FETCHED)
+
+
+_LOG, _FETCHED = "log-", "fetched-"
 
 # --- the control plane's ----------------------------------------------------------------------------------
 

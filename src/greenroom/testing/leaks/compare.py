@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from greenroom.agent.logs import KEPT_FILES
 from greenroom.core import states
-from greenroom.core.gc.blobs import keys_of
+from greenroom.core.gc.blobs import keys_of, place_of
 from greenroom.core.keeping import keeps_more
 from greenroom.core.records import (
     Actor,
@@ -172,7 +172,8 @@ def _place(rows: Rows, worker: Worker | None, name: str, place: Place, warm: int
         yield from _sandboxes(name, place, [a for a in rows.actors if a.worker == name], warm)
     yield from _held(rows, name, place)
     yield from (f"staged: of actor {_who(uid, actors)} on worker {name}" for uid in place.staged)
-    yield from (f"cached: {entry} on worker {name}" for entry in place.cached)
+    golden = {s.id for s in rows.snapshots if s.golden}  # many wake from them, so they are kept, up to a bound
+    yield from (f"cached: {entry} on worker {name}" for entry in place.cached - golden)
     for uid, files in place.logs.items():
         if uid not in actors:
             yield f"log: of actor {uid} on worker {name}, which is deleted"
@@ -188,14 +189,20 @@ def _place(rows: Rows, worker: Worker | None, name: str, place: Place, warm: int
 
 def _held(rows: Rows, name: str, place: Place) -> Iterator[str]:
     """Copies of snapshots against what their rows say. A line for each snapshot, whatever there is of it."""
-    held = {s.id: s for s in rows.snapshots if s.worker == name and (s.held or s.state is SnapshotState.LOCAL)}
-    owed = {f"{s.id}/{file}" for s in held.values() for file in ("manifest.json", *(f.name for f in s.files))}
-    for snapshot_id in {path.partition("/")[0] for path in place.held - owed}:
-        why = "has more files than its row says" if snapshot_id in held else "of which no row says so"
-        yield f"held copy: {snapshot_id} on worker {name}, {why}"
-    for snapshot_id in {path.partition("/")[0] for path in owed - place.held}:
-        snapshot = held[snapshot_id]
-        if snapshot.state is SnapshotState.LOCAL:  # of another one the copy is a cache, which a worker may lose
+    owed = {s.id: s for s in rows.snapshots if s.worker == name and (s.held or s.state is SnapshotState.LOCAL)}
+    there: Counter[str] = Counter()
+    for key in place.held:
+        at = place_of(key)
+        there[at.snapshot_id if at is not None else key] += 1
+    for snapshot_id in there.keys() - owed.keys():
+        yield f"held copy: {snapshot_id} on worker {name}, of which no row says so"
+    for snapshot_id, snapshot in owed.items():
+        files = 1 + len({file.sha256 for file in snapshot.files})  # its manifest, and each content once
+        if there[snapshot_id] > files:
+            yield f"held copy: {snapshot_id} on worker {name}, has more files than its row says"
+        elif (
+            there[snapshot_id] < files and snapshot.state is SnapshotState.LOCAL
+        ):  # others are caches: they may be lost
             yield f"lost: {snapshot_id} of {snapshot.namespace}/{snapshot.actor}, which only worker {name} had"
 
 

@@ -36,9 +36,9 @@ class Sandbox:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One worker's. ``broken``: directories of sandboxes that nobody can make sense of. ``held``: files as
-    ``<snapshot id>/<name>``; ``staged``: actors (uid); ``logs``: files by actor (uid); ``devices``: interfaces in its
-    network namespace; ``cgroups``: sandboxes (sid) that have any; ``processes``: by sandbox (sid); ``uses``: actors
+    """One worker's. ``broken``: directories of sandboxes that nobody can make sense of. ``held``: keys as
+    in `greenroom.core.gc.blobs`; ``staged``: actors (uid); ``logs``: files by actor (uid); ``devices``: interfaces in
+    its network namespace; ``cgroups``: sandboxes (sid) that have any; ``processes``: by sandbox (sid); ``uses``: actors
     (uid) that hold an image, and ``warm``; ``unfinished``: files that were to be renamed, and what is being removed."""
 
     state_dir: Path
@@ -146,7 +146,7 @@ def _place(
         if pids:
             processes[sid] = (*processes.get(sid, ()), *pids)
     netns = NETNS_DIRECTORY / scope
-    held = (path.partition("/")[2] for path in files_below(state_dir / "held" / "snapshots"))  # after its two digits
+    held = (f"snapshots/{path}" for path in files_below(state_dir / "held" / "snapshots"))
     unfinished = [p.name for p in entries(state_dir) if _UNFINISHED.search(p.name) and p.name != "journal.new"]
     unfinished += [f"trash/{p.name}" for p in entries(root / "trash")]
     return Place(
