@@ -15,6 +15,7 @@ import pytest
 from core_views import actor
 from msgspec.structs import replace
 
+from greenroom.core.gc import blobs
 from greenroom.core.gc.blobs import manifest_key
 from greenroom.core.records import (
     ActorState,
@@ -40,13 +41,15 @@ from greenroom.testing.leaks.rows import Rows
 
 GOLDEN = snapshot("golden", namespace="ns", golden=True, version=1)
 ASLEEP = snapshot("asleep", namespace="ns", actor="a", actor_uid="u", version=1)
-HELD = replace(ASLEEP, id="held", held=True, worker="p-0")
+HELD = replace(ASLEEP, id="e" * 32, held=True, worker="p-0")
+
+MORE = f"{blobs.directory('u')}/{blobs.blob_name('0' * 64, blobs.upload_name(HELD.id, 1))}"
 
 #: ``a`` runs on p-0, ``b`` sleeps and its snapshot is held there; p-0 has a warm sandbox too.
 ROWS = Rows(
     actors=(
         actor(ActorState.RUNNING, worker="p-0", snapshot="asleep"),
-        actor(ActorState.SUSPENDED, name="b", uid="v", snapshot="held"),
+        actor(ActorState.SUSPENDED, name="b", uid="v", snapshot=HELD.id),
     ),
     templates=(template(namespace="ns", golden_snapshot="golden", state=TemplateState.READY),),
     snapshots=(GOLDEN, ASLEEP, HELD),
@@ -56,7 +59,7 @@ ROWS = Rows(
 PLACE = Place(
     state_dir=Path("/w/p-0"),
     sandboxes=(Sandbox("s1", "u", 7, 70, "gr1"), Sandbox("s2", "", 8, 80, "gr2")),
-    held=frozenset({"held/manifest.json", *(f"held/{file.name}" for file in HELD.files)}),
+    held=frozenset(blobs.keys_of(HELD)),
     logs={"u": 8, "v": 1},
     devices=frozenset({"gr1", "gr2"}),
     cgroups=frozenset({"s1", "s2"}),
@@ -100,8 +103,11 @@ BOX = Sandbox("s3", "x", 9, 90)
         ({"devices": frozenset({"gr1", "gr2", "gr3"})}, "interface: gr3 of worker p-0"),
         ({"devices": frozenset({"gr2"})}, "lost: interface gr1 of a sandbox on worker p-0"),
         ({"cgroups": frozenset({"s5"})}, "cgroup: s5 of worker p-0"),
-        ({"held": PLACE.held | {"more/x"}}, "held copy: more on worker p-0, of which no row says so"),
-        ({"held": PLACE.held | {"held/x"}}, "held copy: held on worker p-0, has more files than its row says"),
+        (
+            {"held": PLACE.held | {blobs.manifest_key("u", "f" * 32)}},
+            f"held copy: {'f' * 32} on worker p-0, of which no row says so",
+        ),
+        ({"held": PLACE.held | {MORE}}, f"held copy: {HELD.id} on worker p-0, has more files than its row says"),
         ({"staged": frozenset({"u"})}, "staged: of actor ns/a (u) on worker p-0"),
         ({"cached": frozenset({"c"})}, "cached: c on worker p-0"),
         ({"logs": {"x": 1}}, "log: of actor x on worker p-0, which is deleted"),
@@ -258,7 +264,7 @@ def test_a_data_directory_is_looked_at_whole(tmp_path: Path) -> None:
     ]
     assert wanted == [
         "cached: abc on worker p-0",
-        "held copy: abc on worker p-0, of which no row says so",
+        "held copy: snapshots/ab/abc/manifest.json on worker p-0, of which no row says so",
         "image use: by actor u, which has no sandbox on worker p-0",
         "log: of actor u on worker p-0, which is deleted",
         "object: snapshots/ab/abc/.f.1 belongs to no snapshot",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from greenroom.agent.logs import KEPT_FILES
 from greenroom.core import states
-from greenroom.core.gc.blobs import keys_of
+from greenroom.core.gc.blobs import keys_of, place_of
 from greenroom.core.keeping import keeps_more
 from greenroom.core.records import (
     Actor,
@@ -189,11 +189,11 @@ def _place(rows: Rows, worker: Worker | None, name: str, place: Place, warm: int
 def _held(rows: Rows, name: str, place: Place) -> Iterator[str]:
     """Copies of snapshots against what their rows say. A line for each snapshot, whatever there is of it."""
     held = {s.id: s for s in rows.snapshots if s.worker == name and (s.held or s.state is SnapshotState.LOCAL)}
-    owed = {f"{s.id}/{file}" for s in held.values() for file in ("manifest.json", *(f.name for f in s.files))}
-    for snapshot_id in {path.partition("/")[0] for path in place.held - owed}:
+    owed = {key: s.id for s in held.values() for key in objects_of(s)}
+    for snapshot_id in {at.snapshot_id if (at := place_of(key)) else key for key in place.held - owed.keys()}:
         why = "has more files than its row says" if snapshot_id in held else "of which no row says so"
         yield f"held copy: {snapshot_id} on worker {name}, {why}"
-    for snapshot_id in {path.partition("/")[0] for path in owed - place.held}:
+    for snapshot_id in {owed[key] for key in owed.keys() - place.held}:
         snapshot = held[snapshot_id]
         if snapshot.state is SnapshotState.LOCAL:  # of another one the copy is a cache, which a worker may lose
             yield f"lost: {snapshot_id} of {snapshot.namespace}/{snapshot.actor}, which only worker {name} had"

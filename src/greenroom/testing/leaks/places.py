@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from greenroom.core.gc import blobs
 from greenroom.images.uses import PIN, holder_of
 from greenroom.sandbox.dial import inside_netns
 from greenroom.sandbox.gvisor import box as gvisor
@@ -36,10 +37,11 @@ class Sandbox:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One worker's. ``broken``: directories of sandboxes that nobody can make sense of. ``held``: files as
-    ``<snapshot id>/<name>``; ``staged``: actors (uid); ``logs``: files by actor (uid); ``devices``: interfaces in its
-    network namespace; ``cgroups``: sandboxes (sid) that have any; ``processes``: by sandbox (sid); ``uses``: actors
-    (uid) that hold an image, and ``warm``; ``unfinished``: files that were to be renamed, and what is being removed."""
+    """One worker's. ``broken``: directories of sandboxes that nobody can make sense of. ``held``: keys, as in a
+    snapshot store (`greenroom.core.gc.blobs`); ``staged``: actors (uid); ``logs``: files by actor (uid); ``devices``:
+    interfaces in its network namespace; ``cgroups``: sandboxes (sid) that have any; ``processes``: by sandbox (sid);
+    ``uses``: actors (uid) that hold an image, and ``warm``; ``unfinished``: files that were to be renamed, and what is
+    being removed."""
 
     state_dir: Path
     exists: bool = True
@@ -146,7 +148,7 @@ def _place(
         if pids:
             processes[sid] = (*processes.get(sid, ()), *pids)
     netns = NETNS_DIRECTORY / scope
-    held = (path.partition("/")[2] for path in files_below(state_dir / "held" / "snapshots"))  # after its two digits
+    held = (f"{blobs.PREFIX}/{path}" for path in files_below(state_dir / "held" / blobs.PREFIX))
     unfinished = [p.name for p in entries(state_dir) if _UNFINISHED.search(p.name) and p.name != "journal.new"]
     unfinished += [f"trash/{p.name}" for p in entries(root / "trash")]
     return Place(
