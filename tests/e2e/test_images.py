@@ -388,8 +388,7 @@ def test_a_worker_elsewhere_gets_it_from_the_first(pushed: Pushed) -> None:
 
 
 def test_full_disk(pushed: Pushed) -> None:
-    """Too small for the image unpacked: it says how much is missing, and what fits still works. Whether a
-    download or the unpacker, side by side, meets the full disk first is chance."""
+    """Too small for the image unpacked: it says how much is missing, and what fits still works."""
     directory, small = Path(tempfile.mkdtemp(prefix="gr-")), Path(tempfile.mkdtemp(prefix="gr-"))
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m,mode=755", "greenroom-test", small], check=True)
     kit = Kit(LiveServer(directory, workers=1, slots=2, options=(f"--images={small / 'images'}",)), "")
@@ -398,7 +397,7 @@ def test_full_disk(pushed: Pushed) -> None:
         shell = Shell(directory)
         reference = f"{pushed.registry}/app/one:1"
         shell("apply", "-f", "-", stdin=template("one", reference)).failed(
-            6, f"image {reference} does not fit", "MiB more", "greenroom images rm", "add space"
+            6, f"image {reference} does not fit", "to unpack it takes about", "greenroom images rm", "add space"
         )
         assert kit.template("one").reason == "DISK_FULL"
         assert not list((small / "images/unpacking").iterdir())

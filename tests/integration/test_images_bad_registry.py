@@ -434,7 +434,7 @@ class TestFull:
         assert contents((await store.prepare(f"{upstream}/test/image:1")).rootfs) == {"data": DATA}
 
     async def _full(self, small: Path, reference: str, at_least: int) -> None:
-        with pytest.raises(ResourceExhausted, match=r"layers need|takes at least|still to be written") as raised:
+        with pytest.raises(ResourceExhausted, match=r"its layers need|are still to be written") as raised:
             await DiskImageStore(small).prepare(reference)
         assert raised.value.reason == "DISK_FULL"
         assert at_least <= int(raised.value.metadata["missing_bytes"]) < 8 << 20

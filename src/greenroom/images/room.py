@@ -88,10 +88,10 @@ class Room:
     def _estimated(self, guest: Guest, progress: Progress, free: int, full: ResourceExhausted) -> ResourceExhausted:
         """The disk was full in the middle: what is missing can be told from how far it came with what was ``free``,
         unless the unpacker knows of more."""
-        part, missing = progress.unpacked_part(), int(full.metadata.get("missing_bytes", "1"))
-        if not part:  # a download met it before the unpacker had said anything
-            return self._full(guest, f"it takes at least {_mib(missing)} more", missing, 0)
-        missing = max(int(free / part) - free, missing)
+        part = progress.unpacked_part()
+        if not part:
+            return full
+        missing = max(int(free / part) - free, int(full.metadata.get("missing_bytes", "1")))
         return self._full(guest, f"to unpack it takes about {_mib(missing)} more", missing, 0)
 
     def _full(self, guest: Guest, why: str, missing: int, freed: int) -> ResourceExhausted:
