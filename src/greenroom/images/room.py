@@ -89,8 +89,14 @@ class Room:
         """The disk was full in the middle: what is missing can be told from how far it came with what was ``free``,
         unless the unpacker knows of more."""
         part = progress.unpacked_part()
-        if not part:
-            return full
+        if not part:  # a download met it before the unpacker had said anything
+            return ResourceExhausted(
+                f"image {guest.reference} does not fit: {full.message}; or remove what nobody needs (`greenroom images "
+                "list`, `greenroom images rm`), or add space",
+                reason=full.reason,
+                metadata=full.metadata,
+                retry_after_s=full.retry_after_s,
+            )
         missing = max(int(free / part) - free, int(full.metadata.get("missing_bytes", "1")))
         return self._full(guest, f"to unpack it takes about {_mib(missing)} more", missing, 0)
 
