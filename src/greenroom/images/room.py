@@ -89,7 +89,8 @@ class Room:
         """The disk was full in the middle: what is missing can be told from how far it came with what was ``free``,
         unless the unpacker knows of more."""
         part = progress.unpacked_part()
-        if not part:  # a download met it before the unpacker had said anything
+        has_room = int(full.metadata.get("free_bytes", "0")) >= int(full.metadata.get("needed_bytes", "1"))
+        if not part or has_room:  # a download met it before the unpacker had said anything; or it is no matter of bytes
             return ResourceExhausted(
                 f"image {guest.reference} does not fit: {full.message}; or remove what nobody needs (`greenroom images "
                 "list`, `greenroom images rm`), or add space",
