@@ -253,7 +253,7 @@ MUTATIONS = [
     Mutation(new_sandboxes_are_nobodys, 40, "it is swept, and is its actor's", DRAWN),
     Mutation(what_is_being_made_is_nobodys, 200, "drops what somebody needs", DRAWN),
     Mutation(suspends_are_answered_when_they_begin, 20, "as was said, with", DRAWN),
-    Mutation(what_others_refer_to_is_swept, 40, "recorded, but not stored|SNAPSHOT_CORRUPT|corrupt", DRAWN),
+    Mutation(what_others_refer_to_is_swept, 300, "recorded, but not stored|SNAPSHOT_CORRUPT|corrupt", DRAWN),
     Mutation(nothing_is_scrubbed, 40, "stored, but not recorded", BAD_NETWORK),
 ]
 

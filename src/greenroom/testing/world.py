@@ -343,11 +343,13 @@ class SimWorld:
         return [f"bound or running, but not both: {x}" for x in bound ^ running] + [f"{x}" for x in draining]
 
     def _leftovers(self) -> list[str]:
+        """But what an agent keeps for those who come for it."""
         return [
             f"left in {part}: {path}"
-            for name in self.agents
+            for name, agent in self.agents.items()
             for part in ("staging", "cache")
             for path in (self.root / name / part).iterdir()
+            if path.name not in agent._inventory._fetched.kept()
         ]
 
     async def _snapshot_problems(self, actors: list[Actor]) -> list[str]:
