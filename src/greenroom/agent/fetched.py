@@ -3,7 +3,7 @@
 A sandbox backend restores from a directory that has the files under their names; the snapshot store has them under
 keys. `SnapshotStore.fetch` makes that directory, of links or of what it downloads; here it is shared by those who want
 the same snapshot at the same time (many actors wake from one golden snapshot), and goes with the last of them: an
-actor's own snapshot is read once. What was downloaded and is read again and again is kept, up to a bound, the latest
+actor's own snapshot is read once. What is read again and again is kept, up to a bound, the latest
 used. What an agent was killed over the next one removes.
 """
 
