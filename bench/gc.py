@@ -323,10 +323,10 @@ def spread(workers: int, seed: int) -> tuple[float, float]:
     draw = random.Random(seed).random
     windows: Counter[int] = Counter()
     for _ in range(workers):
-        at = worker.first_pause_s(draw())
+        at = control.first_pause_s(draw())
         while at < HOUR_S:
             windows[int(at / WINDOW_S)] += 1
-            at += worker.pause_s(draw())
+            at += control.pause_s(draw())
     return max(windows.values()) / WINDOW_S, windows.total() / HOUR_S
 
 
