@@ -18,7 +18,7 @@ from greenroom.testing.leftovers import leftovers
 
 pytestmark = pytest.mark.xdist_group("sandboxes")
 
-ROUNDS = 3
+ROUNDS = 2
 
 
 @pytest.mark.timeout(240)
