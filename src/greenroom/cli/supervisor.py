@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import sys
 import time
 from collections.abc import AsyncIterator, Collection
@@ -238,8 +237,7 @@ class Supervisor:
         except (GreenroomError, OSError) as error:
             log.error("what a worker has left is not removed", path=str(directory), error=str(error))
 
-    async def _end(self, name: str, keeper: asyncio.Task[None], *, wipe: bool) -> bool:
-        """Whether the agent ended in order, and so left what it was to leave."""
+    async def _end(self, name: str, keeper: asyncio.Task[None], *, wipe: bool) -> None:
         # One that is just being started takes over first what an agent before it left; ended before it handles signals,
         # it would leave that behind.
         if not keeper.done():
@@ -248,7 +246,7 @@ class Supervisor:
         await asyncio.gather(keeper, return_exceptions=True)
         process = self._processes.pop(name, None)
         if process is None or process.returncode is not None:
-            return False
+            return
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
                 try:
@@ -261,7 +259,6 @@ class Supervisor:
             log.error("agent does not end, is killed", worker=name)
             process.kill()
             await process.wait()
-        return process.returncode == 0
 
     async def close(self, *, spare: Collection[str] = ()) -> None:
         """Ends all agents; what still runs on them is destroyed, so suspend everything first. On the workers of
@@ -272,21 +269,6 @@ class Supervisor:
         keepers = self._keepers | self._retiring
         self._keepers, self._retiring = {}, {}
         await asyncio.gather(*(self._end(name, keeper, wipe=name not in spare) for name, keeper in keepers.items()))
-
-
-def _remove_contents(directory: Path) -> None:
-    """Of a directory that need not be there; it stays itself."""
-    for path in directory.iterdir() if directory.is_dir() else ():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _remove_empty(directory: Path) -> bool:
-    """Whether it is gone."""
-    try:
-        directory.rmdir()
-    except OSError:  # there is something in it, or it is gone already
-        return not directory.is_dir()
-    return True
 
 
 async def awake_actors(store: Store, worker: str = "") -> list[Actor]:
