@@ -69,7 +69,7 @@ def say(text: str) -> None:
 @contextmanager
 def server(place: Path, backend: str) -> Iterator[LiveServer]:
     """A server on the demo's data directory; ended, and ``place`` removed, however the demo ends."""
-    live = LiveServer(place / "data", backend=backend)
+    live = LiveServer(place / "data", backend=backend, dies_with_us=True)
     if place.exists():
         say("an earlier demo was cut short; cleaning up what it left")
         with contextlib.suppress(GreenroomError):

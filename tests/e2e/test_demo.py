@@ -46,11 +46,13 @@ def test_interrupted_it_cleans_up(data_dir: Path) -> None:
         assert not place.exists()
 
 
-def test_killed_it_is_cleaned_up_by_the_next_one(data_dir: Path) -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_killed_it_is_cleaned_up_by_the_next_one(data_dir: Path, alone: bool) -> None:
+    """``alone``: nothing but the demo itself was killed, and its server with it."""
     place = data_dir / "demo"
     demo = start(place)
     read_until(demo, "request 1 of 3")
-    for pid in [demo.pid, *descendants(demo.pid)]:
+    for pid in [demo.pid, *([] if alone else descendants(demo.pid))]:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended by itself meanwhile
             if b"runsc" not in Path(f"/proc/{pid}/comm").read_bytes():
                 os.kill(pid, signal.SIGKILL)

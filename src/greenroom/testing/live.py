@@ -55,6 +55,8 @@ class LiveServer:
     slots: int = 4
     options: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
+    #: Whether it is killed when the thread that started it ends, also by ``kill -9``.
+    dies_with_us: bool = False
     process: subprocess.Popen[bytes] | None = None
     client: Client = field(init=False)
     gateway: tuple[str, int] = ("", 0)
@@ -81,6 +83,8 @@ class LiveServer:
         self.data_dir.mkdir(parents=True, exist_ok=True)
         shape = [f"--workers={self.workers}", f"--slots={self.slots}", f"--backend={self.backend}"]
         command = [*GREENROOM, "up", f"--data={self.data_dir}", *shape, "--listen=127.0.0.1:0", *self.options]
+        if self.dies_with_us:
+            command = ["setpriv", "--pdeathsig", "KILL", "--", *command]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 command,
