@@ -125,6 +125,24 @@ def test_finish_suspend_condemns_only_what_nobody_wants() -> None:
         assert [s.id for s in decide(replace(view, previous=kept), command).snapshots] == ["new"]
 
 
+def test_what_may_have_run_on_after_its_snapshot_is_crashed_and_says_since_when() -> None:
+    view = under_way(OperationKind.SUSPEND, S.SUSPENDING, S.RUNNING)
+    assert view.actor and view.operation
+    view = replace(view, operation=replace(view.operation, snapshot="new"))
+    made = snapshot("new")
+    command = step(lc.FinishSuspend, snapshot=made, ran_on=FAILURE)
+    change = decide(view, command)
+    assert change.actor and change.operation
+    assert (change.actor.state, change.actor.snapshot, change.actor.worker) == (S.CRASHED, "new", "")
+    assert (change.actor.unsaved_since, change.actor.reason) == (made.created_at, FAILURE.reason)
+    assert (change.operation.state, change.operation.error) == (OperationState.FAILED, FAILURE)
+    # Its reply was lost, and it is sent again.
+    again = decide(replace(view, actor=change.actor, operation=change.operation, lease=None), command)
+    assert (again.outcome, again.operation) == (lc.Outcome.REPEATED, change.operation)
+    with pytest.raises(LeaseLost):
+        decide(replace(view, actor=change.actor, operation=change.operation, lease=None), replace(command, ran_on=None))
+
+
 def test_finish_delete_condemns_what_is_left_but_golden_ones() -> None:
     view = under_way(OperationKind.DELETE, S.DELETING, S.PAUSED)
     owned = (

@@ -22,6 +22,7 @@ from greenroom.core.records import (
     Snapshot,
     TemplateSpec,
 )
+from greenroom.core.rosters import Berth
 
 #: Entries of one answer to `ListDisk`: some 500 KB.
 MAX_DISK_PAGE = 5_000
@@ -293,13 +294,13 @@ class Stats(Call, frozen=True, kw_only=True):
 
 class Shutdown(Call, frozen=True, kw_only=True):
     """The agent destroys its pooled sandboxes and network and ends. With ``wipe`` also every resident actor. With
-    ``erase`` its state disk too: when it answers, what runs there has ended and its papers are gone, so whatever comes
-    back with that disk is a worker that nobody knows; the rest of the disk goes while it ends. -> `Done`
+    ``erase`` its state disk too: when it answers, all of it is gone. -> `Done`
 
     ``epoch``, ``closed_seq``: with ``erase``, as in `Sync`: nothing of a higher number is to be erased.
 
     Raises, with ``erase``: `Conflict` (reason ``WRONG_EPOCH``) as `Sync`; `FailedPrecondition` (reason
-    ``WORKER_IN_USE``) when something was made here since that was decided.
+    ``WORKER_IN_USE``) when something was made here since that was decided, or (``STILL_MOUNTED``) when something is
+    mounted below the disk; `DataLoss` when it can't be removed. It is the same worker still when its agent begins anew.
     """
 
     wipe: bool = False
@@ -400,9 +401,25 @@ class ActorStats(Record, frozen=True, kw_only=True):
 # --- what an agent says unasked ---------------------------------------------------------------------------
 
 
+class Entrance(Record, frozen=True, kw_only=True):
+    """Where an agent lets gateways on other machines in (`greenroom.agent.entrance`): ``fingerprint`` is the SHA-256
+    of its certificate (hexadecimal), ``ticket`` what it asks for. Said over the link alone, and kept nowhere."""
+
+    host: str
+    port: int
+    fingerprint: str
+    ticket: str
+
+    def __repr__(self) -> str:  # the ticket is in no log
+        return f"Entrance({self.host}:{self.port})"
+
+
 class Hello(Record, frozen=True, kw_only=True):
     """First frame of an agent: who it is and what lives on it. ``boot_id`` is new with each agent process.
-    ``blobs``: base URL where other workers get image layers; "": nowhere."""
+    ``blobs``: base URL where other workers get image layers; "": nowhere. ``berth``: which slot of its pool's ledger it
+    has, where an operator keeps it. ``place``: names the machine, and what of it the worker sees, as
+    `greenroom.sandbox.dial.place` does; whoever is at the same one reaches actors directly ("": everybody does), and
+    who is elsewhere by the ``entrance``."""
 
     worker: str
     pool: str
@@ -418,6 +435,9 @@ class Hello(Record, frozen=True, kw_only=True):
     images: tuple[str, ...] = ()
     image_bytes: int = 0
     image_over_bytes: int = 0
+    berth: Berth = Berth()
+    place: str = ""
+    entrance: Entrance | None = None
 
 
 class Heartbeat(Record, frozen=True, kw_only=True):

@@ -112,12 +112,14 @@ class FinishResume(OperationCommand, frozen=True, kw_only=True):
 class FinishSuspend(OperationCommand, frozen=True, kw_only=True):
     """The new snapshot is verified: it becomes the actor's latest, and the slot is free. Of the snapshots before it the
     newest one that is not only on a worker's disk is kept as the way back. ``keeps``: its template's retention keeps
-    more than that, and `Expire` decides about the others."""
+    more than that, and `Expire` decides about the others. ``ran_on``: why the suspend failed, of an actor that may have
+    run on after its snapshot, and is lost: it is CRASHED, with that snapshot as what is left of it."""
 
     needs = frozenset({"previous", "source"})
     snapshot: Snapshot
     phases: tuple[PhaseTime, ...] = ()
     keeps: bool = False
+    ran_on: Failure | None = None
 
 
 class FinishPause(OperationCommand, frozen=True, kw_only=True):

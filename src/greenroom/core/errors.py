@@ -54,6 +54,14 @@ class InvalidArgument(GreenroomError):
     default_reason = "INVALID_ARGUMENT"
 
 
+class Unauthenticated(GreenroomError):
+    """Nobody knows who asks."""
+
+    code = "UNAUTHENTICATED"
+    exit_code = 5
+    default_reason = "UNAUTHENTICATED"
+
+
 class Conflict(GreenroomError):
     """Somebody else holds or changed the thing; the same call may succeed later."""
 
@@ -151,6 +159,7 @@ BY_CODE: dict[str, type[GreenroomError]] = {
         NotFound,
         AlreadyExists,
         InvalidArgument,
+        Unauthenticated,
         Conflict,
         FailedPrecondition,
         ResourceExhausted,

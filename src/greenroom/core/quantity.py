@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from decimal import Decimal
+from fractions import Fraction
 
 _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:([eE][+-]?[0-9]{1,2})|([numkMGTPE]|[KMGTPE]i)?)")
 _SUFFIXES = {
@@ -17,7 +18,7 @@ _SUFFIXES = {
 }
 _DURATION = re.compile(r"(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:ns|us|µs|ms|s|m|h))+")
 _PART = re.compile(r"([0-9.]+)(ns|us|µs|ms|s|m|h)")
-_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_NANOS = {"ns": 1, "us": 10**3, "µs": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
 
 
 def parse_quantity(text: str) -> Decimal:
@@ -37,13 +38,17 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_duration(text: str) -> float:
-    """Seconds. Raises `ValueError`."""
+    """Seconds, to the nanosecond: as it is after it was sent as a ``google.protobuf.Duration``. Raises `ValueError`."""
     text = text.strip()
     if text == "0":
         return 0.0
     if not _DURATION.fullmatch(text):
         raise ValueError(f"{text!r} is not a duration; write numbers with units, for example 300ms, 30s, 5m or 1h30m")
-    return sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
+    nanos = round(sum(Fraction(Decimal(number)) * _NANOS[unit] for number, unit in _PART.findall(text)))
+    try:
+        return nanos / 10**9
+    except OverflowError:
+        raise ValueError(f"{text!r} is longer than anything") from None
 
 
 def format_bytes(value: int) -> str:

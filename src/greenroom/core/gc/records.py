@@ -152,6 +152,7 @@ class Refusal(enum.StrEnum):
     REGISTER = "Register"  # again, in place of the epoch that it is told
     NAME_TAKEN = "NameTaken"  # later: another worker of that name, with another disk, is alive
     WIPE = "Wipe"  # destroy all that it has and begin with a new incarnation
+    NOT_ON_ROSTER = "NotOnRoster"  # wait: it is not among those that its pool may have, or not yet
 
 
 class Refused(Record, frozen=True, kw_only=True):

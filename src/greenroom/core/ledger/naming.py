@@ -12,7 +12,9 @@ MAX_NAME_CHARS = 63
 MAX_POOL_CHARS = 36
 _HASH_CHARS = 6
 _UID_CHARS = 6
-_TAIL = re.compile(r"-([1-9][0-9]{0,6})-(0|[1-9][0-9]{0,9})")
+#: Nobody gets there: an epoch begins when a ledger is lost.
+EPOCH_DIGITS = 6
+_TAIL = re.compile(rf"-([1-9][0-9]{{0,{EPOCH_DIGITS}}})-(0|[1-9][0-9]{{0,9}})")
 
 
 class Place(NamedTuple):

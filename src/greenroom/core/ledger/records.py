@@ -133,6 +133,7 @@ class Pod(Record, frozen=True, kw_only=True):
         held: it has our finalizer, so that its name stays occupied.
         intact: labels, owner reference and finalizer are as they were made.
         actors: how many are awake on it; None when nobody knows.
+        stuck: why it does not come up, for people to read; "" when that is not known.
     """
 
     name: str
@@ -144,6 +145,7 @@ class Pod(Record, frozen=True, kw_only=True):
     held: bool = True
     intact: bool = True
     actors: int | None = None
+    stuck: str = ""
 
 
 # --- effects ----------------------------------------------------------------------------------------------
