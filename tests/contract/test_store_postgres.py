@@ -12,9 +12,9 @@ import pytest
 from msgspec.structs import replace
 
 from greenroom.core import commands as c
-from greenroom.core.errors import GreenroomError, InvalidArgument, ResourceExhausted, Unavailable
-from greenroom.core.records import Actor, ActorState, Key, Operation, Snapshot, Worker, WorkerState
-from greenroom.store import postgres_pool
+from greenroom.core.errors import FailedPrecondition, GreenroomError, InvalidArgument, ResourceExhausted, Unavailable
+from greenroom.core.records import Actor, ActorState, Key, Operation, Snapshot, SnapshotState, Worker, WorkerState
+from greenroom.store import postgres_pool, postgres_writer
 from greenroom.store.port import FILTERS
 from greenroom.store.postgres import PostgresStore
 from greenroom.store.postgres_rows import TABLES, cell
@@ -42,6 +42,7 @@ class TestTwoProcesses(StoreContract):
 
     # What is promised to one process: to be told of each of its own writes at once, and a clock that never goes back.
     test_replicas_are_watched = None
+    test_rosters_are_watched = None
     test_watchers_see_every_write_in_order_once_it_can_be_read = None
     test_a_slow_watcher_is_told = None
     test_after_close_every_call_is_refused = None
@@ -206,6 +207,48 @@ async def test_who_is_draining_a_worker_sees_everybody_who_got_in(stores: list[P
         for i, key in enumerate(keys):
             group.create_task(begin(stores[i % 2], key))
         group.create_task(drain(stores[2]))
+
+
+async def test_who_goes_on_from_a_snapshot_that_is_just_being_condemned_is_told_so(
+    stores: list[PostgresStore], database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process takes away what alone kept it, and commits while the other waits for the actor's row: which has
+    compared before what it had read of the snapshot."""
+    world = await World(stores[0]).setup()
+    key = await world.create("a")
+    kept = []
+    for _ in range(3):
+        await world.do(c.BeginResume, key)
+        kept.append((await world.do(c.BeginSuspend, key)).snapshot)
+        tag = c.TagSnapshot(key=key, now=world.now, snapshot_id=kept[0], tag="keep")
+        await stores[0].apply(tag)
+    wrote, go, write = asyncio.Event(), asyncio.Event(), postgres_writer.write
+    condemns = stores[0]._writer._name
+
+    async def slowly(connection: Any, writer: str, *more: Any) -> Any:
+        if writer != condemns:
+            return await write(connection, writer, *more)
+        async with connection.transaction():
+            written = await write(connection, writer, *more)
+            wrote.set()
+            await go.wait()
+        return written
+
+    monkeypatch.setattr(postgres_writer, "write", slowly)
+    condemning = asyncio.ensure_future(stores[0].apply(replace(tag, undo=True)))
+    await wrote.wait()
+    going_on = asyncio.ensure_future(stores[1].apply(world.begin_command(c.BeginResume, key, snapshot_id=kept[0])))
+    waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as watching, asyncio.timeout(60):
+        while (await (await watching.execute(waits)).fetchone()) != (1,):
+            await asyncio.sleep(0.005)
+    go.set()
+    assert (await condemning).outcome is c.Outcome.CHANGED
+    with pytest.raises(FailedPrecondition) as refused:
+        await going_on
+    assert refused.value.reason == "SNAPSHOT_CONDEMNED"
+    assert (await stores[2].get(Actor, str(key))).state is ActorState.SUSPENDED
+    assert (await stores[2].get(Snapshot, kept[0])).state is SnapshotState.CONDEMNED
 
 
 # --- rows -------------------------------------------------------------------------------------------------

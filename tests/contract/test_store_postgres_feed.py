@@ -48,7 +48,7 @@ class Seen:
         self._store = store
 
     async def until(self, wanted: Callable[[Event], bool]) -> list[Event]:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not self.events or not wanted(self.events[-1]):
                 self.events.append(await anext(self._watch))
         return self.events
@@ -132,7 +132,7 @@ async def test_a_write_whose_reply_was_lost_is_told_all_the_same(open_store: Sto
     await store.apply(world.begin_command(BeginDelete, key))
     deleting = lambda e: isinstance(e.record, Actor) and e.record.state is ActorState.DELETING  # noqa: E731
     await seen.until(deleting)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while len(told := {e.record.pk for e in seen.events if isinstance(e.record, Replica)}) < committed:
             seen.events.append(await anext(seen._watch))
     assert told == {r.name for r in await store.list(Replica)}
@@ -150,7 +150,7 @@ async def test_who_was_away_too_long_is_told_to_list_again(
     assert backends
     frozen = asyncio.ensure_future(asyncio.to_thread(postgres.freeze, 1.0))
     with pytest.raises(ResourceExhausted) as slow:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await anext(watch)
     await frozen
     assert slow.value.reason == "WATCH_TOO_SLOW"
@@ -164,7 +164,7 @@ async def test_old_rows_of_the_outbox_go(open_store: Stores, database: str, monk
     monkeypatch.setattr(postgres_feed, "TRIM_INTERVAL_S", 0)
     store = await open_store()
     await World(store).setup()
-    async with asyncio.timeout(20), await psycopg.AsyncConnection.connect(database, autocommit=True) as other:
+    async with asyncio.timeout(60), await psycopg.AsyncConnection.connect(database, autocommit=True) as other:
         while (await (await other.execute("SELECT count(*) FROM outbox")).fetchone()) != (0,):
             await asyncio.sleep(0.02)
 
@@ -222,7 +222,7 @@ async def test_a_newer_schema_is_refused_by_programs_that_it_is_not_for(open_sto
             await PostgresStore.open(database)
         assert newer.value.reason == "SCHEMA_TOO_NEW"
         assert f"schema {len(known) + 1}" in newer.value.message and f"up to {len(known)}" in newer.value.message
-    async with asyncio.timeout(20):  # one that runs finds out
+    async with asyncio.timeout(60):  # one that runs finds out
         while True:
             try:
                 await running.get(Template, "ns/t")

@@ -71,7 +71,7 @@ async def test_events_of_one_record_are_in_order(store: PostgresStore, database:
 
     await asyncio.gather(*map(live, keys))
     last = {str(key): (await store.get(Actor, str(key))).version for key in keys}
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while {pk: versions[-1] for pk, versions in seen[False].items()} != last:
             await asyncio.sleep(0.01)
     for versions in (*seen[True].values(), *seen[False].values()):
@@ -97,7 +97,7 @@ async def test_one_whose_row_is_locked_waits_alone(store: PostgresStore, databas
         await locker.execute("SELECT FROM actors WHERE pk = 'ns/a3' FOR UPDATE")
         tasks = {key: asyncio.create_task(store.apply(world.begin_command(c.BeginResume, key))) for key in keys}
         waits = tasks.pop(Key("ns", "a3"))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             changes = await asyncio.gather(*tasks.values())
         assert {change.outcome for change in changes} == {c.Outcome.CHANGED}
         assert not waits.done()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import apsw
 import pytest
@@ -313,6 +315,50 @@ async def test_a_directory_that_can_not_be_made_is_named(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with pytest.raises(GreenroomError, match=str(tmp_path / "file")):
         await SqliteStore.open(tmp_path / "file")
+
+
+async def test_what_nobody_thought_of_ends_its_batch_and_not_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await SqliteStore.open(tmp_path)
+    world = await World(store).setup()
+
+    def breaks(*_: object) -> None:
+        raise RuntimeError("nobody thought of that")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(sqlite_writer.Writer, "_together", breaks)
+        broken.setattr(sqlite_writer.Writer, "_alone", breaks)
+        async with asyncio.timeout(60):
+            with pytest.raises(Internal, match="nobody thought of that"):
+                await world.create("a")
+    await world.create("b")
+    await store.close()
+
+
+async def test_a_disk_on_which_no_room_can_be_set_aside_is_a_full_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that was mounted again for reading only when it was full."""
+    store = await SqliteStore.open(tmp_path)
+    world = await World(store).setup()
+    (tmp_path / sqlite_file.RESERVE_FILE).unlink()
+    writer: Any = store._writer
+    writer._full = True
+    real = os.open
+
+    def refuses(path: Any, *more: Any, **others: Any) -> int:
+        if str(path).endswith(sqlite_file.RESERVE_FILE):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(path, *more, **others)
+
+    with monkeypatch.context() as refused:
+        refused.setattr(os, "open", refuses)
+        async with asyncio.timeout(60):
+            with pytest.raises(ResourceExhausted):
+                await world.create("a")
+    await world.create("b")
+    await store.close()
 
 
 # --- full disk --------------------------------------------------------------------------------------------

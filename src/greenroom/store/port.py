@@ -6,7 +6,7 @@ Two kinds of writes, both atomic and conditional, never read-then-overwrite in a
     one lifecycle command: the store reads the `View`, `greenroom.core.lifecycle.decide` decides, the store writes the
     `Change`, all in one transaction. So binding actor, worker slot and operation can't come apart.
 `put`, `remove`
-    one record that no actor's lifecycle owns (templates, pools, workers, snapshots, operations on templates),
+    one record that no actor's lifecycle owns (templates, pools, rosters, workers, snapshots, operations on templates),
     conditional on the version that was read.
 
 A write is durable when the call returns. A cancelled call may or may not have happened: read again.
@@ -26,13 +26,14 @@ from typing import Protocol, TypeVar
 from greenroom.core.commands import ActorCommand, Change
 from greenroom.core.errors import InvalidArgument, NotFound
 from greenroom.core.records import Actor, Lease, Operation, Pool, Record, Replica, Snapshot, Template, Worker
+from greenroom.core.rosters import Roster
 
-Stored = Actor | Template | Pool | Worker | Replica | Snapshot | Operation | Lease
+Stored = Actor | Template | Pool | Roster | Worker | Replica | Snapshot | Operation | Lease
 #: What can be read.
-R = TypeVar("R", Actor, Template, Pool, Worker, Replica, Snapshot, Operation, Lease)
+R = TypeVar("R", Actor, Template, Pool, Roster, Worker, Replica, Snapshot, Operation, Lease)
 #: What `put` and `remove` write; actors and leases change by `apply` alone.
-Free = Template | Pool | Worker | Replica | Snapshot | Operation
-W = TypeVar("W", Template, Pool, Worker, Replica, Snapshot, Operation)
+Free = Template | Pool | Roster | Worker | Replica | Snapshot | Operation
+W = TypeVar("W", Template, Pool, Roster, Worker, Replica, Snapshot, Operation)
 
 #: What `list` filters by: a field's value, or several of which it may have one (at most `MAX_PAGE`).
 Where = Mapping[str, str | tuple[str, ...]]
@@ -42,6 +43,7 @@ FILTERS: dict[type[Stored], frozenset[str]] = {
     Actor: frozenset({"state", "worker", "template", "uid"}),
     Template: frozenset({"state"}),
     Pool: frozenset(),
+    Roster: frozenset(),
     Worker: frozenset({"pool", "state"}),
     Replica: frozenset(),
     Snapshot: frozenset({"actor_uid", "state", "template"}),

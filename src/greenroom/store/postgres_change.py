@@ -34,11 +34,13 @@ class Written(NamedTuple):
 
 
 class ChangeRow(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """See the schema, where a field that is left out is null. An ``xmin`` is a number of a transaction in decimal."""
+    """See the schema, where a field that is left out is null, and ``chosen`` is not known: the actor goes on from a
+    snapshot that somebody named. An ``xmin`` is a number of a transaction in decimal."""
 
     part: int
     cell: int
     check_new: bool
+    chosen: bool = False
     a_pk: str
     a_uid: str
     a_xmin: str | None = None
@@ -103,6 +105,7 @@ def row_of(part: int, key: Key, change: Change, fetched: Fetched) -> ChangeRow:
         row.o_pk, row.o_version, row.o_kind, row.o_namespace = op.id, op.version, op.kind, op.namespace
         row.o_state, row.o_request = op.state, request_key(op.namespace, op.request_id)
         row.o_data = encode(op).decode()
+        row.chosen = op.chosen and op.version == 1
     if (lease := change.lease) is not None:
         row.l_xmin = fetched.xmin(Lease, row.a_uid)
         row.l_owner, row.l_operation, row.l_data = lease.owner, lease.operation, encode(lease).decode()
@@ -159,6 +162,7 @@ def _add_snapshots(row: ChangeRow, snapshots: tuple[Snapshot, ...], fetched: Fet
     row.s_datas = [encode(s).decode() for s in snapshots]
 
 
+_LOCK = "SELECT FROM actors WHERE cell = $1::smallint AND pk = $2::text FOR NO KEY UPDATE"
 _WRITE = "SELECT codes, xact::text, event FROM write_changes_v1($1::text, $2::json, $3::int)"
 
 
@@ -174,7 +178,15 @@ async def write(
         psycopg.Error: none was written; with a conflict (`postgres_errors.CONFLICTS`) because one of them is stale.
     """
     values = [writer, encode(rows).decode(), wait_ms]
-    found = await (await connection.execute(_WRITE, values, prepare=True)).fetchone()
+    if chosen := [(row.cell, row.a_pk) for row in rows if row.chosen]:
+        # What nobody has named is kept. One that was may be condemned by who has locked the actor's row just now; so it
+        # is waited for before what was read of it is compared.
+        async with connection.transaction():
+            for actor in chosen:
+                await connection.execute(_LOCK, actor)
+            found = await (await connection.execute(_WRITE, values, prepare=True)).fetchone()
+    else:
+        found = await (await connection.execute(_WRITE, values, prepare=True)).fetchone()
     assert found is not None
     codes, xmin, event = found
     return [Written(code, xmin or "", event or 0) for code in codes.split(",")]

@@ -13,6 +13,7 @@ from psycopg import sql
 
 from greenroom.core.errors import DataLoss
 from greenroom.core.records import Actor, Lease, Operation, Pool, Replica, Snapshot, Template, Worker
+from greenroom.core.rosters import Roster
 from greenroom.store.port import FILTERS, Stored, Where
 from greenroom.store.transaction import request_key
 
@@ -67,6 +68,7 @@ _COLUMNS: dict[type[Stored], dict[str, Callable[[Any], Any]]] = {
         "golden": attrgetter("golden_snapshot"),
     },
     Pool: {},
+    Roster: {},
     Replica: {},
     Worker: {f: attrgetter(f) for f in ("pool", "state", "capacity")},  # written by `put_worker` alone
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.resources
 import os
 from pathlib import Path
 
 import apsw
+import structlog
 
 from greenroom.core.errors import (
     DataLoss,
@@ -17,6 +19,8 @@ from greenroom.core.errors import (
     ResourceExhausted,
     Unavailable,
 )
+
+log = structlog.get_logger(__name__)
 
 DATABASE_FILE = "greenroom.db"
 RESERVE_FILE = "reserve"
@@ -165,7 +169,15 @@ class Reserve:
         self._path = directory / RESERVE_FILE
 
     def make(self) -> bool:
-        """Whether the room is set aside now. Leaves as much again free, so that the disk isn't full at once again."""
+        """Whether the room is set aside now. Leaves as much again free, so that the disk isn't full at once again. A
+        disk that does not let it, for whatever reason, is treated as a full one."""
+        try:
+            return self._make()
+        except OSError as error:
+            log.warning("no room can be set aside", path=str(self._path), error=str(error))
+            return False
+
+    def _make(self) -> bool:
         if self._path.exists() and self._path.stat().st_size == RESERVE_BYTES:
             return True
         space = os.statvfs(self._path.parent)
@@ -184,4 +196,5 @@ class Reserve:
         return True
 
     def free(self) -> None:
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)

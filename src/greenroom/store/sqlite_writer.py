@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import apsw
+import structlog
 
 from greenroom.core.commands import BeginPause, BeginResume, BeginSuspend, CreateActor
 from greenroom.core.errors import GreenroomError
@@ -25,6 +26,8 @@ from greenroom.core.records import Operation, Pool, Snapshot, Template
 from greenroom.store import sqlite_file, transaction
 from greenroom.store.sqlite_rows import SqliteRows
 from greenroom.store.transaction import Effects
+
+log = structlog.get_logger(__name__)
 
 #: Jobs in one transaction: far above what waits during one sync (about a millisecond), and few enough that a batch
 #: takes milliseconds, not seconds, however many wait.
@@ -95,7 +98,13 @@ class Writer:
             batch = self._take()
             jobs = [job for job in batch if job is not None]
             if jobs:
-                self._answer(*self._carry_out(jobs))
+                try:
+                    answers = self._carry_out(jobs)
+                except Exception as error:  # without this thread every later job would wait for ever
+                    log.exception("a batch failed in a way nobody thought of", jobs=len(jobs))
+                    told = sqlite_file.translate(error, self._path)
+                    answers = [Done(job.ticket, error=told) for job in jobs], []
+                self._answer(*answers)
             if len(jobs) < len(batch):
                 return
 
@@ -165,7 +174,10 @@ class Writer:
             return Done(job.ticket, error=told), []
 
     def _roll_back(self) -> None:
-        sqlite_file.rollback(self._connection)
+        try:
+            sqlite_file.rollback(self._connection)
+        except apsw.Error as error:  # BEGIN says so once more, to whoever comes next
+            log.error("a transaction could not be rolled back", error=str(error))
         self._rows.forget()
 
     def _make_room(self) -> None:
@@ -177,5 +189,5 @@ class Writer:
         """Empties the log, so that on a full disk it takes no more than one batch needs."""
         try:
             self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
-        except (apsw.FullError, apsw.IOError, apsw.BusyError):
-            pass  # the log keeps what it holds, and is read from there
+        except apsw.Error as error:  # the log keeps what it holds, and is read from there
+            log.info("the log was not emptied", error=str(error))
