@@ -135,7 +135,7 @@ async def test_who_removes_what_is_being_prepared_is_told_so(tmp_path: Path) -> 
     image = await shelf.add("a")
     lock = try_lock(tmp_path / "store", image.digest)
     assert lock is not None
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         with pytest.raises(FailedPrecondition, match="is being prepared or removed just now"):
             await shelf.store.remove(image.digest)
     os.close(lock)
@@ -326,7 +326,7 @@ async def test_who_waits_for_another_process_sees_how_far_it_is(tmp_path: Path) 
     layer = await _first_layer(layout)
     for done in (1000, 2000):
         shared.write_text(f'{{"phase":"unpack","layers":[{{"digest":"{layer}","done_bytes":{done}}}]}}')
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while ("unpack", done) not in heard:
                 await asyncio.sleep(0.02)
     os.close(fd)

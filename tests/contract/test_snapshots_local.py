@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from obstore.store import LocalStore
 
-from greenroom.core.errors import ResourceExhausted
+from greenroom.core.errors import ResourceExhausted, Unavailable
 from greenroom.core.gc import blobs
 from greenroom.snapshots.bucket import BucketObjects
 from greenroom.snapshots.port import SnapshotStore
@@ -45,6 +46,39 @@ class TestLocal(SnapshotStoreContract):
         # What is read stays, whatever becomes of the snapshot.
         await store.delete(blobs.keys_of(published))
         await store.verify(published, fetched)
+
+    async def test_on_another_file_system_what_somebody_reads_is_not_made_anew(
+        self, store: SnapshotStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        published = await store.publish(make_snapshot(), stage(tmp_path / "stage"))
+
+        def refuses(*_: object, **__: object) -> None:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+        monkeypatch.setattr(os, "link", refuses)
+        fetched = await store.fetch(published, tmp_path / "cache")
+        assert all(path.is_symlink() for path in fetched.iterdir())
+        reading = os.open(fetched, os.O_RDONLY)
+        try:
+            before = {entry.name for entry in os.scandir(reading)}
+            assert await store.fetch(published, tmp_path / "cache") == fetched
+            assert before and {entry.name for entry in os.scandir(reading)} == before
+        finally:
+            os.close(reading)
+        await store.verify(published, fetched)
+
+    async def test_a_deletion_that_the_file_system_refuses_is_a_store_that_refuses(
+        self, store: SnapshotStore, tmp_path: Path
+    ) -> None:
+        one, two = [await store.publish(make_snapshot(), stage(tmp_path / n)) for n in ("one", "two")]
+        stuck = tmp_path / "store" / key_of(one, "pages.img")
+        stuck.unlink()
+        stuck.mkdir()  # which no `unlink` removes, not even root's
+        (stuck / "x").touch()
+        with pytest.raises(Unavailable) as refused:
+            await store.delete(blobs.keys_of(one))
+        assert refused.value.reason == "SNAPSHOT_STORE_REFUSES" and str(stuck) in refused.value.message
+        await store.delete(blobs.keys_of(two))
 
     async def test_nothing_stays_of_an_actor_not_even_its_directory(self, store: SnapshotStore, tmp_path: Path) -> None:
         made = [await store.publish(make_snapshot(), stage(tmp_path / n)) for n in ("one", "two")]

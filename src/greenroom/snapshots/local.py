@@ -111,7 +111,7 @@ class LocalObjects:
                 directory.rmdir()
 
     def list(self, prefix: str) -> Iterator[Stored]:
-        for directory, below, names in os.walk(self._root / prefix):
+        for directory, below, names in os.walk(self._root / prefix, onerror=_unless_gone):
             below.sort()
             for name in sorted(names):
                 path = Path(directory) / name
@@ -125,6 +125,12 @@ class LocalObjects:
             now = os.fstat(file.fileno()).st_mtime
         mark.unlink(missing_ok=True)
         return now
+
+
+def _unless_gone(error: OSError) -> None:
+    """What can't be listed is not empty: absence decides what is removed."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _into(directory: Path, put: Callable[[], _T]) -> _T:

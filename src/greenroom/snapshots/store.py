@@ -22,7 +22,7 @@ import itertools
 import secrets
 import shutil
 from collections.abc import Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
@@ -30,7 +30,7 @@ from weakref import WeakValueDictionary
 import msgspec
 from obstore.store import from_url
 
-from greenroom.core.errors import Conflict, DataLoss, InvalidArgument, NotFound
+from greenroom.core.errors import Conflict, DataLoss, InvalidArgument, NotFound, Unavailable
 from greenroom.core.gc import blobs
 from greenroom.core.records import FileDigest, Snapshot
 from greenroom.snapshots.bucket import BucketObjects
@@ -40,7 +40,7 @@ from greenroom.snapshots.port import StoredObject
 from greenroom.snapshots.threads import all_of, in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
 #: A manifest is about 1 KB; what is larger is no manifest.
 MAX_MANIFEST_BYTES = 1 << 20
@@ -170,10 +170,12 @@ class ObjectSnapshotStore:
         for key in keys:
             if blobs.place_of(key) is None:
                 raise InvalidArgument(f"{key!r} is no key of a snapshot's object")
-        await in_thread(lambda stop: self._objects.delete(keys))
+        with self._refusals():
+            await in_thread(lambda stop: self._objects.delete(keys))
 
     async def list(self) -> list[tuple[str, str]]:
-        keys = await in_thread(lambda stop: [stored.key for stored in self._objects.list(blobs.PREFIX)])
+        with self._refusals():
+            keys = await in_thread(lambda stop: [stored.key for stored in self._objects.list(blobs.PREFIX)])
         places = (blobs.place_of(key) for key in keys)
         found = [p for p in places if p is not None and p.is_manifest]
         return sorted([(p.actor_uid or await self._owner(p.snapshot_id), p.snapshot_id) for p in found])
@@ -181,7 +183,8 @@ class ObjectSnapshotStore:
     async def remove_unfinished(self) -> None:
         """Removes what has no manifest in the layout before, whose keys say to nobody else whose it is. Only while
         nobody of that version writes here."""
-        keys = await in_thread(lambda stop: [stored.key for stored in self._objects.list(blobs.PREFIX)])
+        with self._refusals():
+            keys = await in_thread(lambda stop: [stored.key for stored in self._objects.list(blobs.PREFIX)])
         old = {key: place for key in keys if (place := blobs.place_of(key)) is not None and not place.actor_uid}
         whole = {place.snapshot_id for place in old.values() if place.is_manifest}
         await self.delete([key for key, place in old.items() if place.snapshot_id not in whole])
@@ -197,10 +200,15 @@ class ObjectSnapshotStore:
         return uid if blobs.is_uid(uid) else UNKNOWN
 
     async def objects(self) -> AsyncIterator[tuple[str, Sequence[StoredObject]]]:
-        now = await in_thread(lambda stop: self._objects.clock())
-        listing = await in_thread(lambda stop: iter(self._objects.list(blobs.PREFIX)))
+        with self._refusals():
+            now = await in_thread(lambda stop: self._objects.clock())
+        listing = iter(self._objects.list(blobs.PREFIX))
         uid, found = "", list[StoredObject]()
-        while page := await in_thread(lambda stop: [*itertools.islice(listing, LIST_PAGE)]):
+        while True:
+            with self._refusals():
+                page = await in_thread(lambda stop: [*itertools.islice(listing, LIST_PAGE)])
+            if not page:
+                break
             for key, modified_at in page:
                 place = blobs.place_of(key)
                 if place is None or not place.actor_uid:
@@ -214,6 +222,14 @@ class ObjectSnapshotStore:
             yield uid, found
 
     # --- parts -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """What a file system does not let be done is said as of any other store that does not do it just now."""
+        try:
+            yield
+        except OSError as error:
+            raise Unavailable(f"{self._objects}: {error}", reason="SNAPSHOT_STORE_REFUSES") from error
 
     @asynccontextmanager
     async def _in_turn(self, snapshot_id: str) -> AsyncIterator[None]:
@@ -378,7 +394,7 @@ def _check_sizes(snapshot: Snapshot, directory: Path) -> None:
     for file in snapshot.files:
         path = directory / file.name
         try:
-            size = path.stat(follow_symlinks=False).st_size
+            size = path.stat().st_size  # where no link to the file could be made, one to its name was
         except FileNotFoundError:
             raise _corrupt(snapshot, f"{path} is missing") from None
         if size != file.size_bytes:
