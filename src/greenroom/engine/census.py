@@ -30,11 +30,22 @@ from greenroom.core.errors import (
     Conflict,
     GreenroomError,
     NotFound,
+    Unavailable,
 )
 from greenroom.core.gc import control
 from greenroom.core.records import Actor, Worker, WorkerState
 from greenroom.engine import clock
-from greenroom.engine.members import ASKED, AWAY, LEAVING, RETIRING, WRITE_ATTEMPTS, as_heard, state_of
+from greenroom.engine.members import (
+    ASKED,
+    AWAY,
+    LEAVING,
+    RETIRING,
+    WRITE_ATTEMPTS,
+    Door,
+    NotOnRoster,
+    as_heard,
+    state_of,
+)
 from greenroom.store.port import R
 
 if TYPE_CHECKING:
@@ -52,6 +63,9 @@ NOTE_SHARE = 0.1
 BACKED_SHARE = 0.4
 #: How old it may be for requests to be routed there:
 TRUSTED_SHARE = 0.9
+#: How long a request waits for the link of a worker that this process has not met: less than a gateway does for a
+#: connection. Agents learn of a new replica with a heartbeat.
+DOOR_WAIT_S = 4.0
 
 
 class Stock(NamedTuple):
@@ -99,12 +113,14 @@ class Census:
         if not self._ops.closed:
             self._engine.spawn(self._welcome(hello), f"welcome-{hello.worker}")
 
-    def welcome_again(self, worker: str) -> None:
-        """It is connected, and not what was welcomed before."""
+    def welcome_again(self, worker: str) -> bool:
+        """It is connected, and not what was welcomed before. Returns False when nothing is begun."""
         hello = self._engine.hub.connected().get(worker)
-        if hello is not None and worker in self._welcomed:
-            self._welcomed.discard(worker)
-            self.worker_connected(hello)
+        if hello is None or worker not in self._welcomed:
+            return False
+        self._welcomed.discard(worker)
+        self.worker_connected(hello)
+        return True
 
     def worker_heard(self, worker: str, heartbeat: api.Heartbeat) -> bool:
         self._notice(worker, heartbeat)
@@ -179,12 +195,21 @@ class Census:
             self._engine.spawn(self._engine.reconciler.exited(worker, event), f"exited-{event.actor_uid}")
 
     async def _welcome(self, hello: api.Hello) -> None:
-        """Until it is done, or the connection has been replaced by another one."""
-        while self._engine.hub.connected().get(hello.worker) == hello:
+        """Until it is done, or the connection has been replaced by another one. (Which may say the very same: it is the
+        object that stands for a connection.)"""
+        waits = ""
+        while self._engine.hub.connected().get(hello.worker) is hello:
             try:
                 self._backed[hello.worker] = await self._engine.members.register(hello)
+                waits = ""
                 self._engine.hub.acknowledge(hello.worker)
                 under_way = await self._engine.reconciler.compare(hello.worker, anew=True)
+            except NotOnRoster as error:
+                if waits != error.message:  # it may take long, and is said once
+                    log.warning("worker not registered, waits for a roster", worker=hello.worker, error=error.message)
+                waits = error.message
+                await self._engine.rosters.wait(hello.pool)
+                continue
             except GreenroomError as error:
                 log.warning("worker not welcomed, tries again", worker=hello.worker, error=error.message)
                 await asyncio.sleep(self._engine.config.retry_s)
@@ -197,10 +222,10 @@ class Census:
             # An operation that had its answer before the worker went away does not notice what went with it.
             again = self._engine.reconciler.compare_after(under_way, hello.worker)
             self._engine.spawn(again, f"compare-{hello.worker}")
-            if self._kept.get(hello.worker) != hello:
+            if self._kept.get(hello.worker) is not hello:
                 self._kept[hello.worker] = hello
                 self._engine.spawn(self._engine.reconciler.keep(hello), f"keep-{hello.worker}")
-            await self._engine.preparer.prewarm(hello)
+            await self._engine.pulls.prewarm(hello)
             return
 
     def empty(self, worker: str) -> None:
@@ -454,6 +479,25 @@ class Census:
                 break
         return worker in self._engine.hub.connected()
 
+    async def door(self, worker: str) -> Door:
+        """Where it is. A replica that has just begun waits for the worker's link, for `DOOR_WAIT_S`.
+
+        Raises:
+            Unavailable: it has not registered here (reason ``WORKER_DISCONNECTED``).
+        """
+        until = clock.monotonic() + DOOR_WAIT_S
+        while (door := self._engine.members.door(worker)) is None:
+            try:
+                async with asyncio.timeout(until - clock.monotonic()):
+                    await self.arrival.wait()
+            except TimeoutError:
+                raise Unavailable(
+                    f"worker {worker} has no link to this replica of the control plane, which does not know where it "
+                    "is; its agent's log tells why",
+                    reason="WORKER_DISCONNECTED",
+                ) from None
+        return door
+
     async def until_trusted(self, worker: str) -> bool:
         """Whether requests may be routed to a worker, waiting for it as long as it may still come back."""
         return_s = self._engine.config.worker_return_s
@@ -479,8 +523,11 @@ class Census:
                 log.warning("sweep tries again", error=str(error), exc_info=bug_of(error))
 
     async def _sweep(self) -> None:
+        await self._engine.rosters.sweep()
         connected = self._engine.hub.connected()
-        for worker in await self.all(Worker):
+        workers = await self.all(Worker)
+        self._engine.members.forget_all_but([worker.name for worker in workers])
+        for worker in workers:
             try:
                 if worker.state is WorkerState.GONE:
                     await self._engine.decommission.settle(worker)

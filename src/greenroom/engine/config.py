@@ -49,6 +49,8 @@ class EngineConfig:
             to a worker whose connection broke.
         store_away_s: how long a write is tried while the store does not answer; then whoever waits is told, and the
             janitor goes on later.
+        rosters: workers of pools without a roster may not register (`greenroom.engine.rosters`).
+        place: where this process is, as `greenroom.sandbox.dial.place` says it; "": all workers are here too.
         randbits: randomness for ids: as many random bits as asked for.
     """
 
@@ -77,6 +79,8 @@ class EngineConfig:
     rebind_pause_s: float = 0.05
     retry_s: float = 0.1
     store_away_s: float = 10.0
+    rosters: bool = False
+    place: str = ""
     randbits: Callable[[int], int] = secrets.randbits
 
     def deadline_s(self, kind: OperationKind) -> float:

@@ -1,8 +1,8 @@
 """Workers that end for good: retired in order, or given up because they will not come back.
 
-*Retired*: emptied first, as a drain does; then whatever only it has is uploaded; then its agent erases its state disk
-and ends; then its record goes. Each step can be repeated, by any replica that is linked to the worker, so what is cut
-short goes on with the next sweep.
+*Retired*: emptied first, as a drain does; then whatever only it has is uploaded; then its agent erases its state disk,
+says so and ends; then its record goes. Each step can be repeated, by any replica that is linked to the worker, so what
+is cut short goes on with the next sweep.
 
 *Given up* (GONE): by a person, or because this process has watched for its sign for ``worker_gone_s`` and seen none.
 What was awake there is CRASHED and wakes elsewhere, what only its disk had is lost. Its record stays, as a tombstone:
@@ -98,12 +98,24 @@ class Decommission:
                 return  # somebody has undone it, or has to look first
             call = api.Shutdown(wipe=True, erase=True, epoch=record.epoch, closed_seq=record.seq - 1)
             await self._engine.members.ask(name, call)
-            if await self._remove(record):
-                self._engine.removals.add("worker", name, DATABASE, "it has retired, and erased its disk")
+            await self._has_retired(record)
         except NotFound:
             pass  # another replica was quicker
         except GreenroomError as error:
             log.warning("worker can't retire yet, tries again", worker=name, error=error.message)
+
+    async def erased(self, name: str, incarnation: str) -> None:
+        """For whoever keeps the disks of this machine: that one is no more. A worker that was to retire has retired
+        then, also when nobody heard it say so. Any other, and one with which something is lost, is left alone."""
+        record = await self._engine.members.find(name)
+        if record is None or record.incarnation != incarnation or record.cordon != RETIRING or record.distrust:
+            return
+        if await self.losses(name) == Losses():
+            await self._has_retired(record)
+
+    async def _has_retired(self, worker: Worker) -> None:
+        if await self._remove(worker):
+            self._engine.removals.add("worker", worker.name, DATABASE, "it has retired, and erased its disk")
 
     async def _remove(self, known: Worker) -> bool:
         """Whether it is recorded no more. One with another disk that has taken the name meanwhile stays."""

@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from msgspec.structs import replace
 
 from greenroom.core import agentapi as api
-from greenroom.core import keeping
+from greenroom.core import keeping, manifests
 from greenroom.core.commands import (
-    Advance,
     BackOut,
     Change,
     FallBack,
@@ -33,12 +30,9 @@ from greenroom.core.commands import (
     FinishResume,
     FinishSuspend,
     Rebind,
-    ReleaseLease,
 )
 from greenroom.core.errors import (
-    Cancelled,
     DataLoss,
-    DeadlineExceeded,
     FailedPrecondition,
     GreenroomError,
     Internal,
@@ -50,72 +44,33 @@ from greenroom.core.errors import (
 from greenroom.core.records import (
     Actor,
     ActorState,
-    Durability,
     Endpoint,
-    Failure,
-    FileDigest,
-    Key,
     Operation,
     OperationKind,
-    PhaseTime,
-    Record,
     Snapshot,
-    SnapshotScope,
-    SnapshotState,
     Template,
 )
-from greenroom.engine import clock
 from greenroom.engine.bindings import Binding
+from greenroom.engine.calls import Calls, Deadline, ids, limit
+from greenroom.engine.operations import as_failure
+from greenroom.engine.phases import Phases
 
 if TYPE_CHECKING:
     from greenroom.engine.engine import Engine
 
 log = structlog.get_logger(__name__)
 
-A = TypeVar("A", bound=Record)
-
-#: A worker that takes longer to end a sandbox is asked again by `Recovery`.
-DISCARD_TIMEOUT_S = 30.0
 #: Thawing takes milliseconds; a worker that takes longer hangs, and what lives there can't be reached by anybody.
 PUT_BACK_TIMEOUT_S = 30.0
 #: Characters of an error that are kept as the reason why a worker was given up.
 MAX_WHY = 300
-#: A request is held for this long while its actor waits for an image; that can take an hour, which nobody's connection
-#: lives. Small images are there by then.
-IMAGE_HOLD_S = 10.0
-#: Between two writes of an operation's progress.
-PROGRESS_INTERVAL_S = 0.25
-
-
-class Phases:
-    """Times of an operation, one after the other, so that they sum to its total."""
-
-    def __init__(self) -> None:
-        self._at = clock.monotonic()
-        self._phases: list[PhaseTime] = []
-
-    def end(self, name: str) -> None:
-        now = clock.monotonic()
-        self._phases.append(PhaseTime(name=name, seconds=now - self._at))
-        self._at = now
-
-    def took(self, phases: tuple[PhaseTime, ...], rest: str) -> None:
-        """Takes over what a worker measured; the remainder since the last mark (messages, waiting) is ``rest``."""
-        now = clock.monotonic()
-        spent = sum(p.seconds for p in phases)
-        self._phases += [PhaseTime(name=rest, seconds=max(0.0, now - self._at - spent)), *phases]
-        self._at = now
-
-    def all(self) -> tuple[PhaseTime, ...]:
-        return tuple(self._phases)
 
 
 class Drivers:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._ops = engine.ops
-        #: Of resumes that wait for their image: since when (loop time).
-        self._waits_since: dict[Key, float] = {}
+        self._calls = Calls(engine)
 
     # --- resume -------------------------------------------------------------------------------------------
 
@@ -125,9 +80,9 @@ class Drivers:
         source, template = change.source, change.template
         refused: list[str] = []
         try:
-            return await self._resume(actor, op, template, source, refused, self._deadline(op), phases)
+            return await self._resume(actor, op, template, source, refused, self._calls.deadline(op), phases)
         finally:
-            self._waits_since.pop(actor.key, None)
+            self._calls.over(actor.key)
 
     async def _resume(
         self,
@@ -136,7 +91,7 @@ class Drivers:
         template: Template | None,
         source: Snapshot | None,
         refused: list[str],
-        deadline: _Deadline,
+        deadline: Deadline,
         phases: Phases,
     ) -> Operation:
         while True:
@@ -173,11 +128,10 @@ class Drivers:
         return replace(finished.operation, phases=phases.all())
 
     async def _start(
-        self, actor: Actor, op: Operation, template: Template | None, source: Snapshot | None, deadline: _Deadline
+        self, actor: Actor, op: Operation, template: Template | None, source: Snapshot | None, deadline: Deadline
     ) -> api.Started:
-        ids = _ids(actor, op)
         if op.from_state is ActorState.PAUSED:
-            return await self._call(op, api.Thaw(**ids), api.Started)
+            return await self._calls.ask(op, api.Thaw(**ids(actor, op)), api.Started)
         if template is None:
             raise FailedPrecondition(
                 f"actor {actor.key} was made from template {actor.template!r}, which is gone; apply it again",
@@ -192,20 +146,20 @@ class Drivers:
             create_seq=actor.sandbox_seq,
         )
         about: dict[str, Any] = {
-            **ids,
+            **ids(actor, op),
             "identity": identity,
             "spec": template.spec,
             "image_digest": template.image_digest,
             "peers": self._engine.images.peers(op.worker, template.image_digest),
         }
         if source is not None:
-            return await self._call(op, api.Restore(**about, snapshot=source), api.Started, deadline=deadline)
+            return await self._calls.ask(op, api.Restore(**about, snapshot=source), api.Started, deadline=deadline)
         if op.snapshot:  # to boot it instead would silently reset it
             raise FailedPrecondition(
                 f"actor {actor.key}: the record of its snapshot {op.snapshot} is missing; delete the actor",
                 reason="SNAPSHOT_NOT_FOUND",
             )
-        return await self._call(op, api.Start(**about), api.Started, deadline=deadline)
+        return await self._calls.ask(op, api.Start(**about), api.Started, deadline=deadline)
 
     async def _other_way(
         self,
@@ -227,7 +181,7 @@ class Drivers:
         refused.append(op.worker)
         if len(refused) >= self._engine.config.attempts:
             raise error
-        await self._discard(actor, op)  # whatever the last one made
+        await self._calls.discard(actor, op)  # whatever the last one made
         pause_s = self._engine.config.rebind_pause_s * 2 ** (len(refused) - 1)
         if error.reason == "WORKER_ALONE":  # after an outage of the store all are, until they are answered again
             pause_s = max(pause_s, self._engine.hub.welcome.heartbeat_s)
@@ -304,19 +258,19 @@ class Drivers:
         latest, the slot is free), discard (only now is the sandbox destroyed).
         """
         actor, op = _both(change)
-        ids = _ids(actor, op)
+        about = ids(actor, op)
         self._engine.bindings.revoke(actor.key)
         try:
-            async with self._deadline(op).kept(op):
+            async with self._calls.deadline(op).kept(op):
                 template = await self._ops.read(Template, f"{actor.namespace}/{actor.template}")
-                announced = _announced(actor, op, template)
-                made = await self._call(op, api.Checkpoint(**ids, snapshot=announced), api.Checkpointed)
+                announced = manifests.announced(actor, op, template)
+                made = await self._calls.ask(op, api.Checkpoint(**about, snapshot=announced), api.Checkpointed)
                 phases.took(made.phases, "dispatch")
-                await self._progress(op, api.Progress(phase="publish"))
-                hold = _is_held(actor, template)
-                base = () if hold or change.source is None else _stored(change.source, actor)
-                publish = api.Publish(**ids, snapshot_id=op.snapshot, hold=hold, base=base)
-                published = await self._call(op, publish, api.Published)
+                await self._calls.advance(op, api.Progress(phase="publish"))
+                hold = manifests.is_held(actor, template)
+                base = () if hold or change.source is None else manifests.stored(change.source, actor)
+                publish = api.Publish(**about, snapshot_id=op.snapshot, hold=hold, base=base)
+                published = await self._calls.ask(op, publish, api.Published)
                 phases.took(published.phases, "dispatch")
         except LeaseLost:
             raise
@@ -330,10 +284,17 @@ class Drivers:
             return await self._put_back(actor, op, error, phases)
 
     async def _finish_suspend(
-        self, actor: Actor, op: Operation, template: Template | None, snapshot: Snapshot, phases: Phases
+        self,
+        actor: Actor,
+        op: Operation,
+        template: Template | None,
+        snapshot: Snapshot,
+        phases: Phases,
+        ran_on: GreenroomError | None = None,
     ) -> Operation:
-        """``snapshot``: as the worker says it, or what it has put into the snapshot store."""
-        snapshot = _made(_announced(actor, op, template), snapshot, op.worker)
+        """``snapshot``: as the worker says it, or what it has put into the snapshot store. ``ran_on``: the actor may
+        have, after it; why the suspend failed."""
+        snapshot = manifests.made(manifests.announced(actor, op, template), snapshot, op.worker)
         finished = await self._ops.commit(
             FinishSuspend(
                 key=actor.key,
@@ -343,11 +304,12 @@ class Drivers:
                 snapshot=snapshot,
                 phases=phases.all(),
                 keeps=keeping.keeps_more(template),
+                ran_on=as_failure(ran_on) if ran_on is not None else None,
             )
         )
         phases.end("commit")
         self._engine.slot_freed()
-        self._engine.spawn(self._discard(actor, op), f"discard-{actor.uid}")
+        self._engine.spawn(self._calls.discard(actor, op), f"discard-{actor.uid}")
         if keeping.keeps_more(template):
             self._engine.spawn(self._engine.collection.expire(actor.key, actor.uid), f"expire-{actor.uid}")
         if snapshot.held:
@@ -357,24 +319,35 @@ class Drivers:
 
     async def _put_back(self, actor: Actor, op: Operation, error: GreenroomError, phases: Phases) -> Operation:
         """An operation on a living sandbox failed: it is put back as it was, running or frozen, as if nothing had been
-        asked. A sandbox that can't be is lost; then what was published of it counts: it was frozen since."""
-        ids = _ids(actor, op)
+        asked. A sandbox that can't be is lost; then what was published of it is what is left, and all that there was if
+        it was frozen since: which nobody knows once it was let run again, here or by who had the operation before."""
+        about = ids(actor, op)
         endpoint: Endpoint | None = None
+        ran_on = op.takeovers > 0 and op.from_state is not ActorState.PAUSED
         try:
             if error.reason == "WORKER_DISCONNECTED":
                 raise error  # it has been waited for already
-            async with _limit(PUT_BACK_TIMEOUT_S, f"putting actor {actor.key} back"):
+            async with limit(PUT_BACK_TIMEOUT_S, f"putting actor {actor.key} back"):
                 if op.from_state is ActorState.PAUSED:
-                    await self._call(op, api.Freeze(**ids), api.Done, undo=True)
+                    await self._calls.ask(op, api.Freeze(**about), api.Done, undo=True)
                 else:
-                    endpoint = (await self._call(op, api.Thaw(**ids), api.Started, undo=True)).endpoint
+                    before, ran_on, thaw = ran_on, True, api.Thaw(**about)
+                    try:
+                        endpoint = (await self._calls.ask(op, thaw, api.Started, undo=True, once=True)).endpoint
+                    except GreenroomError as refused:
+                        if refused.reason == "NOT_RESIDENT":
+                            ran_on = before
+                        if refused.reason != "WORKER_DISCONNECTED":
+                            raise
+                        endpoint = (await self._calls.ask(op, thaw, api.Started, undo=True)).endpoint
         except LeaseLost:
             raise
         except GreenroomError as lost:
             log.error("actor lost", actor=str(actor.key), kind=op.kind, error=error.message, then=lost.message)
             if op.kind is OperationKind.SUSPEND and (saved := await self._published(op)) is not None:
+                why = error if ran_on else None
                 with contextlib.suppress(FailedPrecondition):  # it refers to what is not kept; then it is no use
-                    return await self._finish_suspend(actor, op, await self._template(actor), saved, phases)
+                    return await self._finish_suspend(actor, op, await self._template(actor), saved, phases, why)
             return await self._back_out(actor, op, error, phases, ActorState.CRASHED)
         return await self._back_out(actor, op, error, phases, endpoint=endpoint)
 
@@ -390,10 +363,10 @@ class Drivers:
     async def pause(self, change: Change, phases: Phases) -> Operation:
         actor, op = _both(change)
         self._engine.bindings.revoke(actor.key)
-        call = api.Freeze(**_ids(actor, op))
+        call = api.Freeze(**ids(actor, op))
         try:
-            async with self._deadline(op).kept(op):
-                frozen = await self._call(op, call, api.Done)
+            async with self._calls.deadline(op).kept(op):
+                frozen = await self._calls.ask(op, call, api.Done)
         except LeaseLost:
             raise
         except GreenroomError as error:
@@ -418,7 +391,7 @@ class Drivers:
         actor, op = _both(change)
         self._engine.bindings.revoke(actor.key)
         if actor.worker:
-            await self._discard(actor, op, forget=True)
+            await self._calls.discard(actor, op, forget=True)
         phases.end("discard")
         finished = await self._ops.commit(
             FinishDelete(
@@ -433,166 +406,7 @@ class Drivers:
         assert finished.operation is not None
         return finished.operation
 
-    # --- parts --------------------------------------------------------------------------------------------
-
-    async def _call(
-        self,
-        op: Operation,
-        call: api.AgentCall,
-        answer: type[A],
-        *,
-        undo: bool = False,
-        deadline: _Deadline | None = None,
-    ) -> A:
-        """Asks the operation's worker; when the connection breaks, again once it is back (``worker_return_s``).
-
-        Args:
-            undo: takes back what was done, so that a request to cancel does not stop it.
-            deadline: waits while an image is prepared.
-
-        Raises:
-            Cancelled: somebody asked for it.
-            DeadlineExceeded: nothing has moved for ``stall_s`` (reason ``STALLED``).
-            LeaseLost: the worker is alive, but not for this replica: the operation is another one's now.
-        """
-        until: float | None = None
-        while True:
-            asked = clock.monotonic()
-            try:
-                async with self._step(op, call, undo) as moved:
-                    result = await self._engine.hub.call(op.worker, call, self._on_progress(op, moved, deadline))
-                assert isinstance(result, answer)
-                return result
-            except Unavailable as error:
-                if error.reason != "WORKER_DISCONNECTED":
-                    raise
-                # From when it went, not from when it was asked; and anew when it has been back in between: unless it
-                # always goes again at once, which may be this call's doing.
-                now, return_s = clock.monotonic(), self._engine.config.worker_return_s
-                if until is None or now - asked > return_s or op.worker in self._engine.hub.connected():
-                    until = now + return_s
-                elif now >= until:
-                    await self._hand_over_if_alive(op)
-                    raise
-            except GreenroomError:
-                raise
-            except Exception as bug:  # an operation must end, also with an answer that nobody thought of
-                log.exception("a call failed in a way nobody thought of", call=type(call).__name__)
-                raise Internal(f"{type(call).__name__} on worker {op.worker}: {type(bug).__name__}: {bug}") from bug
-            async with self._step(op, call, undo):
-                await asyncio.sleep(self._engine.config.retry_s)
-                await self._engine.census.wait_for_worker(op.worker, until)
-
-    @asynccontextmanager
-    async def _step(self, op: Operation, call: api.AgentCall, undo: bool) -> AsyncIterator[Callable[[], None]]:
-        """A part of an operation that may take long: it ends when nothing moves for ``stall_s`` (the function that it
-        gives says that something has), and, unless it is an ``undo``, when somebody cancels the operation."""
-        stall_s = self._engine.config.stall_s
-        if isinstance(call, api.Start | api.Restore):
-            stall_s += call.spec.readyz.timeout_s  # until its probe answers, only the actor itself knows what moves
-        running = None if undo else self._ops.running.get(op.id)
-        over = False  # what comes later, of a call that nobody waits for any more, moves nothing
-
-        def moved() -> None:
-            if not over and not scope.expired():
-                scope.reschedule(clock.monotonic() + stall_s)
-
-        try:
-            async with asyncio.timeout(stall_s) as scope:
-                if running is not None:
-                    running.step = scope
-                    if running.cancel_requested:
-                        raise _cancelled(op)
-                yield moved
-        except TimeoutError:
-            if running is not None and running.cancel_requested:
-                raise _cancelled(op) from None
-            raise DeadlineExceeded(
-                f"{type(call).__name__} on worker {op.worker}: nothing has moved for {stall_s:g} s", reason="STALLED"
-            ) from None
-        finally:
-            over = True
-            if running is not None:
-                running.step = None
-
-    async def _hand_over_if_alive(self, op: Operation) -> None:
-        """An operation whose worker other replicas reach is theirs. Raises `LeaseLost` then."""
-        if not await self._engine.census.alive_elsewhere(op.worker):
-            return
-        release = ReleaseLease(
-            key=op.key,
-            now=self._engine.now(),
-            operation_id=op.id,
-            generation=op.generation,
-            owner=self._engine.config.owner,
-        )
-        await self._ops.commit(release)
-        raise LeaseLost(
-            f"worker {op.worker} is alive but not connected to this replica; operation {op.id} is handed over",
-            reason="HANDED_OVER",
-        )
-
-    def _on_progress(
-        self, op: Operation, moved: Callable[[], None], deadline: _Deadline | None
-    ) -> Callable[[api.Progress], None]:
-        last_at = 0.0
-        last: api.Progress | None = None
-
-        def report(progress: api.Progress) -> None:
-            nonlocal last_at, last
-            if progress != last:
-                last = progress
-                moved()
-                self._note_wait(op, progress, deadline)
-                if clock.monotonic() - last_at >= PROGRESS_INTERVAL_S:
-                    last_at = clock.monotonic()
-                    self._engine.spawn(self._progress(op, progress), f"progress-{op.id}")
-
-        return report
-
-    def _deadline(self, op: Operation) -> _Deadline:
-        return _Deadline(op, self._engine.now(), self._engine.config.deadline_s(op.kind))
-
-    def _note_wait(self, op: Operation, progress: api.Progress, deadline: _Deadline | None) -> None:
-        """While an image is prepared a resume waits for that, for as long as something moves."""
-        if progress.phase.startswith(api.WAITS_FOR_IMAGE) and deadline is not None:
-            deadline.put_off()
-            since = self._waits_since.setdefault(op.key, clock.monotonic())
-            if clock.monotonic() - since >= IMAGE_HOLD_S:
-                self._engine.wakes.waits_for_image(op.key, progress)
-        else:
-            self._waits_since.pop(op.key, None)
-
-    async def _progress(self, op: Operation, progress: api.Progress) -> None:
-        """For those who watch; nothing depends on it. Raises `LeaseLost` alone."""
-        step = Advance(
-            key=op.key,
-            now=self._engine.now(),
-            operation_id=op.id,
-            generation=op.generation,
-            phase=progress.phase,
-            layers=progress.layers,
-            done_bytes=progress.done_bytes,
-            total_bytes=progress.total_bytes,
-        )
-        try:
-            await self._engine.store.apply(step)
-        except LeaseLost:
-            raise
-        except GreenroomError as error:
-            log.info("progress not recorded", operation=op.id, phase=progress.phase, error=error.message)
-
-    async def _discard(self, actor: Actor, op: Operation, *, forget: bool = False) -> None:
-        """Ends what the actor has on the operation's worker. What can't be ended now, `Recovery` finds later: it is a
-        sandbox that no record speaks of."""
-        call = api.Discard(**_ids(actor, op), forget=forget)
-        try:
-            async with asyncio.timeout(DISCARD_TIMEOUT_S):
-                await self._engine.hub.call(op.worker or actor.worker, call)
-        except LeaseLost:
-            pass  # it runs there again already, under a newer generation, which ended the old sandbox itself
-        except (GreenroomError, TimeoutError) as error:
-            log.info("discard is left to recovery", actor=str(actor.key), error=str(error))
+    # --- ends that were not wanted ------------------------------------------------------------------------
 
     async def _back_out(
         self,
@@ -610,7 +424,7 @@ class Drivers:
         said = {"operation": op.id, "kind": op.kind, "actor": str(actor.key), "reason": error.reason}
         log.warning("operation failed", **said, error=error.message)
         if to is ActorState.SUSPENDED:
-            await self._discard(actor, op)
+            await self._calls.discard(actor, op)
         # Before the commit: after it nothing is awaited until the actor is bound, so no news can come in between.
         template = await self._template(actor) if to is ActorState.RUNNING else None
         change = await self._ops.commit(
@@ -620,7 +434,7 @@ class Drivers:
                 operation_id=op.id,
                 generation=op.generation,
                 to_state=to,
-                error=Failure(code=error.code, reason=error.reason, message=error.message, metadata=error.facts()),
+                error=as_failure(error),
                 endpoint=endpoint or actor.endpoint,
                 phases=phases.all(),
             )
@@ -631,7 +445,7 @@ class Drivers:
             self._engine.slot_freed()
         # Only now: until the commit, what was published and the sandbox could have been what is left of the actor.
         if to is ActorState.CRASHED:
-            self._engine.spawn(self._discard(actor, op), f"discard-{actor.uid}")
+            self._engine.spawn(self._calls.discard(actor, op), f"discard-{actor.uid}")
         if op.kind is OperationKind.SUSPEND:
             self._engine.spawn(self._unpublish(op), f"unpublish-{op.snapshot}")
         assert change.operation is not None
@@ -667,101 +481,6 @@ def is_workers_fault(error: GreenroomError) -> bool:
     return isinstance(error, Internal) or error.reason in BLAMED
 
 
-def _cancelled(op: Operation) -> Cancelled:
-    return Cancelled(f"operation {op.id} ({op.kind} of {op.key}) was cancelled; it is backed out")
-
-
-def _ids(actor: Actor, op: Operation) -> dict[str, Any]:
-    """What every call about an actor carries."""
-    return {"operation_id": op.attempt, "actor_uid": actor.uid, "generation": op.generation}
-
-
-def _announced(actor: Actor, op: Operation, template: Template | None) -> Snapshot:
-    """The manifest as far as the control plane knows it; the worker fills in what it made."""
-    return Snapshot(
-        id=op.snapshot,
-        namespace=actor.namespace,
-        actor=actor.name,
-        actor_uid=actor.uid,
-        template=actor.template,
-        generation=op.generation,
-        scope=SnapshotScope.MEMORY,
-        backend="",
-        fingerprint="",
-        image_digest=template.image_digest if template else "",
-        hostname="",
-        created_at=op.created_at,
-        golden=actor.golden,
-    )
-
-
-def _made(announced: Snapshot, said: Snapshot, worker: str) -> Snapshot:
-    """The row of what was made: a worker says what it made, not whose it is."""
-    local = said.state is SnapshotState.LOCAL
-    return replace(
-        announced,
-        files=said.files,
-        scope=said.scope,
-        backend=said.backend,
-        fingerprint=said.fingerprint,
-        hostname=said.hostname,
-        worker=worker,
-        state=SnapshotState.LOCAL if local else SnapshotState.PRESENT,
-        held=local,
-    )
-
-
-def _is_held(actor: Actor, template: Template) -> bool:
-    """Whether a suspend is done when the worker's own disk has the snapshot. Every worker needs a golden one."""
-    return not actor.golden and template.spec.durability is Durability.LOCAL
-
-
-def _stored(source: Snapshot, actor: Actor) -> tuple[FileDigest, ...]:
-    """What the snapshot store has of the actor, and keeps as long as the operation runs."""
-    return source.files if source.state is SnapshotState.PRESENT and source.actor_uid == actor.uid else ()
-
-
 def _both(change: Change) -> tuple[Actor, Operation]:
     assert change.actor is not None and change.operation is not None
     return change.actor, change.operation
-
-
-@asynccontextmanager
-async def _limit(seconds: float, what: str) -> AsyncIterator[None]:
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError:
-        raise Unavailable(f"{what} took longer than {seconds:g} s", reason="WORKER_HANGS") from None
-
-
-class _Deadline:
-    """An operation's deadline around a step; its end is a `DeadlineExceeded`, which backs the operation out.
-
-    While an image is prepared it does not run: it begins anew with every byte that comes, so that what remains to be
-    done then has its usual time. What doesn't move ends by the stall timeout.
-    """
-
-    def __init__(self, op: Operation, now: float, allowed_s: float) -> None:
-        self._at = clock.monotonic() + max(0.0, op.deadline_at - now)
-        self._allowed_s = allowed_s
-        self._scope: asyncio.Timeout | None = None
-
-    def put_off(self) -> None:
-        self._at = max(self._at, clock.monotonic() + self._allowed_s)
-        if self._scope is not None and not self._scope.expired():
-            self._scope.reschedule(self._at)
-
-    @asynccontextmanager
-    async def kept(self, op: Operation) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout_at(self._at) as self._scope:
-                yield
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"operation {op.id} ({op.kind} of actor {op.key}) did not end within its deadline of "
-                f"{self._allowed_s:g} s, in phase {op.phase}",
-                reason="OPERATION_DEADLINE",
-            ) from None
-        finally:
-            self._scope = None

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from greenroom.core import agentapi as api
 from greenroom.core import names
-from greenroom.core.agentapi import ActorStats
+from greenroom.core.agentapi import ActorStats, Entrance
 from greenroom.core.commands import (
     BeginDelete,
     BeginPause,
@@ -31,6 +31,7 @@ from greenroom.core.commands import (
     RequestCancel,
     TagSnapshot,
 )
+from greenroom.core.demand import Demand
 from greenroom.core.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -54,6 +55,7 @@ from greenroom.core.records import (
     TemplateSpec,
     Worker,
 )
+from greenroom.core.rosters import Roster
 from greenroom.core.states import BOUND
 from greenroom.engine import clock
 from greenroom.engine.bindings import Binding, BindingTable, Wake
@@ -61,18 +63,23 @@ from greenroom.engine.census import Census
 from greenroom.engine.collection import Collection
 from greenroom.engine.config import EngineConfig
 from greenroom.engine.decommission import Decommission, Farewell
-from greenroom.engine.drivers import Drivers, Phases
+from greenroom.engine.demand import Demands
+from greenroom.engine.drivers import Drivers
 from greenroom.engine.follower import Follower
 from greenroom.engine.garbage import Garbage
 from greenroom.engine.images import Images
 from greenroom.engine.inventories import Inventories
 from greenroom.engine.members import ASKED, Members
 from greenroom.engine.operations import Operations
+from greenroom.engine.phases import Phases
 from greenroom.engine.port import DEFAULT_WAIT_S, ExecStream
+from greenroom.engine.preparations import Preparations
+from greenroom.engine.pulls import Pulls
 from greenroom.engine.reconciler import Reconciler
 from greenroom.engine.recovery import Recovery
 from greenroom.engine.removals import Removals
 from greenroom.engine.replicas import Replicas
+from greenroom.engine.rosters import Rosters
 from greenroom.engine.streams import RemoteExec, merged_logs
 from greenroom.engine.templates import Preparer
 from greenroom.engine.trust import Trust
@@ -100,11 +107,15 @@ class Engine:
         self.ops = Operations(self)
         self.drivers = Drivers(self)
         self.wakes = Wakes(self)
+        self.preparations = Preparations(self)
+        self.pulls = Pulls(self)
         self.preparer = Preparer(self)
         self.images = Images(self)
         self.trust = Trust(self)
         self.uploads = Uploads(self)
         self.members = Members(self)
+        self.rosters = Rosters(self)
+        self.pools_asked = Demands(self)
         self.census = Census(self)
         self.inventories = Inventories(self)
         self.reconciler = Reconciler(self)
@@ -192,6 +203,21 @@ class Engine:
 
     async def is_over(self, binding: Binding) -> bool:
         return await self.follower.is_over(binding)
+
+    async def entrance(self, binding: Binding) -> Entrance | None:
+        here = self.config.place
+        if not here:
+            return None
+        door = await self.census.door(binding.worker)
+        if door.place in ("", here):
+            return None
+        if door.entrance is None:
+            raise Unavailable(
+                f"worker {binding.worker} is on another machine, and lets nobody in to its actors: start its agent "
+                "with --serve HOST:PORT",
+                reason="NO_ENTRANCE",
+            )
+        return door.entrance
 
     def slot_freed(self, *, probe: bool = False) -> None:
         """Some slot of some pool is free; with ``probe`` none or many may be: a worker has come."""
@@ -385,7 +411,7 @@ class Engine:
     async def cancel_operation(self, operation_id: str) -> Operation:
         operation = await self.store.get(Operation, operation_id)
         if operation.kind is OperationKind.PREPARE:
-            return await self.preparer.cancel(operation)
+            return await self.preparations.cancel(operation)
         command = RequestCancel(key=operation.key, now=self.now(), operation_id=operation_id)
         change = await self.ops.commit(command)
         assert change.operation is not None
@@ -469,6 +495,18 @@ class Engine:
                     )
             after = page[-1].pk
         await self.store.remove(pool)
+
+    async def admit_workers(self, roster: Roster) -> tuple[Roster, list[str]]:
+        return await self.ops.attend(self.spawn(self.rosters.admit(roster), f"admit-{roster.pool}"))
+
+    async def demand(self, pool: str) -> Demand:
+        return await self.pools_asked.of(pool)
+
+    async def demands(self) -> list[Demand]:
+        return await self.pools_asked.all()
+
+    def wakes_here(self) -> Mapping[str, int]:
+        return self.pools_asked.wakes
 
     # --- streams ------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import structlog
 
 from greenroom.core.errors import GreenroomError, NotFound, Unavailable
 from greenroom.core.records import Actor, ActorState, Key, Operation, OperationState, Replica, Template, Worker
+from greenroom.core.rosters import Roster
 from greenroom.engine import clock
 from greenroom.engine.bindings import Binding
 from greenroom.engine.census import bug_of
@@ -50,6 +51,7 @@ class Follower:
 
     async def _follow(self, event: Event) -> None:
         record = event.record
+        self._engine.pools_asked.noted(record)
         match record:
             case Actor():
                 await self._follow_actor(record, event)
@@ -61,6 +63,8 @@ class Follower:
                 self._templates.pop((record.namespace, record.name), None)  # one of its name may be made anew
             case Worker():
                 self._engine.trust.noted(record)
+            case Roster():
+                self._engine.rosters.noted(record.pool)
             case Replica() if event.type is EventType.PUT:
                 self._engine.replicas.seen(record)
             case _:

@@ -20,8 +20,9 @@ from greenroom.core.errors import (
     NotFound,
     Unavailable,
 )
-from greenroom.core.records import CachedImage, Evicted, Failure, ImageCache, ImageDetail, PullProgress, Record
+from greenroom.core.records import CachedImage, Evicted, ImageCache, ImageDetail, PullProgress, Record
 from greenroom.engine import clock
+from greenroom.engine.operations import as_failure
 from greenroom.images.peers import MAX_PEERS
 from greenroom.images.reference import parse
 from greenroom.images.uses import is_warm
@@ -159,10 +160,10 @@ class Images:
                     worker=worker, done=True, digest=prepared.image_digest, size_bytes=prepared.size_bytes
                 )
             except GreenroomError as error:
-                last = PullProgress(worker=worker, error=_failure(error))
+                last = PullProgress(worker=worker, error=as_failure(error))
             except Exception as bug:  # whoever listens must hear of an end, also of one that nobody thought of
                 log.exception("a pull failed in a way nobody thought of", image=reference, worker=worker)
-                last = PullProgress(worker=worker, error=_failure(Internal(f"{type(bug).__name__}: {bug}")))
+                last = PullProgress(worker=worker, error=as_failure(Internal(f"{type(bug).__name__}: {bug}")))
             finally:
                 call.cancel()
             reports.put_nowait(last)
@@ -296,7 +297,3 @@ def _meant(reference: str) -> object:
         return parse(name)
     except InvalidArgument:
         return name
-
-
-def _failure(error: GreenroomError) -> Failure:
-    return Failure(code=error.code, reason=error.reason, message=error.message, metadata=error.facts())

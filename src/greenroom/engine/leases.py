@@ -123,7 +123,7 @@ class LeaseKeeper:
         """Whether there is something to renew still. Raises `LeaseLost`."""
         operation, config = running.operation, self._engine.config
         if operation.kind is OperationKind.PREPARE:
-            current = await self._engine.preparer.renew(operation)
+            current = await self._engine.preparations.renew(operation)
         else:
             change = await self._engine.store.apply(
                 RenewLease(

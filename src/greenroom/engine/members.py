@@ -7,8 +7,8 @@ the record says so, and the worker is told. All changes are conditional on the v
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import structlog
 from msgspec.structs import replace
@@ -25,6 +25,18 @@ if TYPE_CHECKING:
     from greenroom.engine.engine import Engine
 
 log = structlog.get_logger(__name__)
+
+
+class NotOnRoster(Unavailable):
+    """See `greenroom.engine.rosters`."""
+
+
+class Door(NamedTuple):
+    """Where a worker is, and where it lets in who is elsewhere; see `greenroom.core.agentapi.Hello`."""
+
+    place: str
+    entrance: api.Entrance | None
+
 
 #: Tries of a conditional write to a worker's record against others who write it.
 WRITE_ATTEMPTS = 100
@@ -46,27 +58,39 @@ class Members:
         self._ops = engine.ops
         #: The connections of workers that are registered; what others say does not count as a sign of the worker.
         self._enrolled: dict[str, api.Hello] = {}
+        #: Of workers that have registered here, also of those whose link is broken just now: where they are.
+        self._doors: dict[str, Door] = {}
 
     def enrolled(self) -> list[str]:
         """Workers that are connected to this process and registered: those on which anything may be made."""
         connected = self._engine.hub.connected()
-        return [name for name, hello in connected.items() if self._enrolled.get(name) == hello]
+        return [name for name, hello in connected.items() if self._enrolled.get(name) is hello]
 
     def gone(self, worker: str) -> None:
         """Its connection is."""
         self._enrolled.pop(worker, None)
+
+    def door(self, worker: str) -> Door | None:
+        """As it said when it registered last; None: it has not, since this process began."""
+        return self._doors.get(worker)
+
+    def forget_all_but(self, workers: Collection[str]) -> None:
+        for name in self._doors.keys() - {*workers, *self._enrolled}:
+            del self._doors[name]
 
     async def register(self, hello: api.Hello) -> float:
         """Asks the worker whose disk it has, decides, writes that down, and tells the worker (`greenroom.core.gc`).
         Returns a moment (loop time) before it was written down.
 
         Raises:
+            NotOnRoster: its pool has a roster that it is not on.
             Unavailable: it is not admitted (yet).
         """
         for _ in range(WRITE_ATTEMPTS):
             known = await self._ops.steadily(lambda: self.find(hello.worker))
             said = await self.ask(hello.worker, api.Present(epoch=known.epoch if known else 0))
             assert isinstance(said, gc.Register)
+            await self._check_roster(hello, known, said)
             decision = control.register(
                 member_of(known) if known and known.incarnation else None,
                 [],
@@ -81,7 +105,7 @@ class Members:
                     raise Unavailable(f"another worker {hello.worker} is alive, with another disk", reason="NAME_TAKEN")
                 continue
             assert isinstance(decision.answer, gc.Registered)
-            if self._engine.hub.connected().get(hello.worker) != hello:
+            if self._engine.hub.connected().get(hello.worker) is not hello:
                 raise Unavailable(f"worker {hello.worker} has gone again", reason="WORKER_DISCONNECTED")
             new = _enrolled(known, hello, decision.member, self._engine.now())
             new = replace(new, message=decision.alarm or new.message)
@@ -95,13 +119,29 @@ class Members:
             # What is under way there belongs to its operation, which asks the worker itself: nothing of it is closed.
             await self.ask(hello.worker, api.Enrol(registered=replace(decision.answer, closed_seq=0)))
             self._enrolled[hello.worker] = hello
+            self._doors[hello.worker] = Door(hello.place, hello.entrance)
+            await self._engine.rosters.hold(hello)  # it was dropped since it was looked up, or before
             return asked
         raise Conflict(f"worker {hello.worker} keeps changing")
 
+    async def _check_roster(self, hello: api.Hello, known: Worker | None, said: gc.Register) -> None:
+        """One that is registered and was dropped from its roster is let in, to be emptied.
+
+        Raises:
+            NotOnRoster: it may not register (now).
+        """
+        if known is not None and known.state is not WorkerState.GONE and known.incarnation == said.incarnation:
+            return
+        if why := await self._engine.rosters.refusal(hello):
+            refused = gc.Refused(claim=said.claim, what=gc.Refusal.NOT_ON_ROSTER, epoch=known.epoch if known else 0)
+            await self.ask(hello.worker, api.Enrol(refused=refused))
+            raise NotOnRoster(why, reason="NOT_ON_ROSTER")
+
     def register_again(self, worker: str) -> None:
-        """One that is connected turns out not to be what is registered under its name."""
-        self._enrolled.pop(worker, None)
-        self._engine.census.welcome_again(worker)
+        """One that is connected turns out not to be what is registered under its name. Of one that is being welcomed
+        that is old news: it registers, and whatever it was asked before is in vain."""
+        if self._engine.census.welcome_again(worker):
+            self._enrolled.pop(worker, None)
 
     async def distrust(self, worker: str, why: str, alarm: str, seen: int) -> None:
         """Nothing is destroyed or given up there from now on, until somebody has looked. ``seen``: the highest number

@@ -51,10 +51,22 @@ Begin = BeginResume | BeginSuspend | BeginPause | BeginDelete
 Driver = Callable[[Change], Coroutine[Any, Any, Operation]]
 
 
+def as_failure(error: GreenroomError) -> Failure:
+    return Failure(code=error.code, reason=error.reason, message=error.message, metadata=error.facts())
+
+
 def failure_of(operation: Operation) -> GreenroomError:
     """What a FAILED operation failed with, as an error to raise."""
     failure = operation.error or Failure(code="INTERNAL", reason="INTERNAL", message="failed without saying why")
     return rebuild(failure.code, failure.reason, failure.message, {**failure.metadata, "operation": operation.id})
+
+
+async def quietly(work: Awaitable[object]) -> None:
+    """Does what nobody waits for; a failure is logged, and what comes later does it again or does without."""
+    try:
+        await work
+    except GreenroomError as error:
+        log.info("not done", error=error.message)
 
 
 class Operations:

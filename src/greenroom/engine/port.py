@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
-from greenroom.core.agentapi import ActorStats
+from greenroom.core.agentapi import ActorStats, Entrance
+from greenroom.core.demand import Demand
 from greenroom.core.records import Actor, Key, Operation, Pool, PoolSpec, Snapshot, Template, TemplateSpec, Worker
+from greenroom.core.rosters import Roster
 from greenroom.engine.bindings import Binding, BindingTable, Wake
 from greenroom.engine.decommission import Farewell
 from greenroom.engine.garbage import Garbage
@@ -45,6 +47,15 @@ class Waker(Protocol):
 
         Raises:
             Unavailable: the store, which would know, does not answer.
+        """
+
+    async def entrance(self, binding: Binding) -> Entrance | None:
+        """Where to be let in to a running actor on another machine; None: its endpoint can be connected to directly.
+        A worker whose link is broken is where it was.
+
+        Raises:
+            Unavailable: its worker has not registered with this process, not even after a moment, or lets nobody in
+                (reason ``NO_ENTRANCE``).
         """
 
 
@@ -125,6 +136,25 @@ class ControlPlane(Waker, Protocol):
 
     async def delete_pool(self, name: str) -> None:
         """Raises `FailedPrecondition` (reason ``POOL_IN_USE``) while a template names it."""
+
+    async def admit_workers(self, roster: Roster) -> tuple[Roster, list[str]]:
+        """Replaces a pool's roster; who is on none can't register. Returns it, and the pool's workers that are not on
+        it, which are retired.
+
+        Raises:
+            Conflict: a newer one is known (reason ``STALE_ROSTER``), or a pool that followed (``FORMER_POOL``).
+            FailedPrecondition: it is of another namespace than the pool's present one, which has workers (reason
+                ``POOL_NAME_TAKEN``).
+        """
+
+    async def demand(self, pool: str) -> Demand:
+        """How much is asked of it just now, over all replicas. Raises `NotFound`."""
+
+    async def demands(self) -> list[Demand]:
+        """Of every pool."""
+
+    def wakes_here(self) -> Mapping[str, int]:
+        """Wake-ups that this process has brought to a good end since it started, by pool."""
 
     async def wait_operation(self, operation_id: str, wait_s: float = DEFAULT_WAIT_S) -> Operation:
         """Returns it when it has ended, or as it is after ``wait_s``. Raises `NotFound`."""

@@ -47,7 +47,7 @@ class Reconciler:
         pause_s = control.first_pause_s(self._draw(), config.reconcile_s)
         while True:
             await asyncio.sleep(pause_s)
-            if self._engine.hub.connected().get(worker) != hello:
+            if self._engine.hub.connected().get(worker) is not hello:
                 return
             try:
                 await self.compare(worker)

@@ -25,7 +25,7 @@ from greenroom.core.records import (
 )
 from greenroom.engine import clock
 from greenroom.engine.census import bug_of
-from greenroom.engine.drivers import Phases
+from greenroom.engine.phases import Phases
 
 if TYPE_CHECKING:
     from greenroom.engine.engine import Engine
@@ -67,7 +67,7 @@ class Recovery:
     async def _may_take(self, operation: Operation) -> bool:
         """Whether its lease has run out, and no other replica is better placed to go on with it."""
         if operation.kind is OperationKind.PREPARE:
-            return self._engine.preparer.may_take(operation)
+            return self._engine.preparations.may_take(operation)
         try:
             lease = await self._ops.read(Lease, operation.uid)
         except NotFound:
@@ -132,6 +132,7 @@ class Recovery:
             try:
                 await self._take_up_operations(at_start=False)
                 await self._engine.preparer.begin_abandoned()
+                await self._engine.preparer.finish_deletions()
             except Exception as error:  # whatever it is, the next round must come
                 log.warning("operations not looked at, tries again", error=str(error), exc_info=bug_of(error))
 

@@ -3,15 +3,16 @@
 Each replica keeps a record of its own, renewed every third of a lease's life. Agents are told where all of them are,
 and keep a link to each, so that an operation can be driven by any.
 
-A record also says which actors were in use through its replica since it last said so. What the others make of it: such
-an actor is not idle. That is a hint, at most `REPORT_S` late: an actor may be suspended in the very second in which
-another replica's first request for a long time reaches it, and is then woken again for that request.
+A record also says what is asked of its replica (`greenroom.engine.demand`), and which actors were in use through it
+since it last said so. What the others make of the latter: such an actor is not idle. That is a hint, at most `REPORT_S`
+late: an actor may be suspended in the very second in which another replica's first request for a long time reaches it,
+and is then woken again for that request.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from msgspec.structs import replace
@@ -91,11 +92,14 @@ class Replicas:
     async def _report(self) -> None:
         config, now = self._engine.config, self._engine.now()
         uses = self._uses(now)
+        pools = self._engine.pools_asked
+        asked = {"waiting": pools.waiting_here(), "wakes_per_s": pools.paces_here()}
         due = self._mine is None or now - self._mine.seen_at >= config.lease_ttl_s / 3
         if due:
             await self._look(now)
-        if due or uses:
-            self._mine = await self._write(now, uses)
+        news = self._mine is not None and asked != {name: getattr(self._mine, name) for name in asked}
+        if due or uses or news:
+            self._mine = await self._write(now, {"uses": uses, **asked})
 
     def _uses(self, now: float) -> dict[str, float]:
         """Actors that have been in use here since the last time this was asked."""
@@ -129,7 +133,7 @@ class Replicas:
         except Conflict:
             pass  # it is back
 
-    async def _write(self, now: float, uses: dict[str, float]) -> Replica:
+    async def _write(self, now: float, said: dict[str, Any]) -> Replica:
         config = self._engine.config
         current = self._mine
         if current is None:
@@ -138,7 +142,7 @@ class Replicas:
             except NotFound:
                 current = Replica(name=config.replica, incarnation="", started_at=now)
         about = {"incarnation": config.owner, "link": config.link, "worker_return_s": config.worker_return_s}
-        mine = replace(current, **about, seen_at=now, uses=uses)
+        mine = replace(current, **about, seen_at=now, **said)
         try:
             return await self._store.put(mine)
         except Conflict:
@@ -157,6 +161,10 @@ class Replicas:
             now, at = self._engine.now(), clock.monotonic()
             for uid, used_at in replica.uses.items():
                 self._engine.bindings.used_elsewhere(uid, at - max(0.0, now - used_at), at + 2 * REPORT_S)
+
+    def others(self) -> list[Replica]:
+        """Those that seem to live, as they were last heard."""
+        return list(self._peers.values())
 
     async def leave(self) -> None:
         """This replica ends: its record goes."""

@@ -35,6 +35,8 @@ class Uploads:
         self._ops = engine.ops
         self._under_way: dict[str, asyncio.Task[None]] = {}
         self._turns = asyncio.Semaphore(MAX_UPLOADS)
+        #: Why uploads from a worker fail, as it was said.
+        self._said: dict[str, str] = {}
 
     def begin(self, snapshot: Snapshot) -> asyncio.Task[None]:
         """Uploads it; joins an upload that is under way. What fails is tried again by `sweep`."""
@@ -46,14 +48,24 @@ class Uploads:
         return task
 
     async def _upload(self, snapshot: Snapshot) -> None:
+        worker = snapshot.worker
         async with self._turns:
             try:
                 await self._ask(snapshot)
             except NotFound as error:
                 if error.reason != "NOT_HELD":
                     raise
-                await self._lose(snapshot, f"worker {snapshot.worker}, which alone had it, has it no more")
+                await self._lose(snapshot, f"worker {worker}, which alone had it, has it no more")
                 return
+            except DataLoss as error:
+                await self._lose(snapshot, f"what worker {worker}, which alone had it, has is damaged: {error.message}")
+                return
+            except GreenroomError as error:
+                if self._said.get(worker) != error.message:  # it may take long, and is tried every few seconds
+                    self._said[worker] = error.message
+                    log.warning("not uploaded, tries again", snapshot=snapshot.id, worker=worker, error=error.message)
+                raise
+        self._said.pop(worker, None)
         await self._finish(snapshot)
 
     async def _ask(self, snapshot: Snapshot) -> None:
@@ -85,8 +97,9 @@ class Uploads:
         if not local:
             return
         workers = {w.name: w for w in await self._engine.census.all(Worker)}
+        here = frozenset(self._engine.members.enrolled())
         for snapshot in local:
-            if snapshot.worker in self._engine.hub.connected():
+            if snapshot.worker in here:
                 if len(self._under_way) < MAX_BEGUN:
                     self.begin(snapshot)
             elif self.is_gone(workers.get(snapshot.worker)):

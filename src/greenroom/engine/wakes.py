@@ -15,8 +15,8 @@ from greenroom.core.records import Actor, ActorState, Key, Operation, OperationK
 from greenroom.engine import clock
 from greenroom.engine.bindings import Binding, Wake
 from greenroom.engine.capacity import CapacityQueue
-from greenroom.engine.drivers import Phases
 from greenroom.engine.operations import failure_of
+from greenroom.engine.phases import Phases
 
 if TYPE_CHECKING:
     from greenroom.engine.engine import Engine
@@ -188,7 +188,10 @@ class Wakes:
             place.pass_on()
         if change.operation is None:
             return self._engine.without_work(change)
-        return await self._ops.outcome(change.operation)
+        ended = await self._ops.outcome(change.operation)
+        if change.outcome is Outcome.CHANGED and ended.state is OperationState.DONE:
+            self._engine.pools_asked.woken(ended.worker)
+        return ended
 
     async def _begin(
         self, key: Key, request_id: str, cause: str, from_crash: bool, snapshot_id: str, phases: Phases
@@ -239,6 +242,10 @@ class Wakes:
                 lambda: self._why_full(pool),
             )
         return self._queues[pool]
+
+    def waiting(self) -> dict[str, int]:
+        """By pool: how many wait for a slot there."""
+        return {pool: len(queue) for pool, queue in self._queues.items()}
 
     def _why_full(self, pool: str) -> str:
         if not any(hello.pool == pool for hello in self._engine.hub.connected().values()):
