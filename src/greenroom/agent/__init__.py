@@ -2,6 +2,6 @@
 of its replicas.
 
 `agent` is the core (transport-free, no word of any backend), `fence` decides which calls it carries out, `journal` is
-what it remembers, `alone` when nothing may run; `waking`, `residents`, `staging` and `held` are its parts; `links` and
-`link` are how it is reached.
+what it remembers, `alone` when nothing may run; `waking`, `sleeping`, `residents`, `staging` and `held` are its parts;
+`links` and `link` are how it is reached.
 """

@@ -21,7 +21,9 @@ import structlog
 from greenroom.agent.alone import AloneWatch
 from greenroom.agent.classes import Classes
 from greenroom.agent.enrolment import PAPERS, Enrolment
-from greenroom.agent.erase import erase
+from greenroom.agent.entrance import EntranceServer
+from greenroom.agent.erase import erase, note_backend
+from greenroom.agent.execs import carry_out
 from greenroom.agent.fence import Fence, from_os
 from greenroom.agent.fetched import Fetched
 from greenroom.agent.held import Held
@@ -29,17 +31,20 @@ from greenroom.agent.images import WorkerImages
 from greenroom.agent.inventory import Inventory
 from greenroom.agent.journal import Journal
 from greenroom.agent.logs import LogFiles
-from greenroom.agent.progress import Listener, Marks, Reporter, Reports
+from greenroom.agent.progress import Listener, Reporter, Reports
 from greenroom.agent.residents import Lodger, Residents, Wake
+from greenroom.agent.sleeping import Sleeper
 from greenroom.agent.staging import Staging
 from greenroom.agent.waking import Waker
 from greenroom.agent.warm import WarmPool
 from greenroom.core import agentapi as api
 from greenroom.core.agentapi import AgentCall, ResidentState
-from greenroom.core.errors import FailedPrecondition, GreenroomError, LeaseLost, NotFound, Unavailable
+from greenroom.core.errors import FailedPrecondition, GreenroomError, LeaseLost, Unavailable
+from greenroom.core.gc.records import Refusal
 from greenroom.core.records import Record, SnapshotScope
+from greenroom.core.rosters import Berth
 from greenroom.images.port import ImageStore
-from greenroom.sandbox.port import Backend, BackendProbe, ExecSession, ExecSpec, Warmer
+from greenroom.sandbox.port import Backend, BackendProbe, Warmer
 from greenroom.snapshots.port import SnapshotStore
 
 log = structlog.get_logger(__name__)
@@ -63,7 +68,8 @@ class Link(Protocol):
 @dataclass(frozen=True, slots=True)
 class AgentConfig:
     """``labels``: what this worker is to those who choose one. ``blobs``: base URL where other workers get its image
-    layers; "": nowhere."""
+    layers; "": nowhere. ``berth``: which slot of its pool's ledger it has, where an operator keeps it. ``place``: see
+    `greenroom.core.agentapi.Hello`."""
 
     worker: str
     pool: str
@@ -72,6 +78,8 @@ class AgentConfig:
     warm: int = DEFAULT_WARM
     labels: dict[str, str] = field(default_factory=dict)
     blobs: str = ""
+    berth: Berth = field(default_factory=Berth)
+    place: str = ""
 
 
 class Agent:
@@ -90,8 +98,11 @@ class Agent:
         self.links: set[Link] = set()
         #: Whether this agent has been asked to end, and waits for its actors to be suspended.
         self.is_leaving = False
-        #: Whether the state disk goes when it ends.
-        self._erases = False
+        self._waits_for_roster = False
+        self._entrance: EntranceServer | None = None
+        self._entered: api.Entrance | None = None
+        #: This worker ends for good: all that it has is being destroyed, or has been.
+        self._ending: asyncio.Task[None] | None = None
         #: Where events go.
         self.on_exit = self._tell_exit
         #: Resolves when the control plane asked this agent to end.
@@ -107,6 +118,7 @@ class Agent:
         """
         config, root = self._config, self._config.state_dir
         (root / "logs").mkdir(parents=True, exist_ok=True)
+        note_backend(root, self._backend.name)
         self._enrolment = Enrolment(root / PAPERS, config.worker)
         self._journal = Journal(root / "journal")
         self._staging = Staging(root / "staging")
@@ -152,6 +164,17 @@ class Agent:
         for resident in self._residents:
             resident.epoch = self._alone.epoch  # as the agent before this one remembered it
         self._alone.start()
+        self._sleeper = Sleeper(
+            config.worker,
+            self._backend,
+            self._probe.fingerprint,
+            snapshots=self._snapshots,
+            held=self._held,
+            staging=self._staging,
+            residents=self._residents,
+            logs=self._logs,
+            alone=self._alone,
+        )
         self._inventory = Inventory(
             config.worker,
             self._enrolment,
@@ -166,9 +189,61 @@ class Agent:
         )
         self._staging_sweep = asyncio.create_task(self._sweep(), name="staging-sweep")
 
+    async def let_in(self, host: str, port: int, told_host: str) -> None:
+        """Lets gateways on other machines reach the actors here; before the first link. See `EntranceServer.start`."""
+        self._entrance = EntranceServer(self._residents.find, self._journal.generation)
+        self._entered = await self._entrance.start(host, port, told_host)
+
+    @property
+    def is_registered(self) -> bool:
+        return self._enrolment.is_registered
+
+    def holds_state(self) -> bool:
+        """Whether anything is here that is nowhere else: an actor that is awake, or a snapshot that is not uploaded."""
+        return bool(self._residents.uids() or self._wakes or self._held.ids())
+
+    def unready(self) -> str:
+        """Why no actor can wake here; "" when one can, as far as this agent knows."""
+        if self.is_leaving or self._ending is not None or self.shutdown.done():
+            return "it is ending"
+        return "" if self._enrolment.is_registered else "no replica of the control plane has registered it"
+
     async def close(self, *, wipe: bool) -> None:
         """Ends the agent. Residents go on running, for the next agent process to find, unless ``wipe``. What is held
-        here is never wiped: it may be all that is left of actors that sleep."""
+        here is never wiped: it may be all that is left of actors that sleep. After `erase` nothing is left to do."""
+        if self._ending is None:
+            await self._close(wipe=wipe)
+        else:
+            await asyncio.gather(self._ending, return_exceptions=True)
+
+    async def erase(self) -> None:
+        """Destroys all that this worker has, and then its state disk; the agent has ended with that. Who calls it again
+        joins it. The papers go last: an agent that comes after one that was killed meanwhile is the same worker still,
+        and is told so again.
+
+        Raises:
+            FailedPrecondition: something is mounted below the state disk (reason ``STILL_MOUNTED``).
+            DataLoss: it can't be removed.
+        """
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._erase(), name="erase")
+        await asyncio.shield(self._ending)
+
+    async def _erase(self) -> None:
+        try:
+            await self._close(wipe=True)
+            await asyncio.to_thread(erase, self._config.state_dir, last=PAPERS)
+        except GreenroomError:
+            raise
+        except OSError as error:
+            raise from_os(error) from error
+        finally:
+            if not self.shutdown.done():
+                self.shutdown.set_result(True)
+
+    async def _close(self, *, wipe: bool) -> None:
+        if self._entrance is not None:
+            await self._entrance.close()
         self._staging_sweep.cancel()
         await asyncio.gather(self._staging_sweep, return_exceptions=True)
         await self._inventory.close()
@@ -182,11 +257,6 @@ class Agent:
         await self._backend.close(keep_running=not wipe)
         await self._images.close(wipe=wipe)
         self._journal.close()
-        if self._erases:
-            try:
-                await asyncio.to_thread(erase, self._config.state_dir)
-            except (GreenroomError, OSError) as error:
-                log.error("the state disk is not erased", path=str(self._config.state_dir), error=str(error))
 
     # --- what is said and heard without a call ------------------------------------------------------------
 
@@ -203,6 +273,9 @@ class Agent:
             residents=self._residents.listed(),
             labels=self._config.labels,
             blobs=self._config.blobs,
+            berth=self._config.berth,
+            place=self._config.place,
+            entrance=self._entered,
             images=self._classes.digests(),
             image_bytes=self._images.used_bytes,
             image_over_bytes=self._images.over_bytes,
@@ -219,7 +292,8 @@ class Agent:
 
     def heard(self, welcome: api.Welcome, at: float) -> None:
         """A replica has answered what was sent to it at ``at`` (`greenroom.agent.clock.boot_time`)."""
-        self._alone.heard(welcome, at)
+        if self._ending is None:  # or it would be remembered on a disk that is being erased
+            self._alone.heard(welcome, at)
 
     def leave(self) -> None:
         """Tells every replica that is connected, and each that will be, that this agent is to end; it goes on working
@@ -240,6 +314,8 @@ class Agent:
 
     async def handle(self, call: AgentCall, reporter: Reporter) -> Record:
         """Carries out a call. Raises `GreenroomError`."""
+        if self._ending is not None and not isinstance(call, api.Shutdown):
+            raise Unavailable(f"worker {self._config.worker} ends for good", reason="WORKER_DISCONNECTED")
         match call:
             case api.Present():
                 return self._present(call)
@@ -253,23 +329,25 @@ class Agent:
                 epoch = self._alone.now
                 return await self._fence.run(call, lambda hears: self._wake(call, epoch, hears), reporter)
             case api.Checkpoint():
-                return await self._fence.run(call, lambda hears: self._checkpoint(call, hears), reporter)
+                return await self._fence.run(call, lambda hears: self._sleeper.checkpoint(call, hears), reporter)
             case api.Publish():
-                return await self._fence.run(call, lambda hears: self._publish(call, hears), reporter)
+                return await self._fence.run(call, lambda hears: self._sleeper.publish(call, hears), reporter)
             case api.Discard():
-                return await self._fence.run(call, lambda _: self._discard(call), reporter)
+                return await self._fence.run(call, lambda _: self._sleeper.discard(call), reporter)
             case api.Freeze():
-                return await self._fence.run(call, lambda _: self._freeze(call), reporter)
+                return await self._fence.run(call, lambda _: self._sleeper.freeze(call), reporter)
             case api.Thaw():
-                self._check_epoch(call)
+                self._sleeper.check_epoch(call)
                 epoch = self._alone.now
-                return await self._fence.run(call, lambda _: self._thaw(call, epoch), reporter)
+                return await self._fence.run(call, lambda _: self._sleeper.thaw(call, epoch), reporter)
             case api.Upload() | api.Release():
+                # Only the worker that is meant may say that it does not have it: then it counts as lost.
+                self._enrolment.check()
                 try:
                     return (
-                        await self._upload(call, reporter)
+                        await self._sleeper.upload(call, reporter)
                         if isinstance(call, api.Upload)
-                        else await self._release(call)
+                        else await self._sleeper.release(call)
                     )
                 except OSError as error:
                     raise from_os(error) from error
@@ -298,7 +376,7 @@ class Agent:
             case api.Stats():
                 return await self._backend.stats(self._residents.get(call.actor_uid).sid)
             case api.Exec():
-                return await self._exec(call, reporter)
+                return await carry_out(self._backend, self._residents.get(call.actor_uid).sid, call, reporter)
             case api.Logs():
                 async for generation, data in self._logs.read(call.actor_uid, call.tail_lines, call.follow):
                     await reporter.data(generation, data)
@@ -315,8 +393,6 @@ class Agent:
     # --- whose disk this is -------------------------------------------------------------------------------
 
     def _present(self, call: api.Present) -> Record:
-        if self._erases:
-            raise Unavailable(f"worker {self._config.worker} ends for good", reason="WORKER_DISCONNECTED")
         try:
             return self._enrolment.present(call.epoch)
         except OSError as error:
@@ -326,10 +402,16 @@ class Agent:
         try:
             if call.registered is not None:
                 self._enrolment.registered(call.registered)
+                self._waits_for_roster = False
             elif call.refused is not None and self._enrolment.must_wipe(call.refused):
                 log.error("this worker was given up, or another process has its name or disk: what runs here ends")
                 await self._wipe()
-                self._enrolment.renew()
+                if self._enrolment.must_wipe(call.refused):  # else another replica was quicker, and we are another
+                    self._enrolment.renew()
+            elif call.refused is not None and call.refused.what is Refusal.NOT_ON_ROSTER:
+                if not self._waits_for_roster:  # it may take long, and is said once
+                    log.warning("not registered: this worker is not on its pool's roster; waits until it is")
+                self._waits_for_roster = True
             elif call.refused is not None and self._enrolment.is_taken(call.refused) and not self.shutdown.done():
                 log.error("another worker of this name lives, with another disk: give one of them another name")
                 self.shutdown.set_result(False)
@@ -338,21 +420,15 @@ class Agent:
         return api.Done()
 
     async def _give_up(self, call: api.Shutdown) -> None:
-        """This worker ends for good: its papers go first, so that nothing is made here any more."""
-        if self._erases:
-            return
-        try:
+        """This worker ends for good. Nothing is made here from the look at what there is on."""
+        if self._ending is None:
             self._enrolment.check_epoch(call.epoch)
             if newer := self._inventory.made_after(call.closed_seq):
                 raise FailedPrecondition(
                     f"worker {self._config.worker} has {newer}, which was made after it was told to erase its disk",
                     reason="WORKER_IN_USE",
                 )
-            self._erases = True
-            self._enrolment.forget()
-        except OSError as error:
-            raise from_os(error) from error
-        await self._wipe()
+        await self.erase()
 
     async def _wipe(self) -> None:
         """Ends all residents. What is held stays: it may be all that is left of actors that sleep."""
@@ -369,7 +445,7 @@ class Agent:
             case api.Start() | api.Restore() | api.Thaw():
                 if resident is None or resident.state is not ResidentState.RUNNING:
                     return False
-                if isinstance(call, api.Thaw) and not self._may_run(resident.epoch):
+                if isinstance(call, api.Thaw) and not self._alone.may_run(resident.epoch):
                     return False  # it is about to be frozen, and this call may be what lets it run on
                 resident.identity = msgspec.structs.replace(resident.identity, generation=call.generation)
                 return True
@@ -380,8 +456,10 @@ class Agent:
                 frozen = resident is not None and resident.state is ResidentState.FROZEN
                 return frozen and not self._staging.holds(call.actor_uid)
             case api.Publish():
-                # Only the snapshot store knows about the others, and asking it again is publishing again.
-                return call.hold and call.snapshot_id in self._held
+                # Only the snapshot store knows about the others, and asking it again is publishing again. What is
+                # staged may have been written since.
+                staged = self._staging.find(call.actor_uid, call.snapshot_id) is not None
+                return call.hold and call.snapshot_id in self._held and not staged
             case _:
                 return resident is None and not self._staging.holds(call.actor_uid)
 
@@ -398,21 +476,22 @@ class Agent:
         made = self._residents.find(uid)
         frozen = made is not None and made.state is ResidentState.FROZEN and made.operation_id == call.operation_id
         # This very call has made it, and it was frozen since: whoever has had the answer counts on what is in it.
-        if frozen or not self._may_run(epoch):
+        if frozen or not self._alone.may_run(epoch):
             raise self._was_alone()
         try:
             async with asyncio.timeout(None) as scope:
                 self._wakes[uid] = wake = Wake(epoch, scope, call.identity)
                 with Reports(hears) as reports:
                     started = await self._waker.wake(call, reports)
-            if self._may_run(epoch) and not wake.unwanted:
+            if self._alone.may_run(epoch) and not wake.unwanted:
                 return started
         except TimeoutError:
             if not scope.expired():
                 raise
         finally:
             del self._wakes[uid]
-            if (resident := self._residents.find(uid)) is not None:
+            resident = self._residents.find(uid)
+            if resident is not None and resident.operation_id == call.operation_id:  # not one that it was to replace
                 resident.epoch = epoch
         await asyncio.shield(self._residents.end(uid))
         if wake.unwanted:
@@ -433,137 +512,19 @@ class Agent:
         except OSError as error:
             raise from_os(error) from error
 
-    # --- sleep --------------------------------------------------------------------------------------------
-
-    async def _checkpoint(self, call: api.Checkpoint, hears: Listener) -> api.Checkpointed:
-        resident = self._residents.get(call.actor_uid)
-        dest = await asyncio.to_thread(self._staging.begin, call.actor_uid, call.snapshot.id)
-        marks = Marks()
-        try:
-            with Reports(hears) as reports:
-                async with reports.growing(dest, "checkpoint"):
-                    phases = await self._backend.checkpoint(resident.sid, dest)
-            marks.took(phases, "staging")
-            snapshot = msgspec.structs.replace(
-                call.snapshot,
-                scope=self._backend.capabilities.scope,
-                backend=self._backend.name,
-                fingerprint=self._probe.fingerprint,
-                hostname=resident.identity.hostname,
-                worker=self._config.worker,
-            )
-            size = sum(f.stat().st_size for f in dest.iterdir())
-            self._staging.complete(snapshot)
-        except BaseException:
-            await self._undo_checkpoint(resident)
-            raise
-        resident.state = ResidentState.FROZEN
-        resident.operation_id = call.operation_id
-        return api.Checkpointed(size_bytes=size, phases=tuple(marks.phases))
-
-    async def _undo_checkpoint(self, resident: Lodger) -> None:
-        """After a failure the sandbox runs, also one that was frozen before; but not one that may not run."""
-        await self._staging.clear(resident.identity.uid)
-        try:
-            if not self._may_run(resident.epoch):
-                await self._backend.freeze(resident.sid)
-                resident.state = ResidentState.FROZEN
-                return
-            resident.endpoint = await self._backend.thaw(resident.sid)
-            resident.state = ResidentState.RUNNING
-        except GreenroomError as error:  # the next call about it finds that out too; what failed first says more
-            log.error("could not be put back after a failed checkpoint", sid=resident.sid, error=error.message)
-
-    async def _publish(self, call: api.Publish, hears: Listener) -> api.Published:
-        marks = Marks()
-        snapshot = self._staging.find(call.actor_uid, call.snapshot_id)
-        if snapshot is None:
-            if call.hold and call.snapshot_id in self._held:  # an agent that died had kept it already
-                return api.Published(snapshot=await self._held.manifest(call.snapshot_id))
-            raise NotFound(
-                f"worker {self._config.worker} has no files of snapshot {call.snapshot_id}", reason="NOT_STAGED"
-            )
-        source = self._staging.path(call.actor_uid, call.snapshot_id)
-        try:
-            with Reports(hears) as reports:
-
-                def moved(done: int, total: int) -> None:
-                    reports.bytes("publish", done, total)
-
-                if call.hold:
-                    published = await self._held.keep(snapshot, source, moved)
-                else:
-                    published = await self._snapshots.publish(snapshot, source, moved, call.base)
-        finally:
-            self._staging.touch(call.actor_uid)  # it may have taken long
-        marks.end("publish")
-        return api.Published(snapshot=published, phases=tuple(marks.phases))
-
-    async def _upload(self, call: api.Upload, reporter: Reporter) -> api.Published:
-        marks = Marks()
-        with Reports(reporter) as reports:
-            published = await self._held.upload(
-                call.snapshot_id, lambda done, total: reports.bytes("upload", done, total)
-            )
-        marks.end("upload")
-        return api.Published(snapshot=published, phases=tuple(marks.phases))
-
-    async def _release(self, call: api.Release) -> api.Done:
-        await self._held.release(call.snapshot_id)
-        return api.Done()
-
-    async def _discard(self, call: api.Discard) -> api.Done:
-        marks = Marks()
-        await self._residents.end(call.actor_uid)
-        if call.forget:
-            await self._logs.forget(call.actor_uid)
-        marks.end("discard")
-        return api.Done(phases=tuple(marks.phases))
-
-    async def _freeze(self, call: api.Freeze) -> api.Done:
-        resident, marks = self._residents.get(call.actor_uid), Marks()
-        await self._staging.clear(call.actor_uid)
-        await self._backend.freeze(resident.sid)
-        resident.state = ResidentState.FROZEN
-        marks.end("freeze")
-        return api.Done(phases=tuple(marks.phases))
-
-    async def _thaw(self, call: api.Thaw, epoch: int) -> api.Started:
-        """``epoch``: when the call came. Should it be over by the end, the sandbox is soon frozen again."""
-        resident, marks = self._residents.get(call.actor_uid), Marks()
-        self._check_epoch(call)  # what was under way may have taken long
-        await self._staging.clear(call.actor_uid)  # from here on it is older than the actor
-        self._check_epoch(call)  # so may that
-        resident.endpoint = await self._backend.thaw(resident.sid)
-        resident.state, resident.epoch = ResidentState.RUNNING, epoch
-        marks.end("thaw")
-        return api.Started(endpoint=resident.endpoint, phases=tuple(marks.phases), warm=True)
-
-    def _check_epoch(self, call: api.Thaw) -> None:
-        if call.epoch >= 0 and call.epoch != self._alone.now:
-            raise FailedPrecondition(
-                f"worker {self._config.worker} has been alone since that was decided (epoch {self._alone.epoch}, not "
-                f"{call.epoch}); read the actor's record again",
-                reason="STALE_EPOCH",
-            )
-
     # --- alone --------------------------------------------------------------------------------------------
-
-    def _may_run(self, epoch: int) -> bool:
-        """What was let run in that epoch."""
-        return epoch >= 0 and epoch == self._alone.now
 
     def _stale(self) -> list[str]:
         """Actors (uid) that run, or are being woken, and were let run before this worker was alone."""
-        waking = [uid for uid, wake in self._wakes.items() if not self._may_run(wake.epoch)]
+        waking = [uid for uid, wake in self._wakes.items() if not self._alone.may_run(wake.epoch)]
         return waking + [r.identity.uid for r in self._residents if r.identity.uid not in self._wakes and self._runs(r)]
 
     def _runs(self, resident: Lodger) -> bool:
-        return resident.state is not ResidentState.FROZEN and not self._may_run(resident.epoch)
+        return resident.state is not ResidentState.FROZEN and not self._alone.may_run(resident.epoch)
 
     async def _stop_stale(self, uid: str) -> None:
         wake = self._wakes.get(uid)
-        if wake is not None and not self._may_run(wake.epoch):
+        if wake is not None and not self._alone.may_run(wake.epoch):
             wake.end()
 
         async def stop() -> None:
@@ -575,6 +536,7 @@ class Agent:
                 await self._residents.end(uid)
                 log.warning("ended an actor that was waking", actor=actor)
             else:
+                resident.shut_out()
                 await self._backend.freeze(resident.sid)
                 resident.state = ResidentState.FROZEN
                 log.warning("froze an actor", actor=actor)
@@ -602,24 +564,3 @@ class Agent:
         if self._is_forsaken(uid):  # a call may have come in between
             log.warning("drops staged files that nobody asks for", actor_uid=uid)
             await self._staging.clear(uid)
-
-    # --- exec ---------------------------------------------------------------------------------------------
-
-    async def _exec(self, call: api.Exec, reporter: Reporter) -> api.Exited:
-        resident = self._residents.get(call.actor_uid)
-        spec = ExecSpec(argv=call.argv, env=tuple(call.env.items()), cwd=call.cwd, timeout_s=call.timeout_s)
-        session = await self._backend.exec(resident.sid, spec)
-        feeder = asyncio.create_task(_feed(session, reporter))
-        try:
-            async for channel, data in session.output():
-                await reporter.data(channel, data)
-            return api.Exited(code=await session.wait())
-        finally:
-            feeder.cancel()
-            await asyncio.gather(feeder, return_exceptions=True)
-            await session.kill()
-
-
-async def _feed(session: ExecSession, reporter: Reporter) -> None:
-    async for data in reporter.input():
-        await session.write(data)

@@ -91,6 +91,10 @@ class AloneWatch:
         the same again, so whether it is the same says that this worker was not alone in between."""
         return -1 if self.alone else self.epoch
 
+    def may_run(self, epoch: int) -> bool:
+        """Whether what was let run in that epoch may go on."""
+        return epoch >= 0 and epoch == self.now
+
     def _left_s(self) -> float:
         return self._heard_at + self._alone_s - self._boot_time() if self._alone_s > 0 else float("inf")
 

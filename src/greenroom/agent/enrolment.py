@@ -81,9 +81,14 @@ class Enrolment:
             self._write(papers)
             log.info("registered", incarnation=papers.incarnation, epoch=papers.epoch)
 
+    @property
+    def is_registered(self) -> bool:
+        """Whether a replica has registered it since this process began."""
+        return self.papers.answered
+
     def check(self) -> None:
         """Raises `Unavailable` (reason ``WORKER_NOT_REGISTERED``) while nothing may be made here."""
-        if not self.papers.answered:
+        if not self.is_registered:
             raise Unavailable(
                 f"worker {self._worker} is not registered by any replica yet; try again", reason="WORKER_NOT_REGISTERED"
             )
@@ -134,11 +139,6 @@ class Enrolment:
         """Everything that was here is gone: this is an empty disk now. Raises `OSError` if it can't be written down."""
         self._write(rules.begin(Papers(incarnation=self._new_id()), self._new_id()))
 
-    def forget(self) -> None:
-        """Whoever begins on this disk next begins with an empty one. Raises `OSError` if it can't be made so."""
-        self._path.unlink(missing_ok=True)
-        self.papers, self._is_written = rules.begin(Papers(incarnation=self._new_id()), self._new_id()), False
-
     def _write(self, papers: Papers) -> None:
         # Whose disk it is is not to be lost; what is closed may be.
         is_news = replace(papers, closed_seq=0) != replace(self.papers, closed_seq=0)
@@ -150,6 +150,12 @@ def was_registered(path: Path) -> bool:
     """Whether the worker with these papers was ever admitted, so that there may be something on its disk."""
     papers = _read(path)
     return papers is not None and papers.epoch > 0
+
+
+def incarnation_of(path: Path) -> str:
+    """Whose disk these papers are of; "" without papers."""
+    papers = _read(path)
+    return papers.incarnation if papers is not None else ""
 
 
 def _read(path: Path) -> Papers | None:

@@ -12,9 +12,31 @@ from greenroom.core.errors import FailedPrecondition
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
-def erase(directory: Path) -> None:
+#: Below a state directory: which backend its sandboxes are of. Whoever finds a worker's directory and has no record of
+#: it needs to know.
+_BACKEND = "backend"
+
+
+def note_backend(directory: Path, backend: str) -> None:
+    """Raises `OSError`."""
+    if noted_backend(directory) != backend:
+        (directory / _BACKEND).write_text(backend)
+
+
+def noted_backend(directory: Path) -> str:
+    """ "" when nobody has noted it."""
+    try:
+        return (directory / _BACKEND).read_text()
+    except OSError:
+        return ""
+
+
+def erase(directory: Path, *, last: str = "") -> None:
     """Removes a state directory with all that is in it; absent is success. Of one that is a mount point itself the
     content goes.
+
+    Args:
+        last: name of the entry that goes when all others have gone.
 
     Raises:
         FailedPrecondition: something is mounted below it, which a removal would reach into (reason ``STILL_MOUNTED``).
@@ -29,7 +51,7 @@ def erase(directory: Path) -> None:
         )
     if not place.is_dir():
         return
-    for entry in place.iterdir():
+    for entry in sorted(place.iterdir(), key=lambda entry: entry.name == last):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:

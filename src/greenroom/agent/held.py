@@ -87,12 +87,23 @@ class Held:
 
     async def keep(self, snapshot: Snapshot, source: Path, progress: OnBytes | None = None) -> Snapshot:
         """Takes the files of ``source`` over (linked, so ``source`` may go) and returns the manifest. Idempotent;
-        durable when it returns.
+        durable when it returns. Cancelled, it goes on to its end before it says so: a thread that writes a manifest is
+        not stopped, and nobody would know of what it has written.
 
         Raises:
             ResourceExhausted: the disk is full (reason ``DISK_FULL``); nothing of it remains.
             Conflict: another content is held under this id.
         """
+        keeping = asyncio.ensure_future(self._keep(snapshot, source, progress))
+        try:
+            return await asyncio.shield(keeping)
+        except asyncio.CancelledError:
+            await asyncio.wait({keeping})
+            if not keeping.cancelled():
+                keeping.exception()  # nobody asks for it any more
+            raise
+
+    async def _keep(self, snapshot: Snapshot, source: Path, progress: OnBytes | None) -> Snapshot:
         local = replace(snapshot, state=SnapshotState.LOCAL, worker=self._worker)
         kept = await self._local.publish(local, source, progress)
         self._ids[snapshot.id] = snapshot.actor_uid
@@ -140,6 +151,10 @@ class Held:
         held = await self.manifest(snapshot_id)
         try:
             there = await self._snapshots.manifest(held.actor_uid, snapshot_id)
+        except DataLoss as error:  # not of what is held
+            raise Conflict(
+                f"snapshot {snapshot_id} is published, and its manifest is damaged: {error.message}"
+            ) from error
         except NotFound:
             present = replace(held, state=SnapshotState.PRESENT)
             fetch = functools.partial(self._local.fetch, held)

@@ -19,6 +19,8 @@ import structlog
 from greenroom.agent import clock
 from greenroom.agent.agent import Agent
 from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2, link_pb2_grpc
+from greenroom.api.access import Access
+from greenroom.api.errors import from_rpc_error
 from greenroom.api.frames import WINDOW, gather_frames
 from greenroom.core import agentapi as api
 from greenroom.core.errors import GreenroomError
@@ -52,6 +54,9 @@ MAX_WAITING = 100
 #: How long what waits to be sent may take when the link is closed.
 FLUSH_S = 1.0
 
+#: Why a link fails while replicas come and go.
+_PASSING = frozenset({"SERVER_NOT_RUNNING", "CALL_CANCELLED", "CONNECTION_CLOSED", "UNAVAILABLE", "CANCELLED"})
+
 _encode = msgspec.json.Encoder().encode
 _decode_call = msgspec.json.Decoder(api.AgentCall).decode
 _decode_welcome = msgspec.json.Decoder(api.Welcome).decode
@@ -60,7 +65,7 @@ _decode_welcome = msgspec.json.Decoder(api.Welcome).decode
 class AgentLink:
     """``target``: a gRPC address, for example ``unix:/run/greenroom/agents.sock``. ``on_welcome`` hears of every
     `Welcome`. ``elsewhere``: another link that leads to the same replica just now, which this one then leaves alone,
-    because a replica takes one link of each worker."""
+    because a replica takes one link of each worker. ``access``: what to know the replica by, on TCP."""
 
     def __init__(
         self,
@@ -68,6 +73,7 @@ class AgentLink:
         target: str,
         on_welcome: Callable[[AgentLink], None] = lambda link: None,
         elsewhere: Callable[[AgentLink], AgentLink | None] = lambda link: None,
+        access: Access | None = None,
     ) -> None:
         self.target = target
         #: What was heard last on this link, also while it is down.
@@ -76,6 +82,9 @@ class AgentLink:
         self.down = asyncio.Event()
         self.down.set()
         self._agent = agent
+        self._access = access or Access()
+        #: Why the last attempt failed (reason).
+        self._trouble = ""
         self._on_welcome = on_welcome
         self._elsewhere = elsewhere
         self._connection: _Connection | None = None
@@ -106,6 +115,9 @@ class AgentLink:
                 await other.down.wait()
             try:
                 welcomed = await self._connect()
+            except GreenroomError as error:  # a file that can't be read
+                self._complain(error)
+                welcomed = False
             except Exception:  # one replica that makes trouble is not all of them
                 log.exception("a link failed in a way nobody thought of", target=self.target)
                 welcomed = False
@@ -114,19 +126,30 @@ class AgentLink:
 
     async def _connect(self) -> bool:
         """One connection from its beginning to its end; returns whether it was welcomed."""
-        async with grpc.aio.insecure_channel(self.target, options=KEEPALIVE) as channel:
+        # Made anew for each connection, so that what is renewed in its files is used.
+        async with self._access.aio_channel(self.target, KEEPALIVE) as channel:
             connection = _Connection(self._agent, self, link_pb2_grpc.AgentLinkStub(channel).Connect())
             self._connection = connection
             try:
                 await connection.run()
             except grpc.aio.AioRpcError as error:
-                log.debug("no link to the control plane", target=self.target, error=error.details())
+                self._complain(from_rpc_error(error, self.target))
             finally:
                 self._connection = None
                 self.down.set()
         return connection.welcomed
 
+    def _complain(self, error: GreenroomError) -> None:
+        """Of what a person has to put right it is said once; that nobody answers is nothing unusual."""
+        news = error.reason != self._trouble
+        is_grave = error.reason not in _PASSING and news
+        self._trouble = error.reason
+        (log.warning if is_grave else log.debug)(
+            "no link to the control plane", target=self.target, error=error.message, reason=error.reason
+        )
+
     def heard(self, welcome: api.Welcome, sent_at: float) -> None:
+        self._trouble = ""
         if not self.is_up:
             log.info("linked to the control plane", target=self.target, replica=welcome.replica)
         self.welcome = welcome

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
+from dataclasses import replace
 
 import structlog
 
 from greenroom.agent.agent import Agent
 from greenroom.agent.link import AgentLink
+from greenroom.api.access import Access
 
 log = structlog.get_logger(__name__)
 
@@ -25,11 +27,17 @@ MAX_LEARNED = 64
 
 
 class Links:
-    """`start`, then `close`. ``given``: gRPC addresses."""
+    """`start`, then `close`. ``given``: gRPC addresses. ``access``: for those on TCP."""
 
-    def __init__(self, agent: Agent, given: Collection[str]) -> None:
+    def __init__(self, agent: Agent, given: Collection[str], access: Access | None = None) -> None:
         self._agent = agent
         self._given = frozenset(given)
+        self._access = access or Access()
+        #: Replicas share a certificate, which is for the name that was given and not for the addresses that each has.
+        hosts = [target.rpartition(":")[0] for target in sorted(self._given) if not target.startswith("unix:")]
+        self._learned_access = self._access
+        if hosts and not self._access.server_name:
+            self._learned_access = replace(self._access, server_name=hosts[0].strip("[]"))
         self._links: dict[str, AgentLink] = {}
         self._dropping: set[asyncio.Task[None]] = set()
 
@@ -52,7 +60,8 @@ class Links:
         await asyncio.gather(*(link.close() for link in links), *self._dropping)
 
     def _add(self, target: str) -> None:
-        link = AgentLink(self._agent, target, self._welcomed, self._elsewhere)
+        access = self._access if target in self._given else self._learned_access
+        link = AgentLink(self._agent, target, self._welcomed, self._elsewhere, access)
         self._links[target] = link
         link.start()
 
@@ -61,7 +70,7 @@ class Links:
         if self._links.get(link.target) is not link:
             return  # it is being closed
         named = {target for other in self._links.values() if other.is_up for target in other.welcome.links}
-        for target in sorted(named - self._links.keys()):
+        for target in sorted(filter(self._can_reach, named - self._links.keys())):
             if len(self._links) >= len(self._given) + MAX_LEARNED:
                 log.error("too many replicas are named", target=target)
                 break
@@ -73,6 +82,12 @@ class Links:
                 task = asyncio.create_task(self._links.pop(target).close())
                 self._dropping.add(task)
                 task.add_done_callback(self._dropping.discard)
+
+    def _can_reach(self, target: str) -> bool:
+        """Sockets are for agents on the replica's machine, TCP for those that know whom they meet there."""
+        if target.startswith("unix:"):
+            return any(given.startswith("unix:") for given in self._given)
+        return self._access.ca is not None or any(not given.startswith("unix:") for given in self._given)
 
     def _elsewhere(self, link: AgentLink) -> AgentLink | None:
         replica = link.welcome.replica

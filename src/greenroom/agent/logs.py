@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 
 #: Bytes kept of one incarnation; the older half is dropped when a file reaches it.
@@ -64,7 +64,7 @@ class LogPump:
             pass  # a full disk costs log lines, never the actor: the pipe must go on being drained
 
     def _shorten(self) -> None:
-        with self.path.open("rb") as old:
+        with Path(f"/proc/self/fd/{self._file.fileno()}").open("rb") as old:  # also when it has lost its name
             size = old.seek(-MAX_FILE_BYTES // 2, os.SEEK_END) + MAX_FILE_BYTES // 2
             old.readline()
             kept = old.read()
@@ -107,7 +107,8 @@ class LogFiles:
             old.unlink(missing_ok=True)
         self._attached += 1
         if self._attached % TIDY_EVERY == 1:
-            asyncio.get_running_loop().run_in_executor(None, tidy, self._root, MAX_TOTAL_BYTES)
+            spared = frozenset(pump.path for pump in self._pumps.values())
+            asyncio.get_running_loop().run_in_executor(None, tidy, self._root, MAX_TOTAL_BYTES, spared)
 
     def detach(self, actor_uid: str) -> None:
         if pump := self._pumps.pop(actor_uid, None):
@@ -163,13 +164,16 @@ class LogFiles:
             await grown.wait()
 
 
-def tidy(root: Path, max_bytes: int) -> None:
-    """Removes the longest unchanged files until all together have at most ``max_bytes``."""
+def tidy(root: Path, max_bytes: int, spared: Collection[Path] = ()) -> None:
+    """Removes the longest unchanged files until all together have at most ``max_bytes``; not those that are ``spared``,
+    which somebody writes."""
     files = [(f.stat().st_mtime, f.stat().st_size, f) for f in root.glob("*/*")]
     total = sum(size for _, size, _ in files)
     for _, size, file in sorted(files):
         if total <= max_bytes:
             break
+        if file in spared:
+            continue
         file.unlink(missing_ok=True)
         total -= size
         try:

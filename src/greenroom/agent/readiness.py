@@ -66,7 +66,7 @@ async def _attempt(endpoint: Endpoint, path: str, identity: Identity) -> int:
                 head += data
     finally:
         with contextlib.suppress(OSError):
-            sock.close()
+            dial.close(sock)
     version, _, rest = head.partition(b" ")
     if not version.startswith(b"HTTP/"):
         raise ValueError("no HTTP answer")

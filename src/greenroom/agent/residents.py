@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -27,7 +27,8 @@ QUOTED_LINES = 20
 @dataclass(slots=True)
 class Lodger:
     """One of them. ``operation_id``: the last operation that touched it. ``epoch``: in which it was let run
-    (`greenroom.agent.alone`); it may not run in another."""
+    (`greenroom.agent.alone`); it may not run in another. ``doors``: closes what is open to it from other machines
+    (`greenroom.agent.entrance`); while it is ``shut`` nobody is let in."""
 
     identity: Identity
     sid: str
@@ -36,6 +37,15 @@ class Lodger:
     operation_id: str
     epoch: int = -1
     watcher: asyncio.Task[None] | None = None
+    doors: set[Callable[[], None]] = field(default_factory=set)
+    shut: bool = False
+
+    def shut_out(self) -> None:
+        """Nobody from another machine has anything open to it any more, or gets in, until it is not ``shut``."""
+        self.shut = True
+        for close in [*self.doors]:
+            close()
+        self.doors.clear()
 
 
 @dataclass(slots=True)
@@ -146,6 +156,7 @@ class Residents:
         if self._lodgers.get(uid) is not lodger:
             return
         del self._lodgers[uid]
+        lodger.shut_out()
         self._logs.detach(uid)
         last = self._logs.tail(uid, QUOTED_LINES).decode(errors="replace")
         log.warning("actor ended by itself", actor=lodger.identity.name, code=code)
@@ -168,6 +179,7 @@ class Residents:
         if lodger is not None:
             if lodger.watcher:
                 lodger.watcher.cancel()
+            lodger.shut_out()
             try:
                 await self._backend.destroy(lodger.sid)
             except BaseException:

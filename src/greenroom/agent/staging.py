@@ -10,7 +10,6 @@ left of the actor, until it is dropped by a call, or because none comes.
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -19,6 +18,7 @@ import msgspec
 
 from greenroom.agent import clock
 from greenroom.core.records import Snapshot
+from greenroom.images.download import to_the_end
 
 
 class Staging:
@@ -33,9 +33,10 @@ class Staging:
     def path(self, actor_uid: str, snapshot_id: str) -> Path:
         return self._root / actor_uid / snapshot_id
 
-    def begin(self, actor_uid: str, snapshot_id: str) -> Path:
-        """An empty directory for the files; what was staged of the actor before is gone."""
-        self.drop(actor_uid)
+    async def begin(self, actor_uid: str, snapshot_id: str) -> Path:
+        """An empty directory for the files; what was staged of the actor before is gone. When this is cancelled nothing
+        of it goes on: the next call about the actor looks whether anything is staged."""
+        await self.clear(actor_uid)
         path = self.path(actor_uid, snapshot_id)
         path.mkdir(mode=0o700, parents=True)
         self.touch(actor_uid)
@@ -76,9 +77,9 @@ class Staging:
         shutil.rmtree(self._root / actor_uid, ignore_errors=True)
 
     async def clear(self, actor_uid: str) -> None:
-        """As `drop`, off the loop."""
+        """As `drop`, off the loop, and to its end."""
         if self.holds(actor_uid):  # mostly not, and a look is cheaper than a thread
-            await asyncio.to_thread(self.drop, actor_uid)
+            await to_the_end(self.drop, actor_uid)
 
     def keep_only(self, actor_uids: Collection[str]) -> None:
         """Drops what belongs to nobody of these, whatever it is."""

@@ -1,7 +1,7 @@
 """Destroys what the control plane has said may go, and what this worker itself finds to be left over.
 
 An order is good for ever, because handles are (`greenroom.core.gc`), so it is not written down: an agent that dies is
-told again after its next report. Each kind has a few places; what hangs keeps its place and no other, children go
+told again after its next report. Each kind has a few places; what hangs gives its place up after a while, children go
 before what they live in, and what fails is tried again later and later.
 """
 
