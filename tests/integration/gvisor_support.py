@@ -21,6 +21,7 @@ from greenroom.core.errors import GreenroomError
 from greenroom.core.records import Endpoint, Resources
 from greenroom.sandbox import dial
 from greenroom.sandbox.gvisor import GvisorBackend, binary
+from greenroom.sandbox.gvisor.network import NETNS_DIRECTORY
 from greenroom.sandbox.port import ExecSession, SandboxClass
 from greenroom.testing.python_rootfs import build_python_rootfs
 
@@ -132,7 +133,7 @@ def worker_name(backend: GvisorBackend) -> str:
 
 def assert_nothing_left(state_dir: Path, worker: str) -> None:
     assert sandbox_processes(state_dir) == []
-    assert not Path("/run/netns", worker).exists()
+    assert not (NETNS_DIRECTORY / worker).exists()
     assert worker not in Path("/proc/self/mountinfo").read_text()
     assert list(Path("/sys/fs/cgroup").glob(f"*/greenroom/{worker}")) == []
     assert list((state_dir / "sandboxes").iterdir()) == []

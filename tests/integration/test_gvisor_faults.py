@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -22,10 +24,18 @@ from gvisor_support import (
     skip_unless_possible,
     unmount,
     until,
+    worker_name,
 )
 
 from greenroom.core.agentapi import ResidentState
-from greenroom.core.errors import DataLoss, FailedPrecondition, GreenroomError, InvalidArgument, ResourceExhausted
+from greenroom.core.errors import (
+    DataLoss,
+    FailedPrecondition,
+    GreenroomError,
+    Internal,
+    InvalidArgument,
+    ResourceExhausted,
+)
 from greenroom.sandbox.gvisor import GvisorBackend
 from greenroom.sandbox.gvisor.box import BoxState, read_record
 from greenroom.sandbox.port import ExecSpec, SandboxClass
@@ -267,8 +277,30 @@ async def test_unusable_runsc_is_named_by_open(tmp_path: Path, monkeypatch: pyte
         await backend.open(tmp_path / "state", "test")
     assert caught.value.reason == "SELF_TEST_FAILED"
     assert "step 'create'" in caught.value.message
-    assert not Path("/run/netns", backend._network.path.name).exists()
+    assert not backend._network.path.exists()
 
 
 def pid_of(backend: GvisorBackend, sid: str) -> int:
     return backend._boxes[sid].record.pid
+
+
+@pytest.mark.parametrize("file", ["memory.limit_in_bytes", "pids.max", "cpu.cfs_quota_us"])
+async def test_an_actor_does_not_start_without_a_limit_that_held(
+    backend: GvisorBackend, counter: SandboxClass, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    if not list(Path("/sys/fs/cgroup").glob(f"*/greenroom/{worker_name(backend)}/{file}")):
+        pytest.skip(f"no version 1 hierarchy that has {file}")
+    write = Path.write_text
+
+    def write_text(path: Path, text: str, *args: Any) -> int:
+        if path.name == file:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        return write(path, text, *args)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with pytest.raises(Internal, match=f"{file.split('.')[0]} limit could not be set") as caught:
+        await backend.start(counter, identity("unlimited"))
+    assert caught.value.reason == "LIMIT_NOT_SET"
+    monkeypatch.undo()
+    running = await backend.start(counter, identity("limited"))
+    await get(running.endpoint)

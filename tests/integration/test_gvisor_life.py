@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -27,13 +29,17 @@ from gvisor_support import (
     worker_name,
 )
 
+from greenroom.agent.execs import carry_out
+from greenroom.core import agentapi as api
 from greenroom.core.agentapi import ResidentState
 from greenroom.core.errors import FailedPrecondition, Unavailable
-from greenroom.core.records import Resources
+from greenroom.core.records import Endpoint, Resources
 from greenroom.sandbox import dial
 from greenroom.sandbox.gvisor import GvisorBackend
+from greenroom.sandbox.gvisor.network import GUEST_ADDRESS, SETTLE_S, Network
 from greenroom.sandbox.port import ExecSpec, SandboxClass
 from greenroom.sandbox.reaper import readable
+from greenroom.testing.backend_conformance import held, until_nothing
 
 pytestmark = [pytest.mark.gvisor, pytest.mark.root, pytest.mark.xdist_group("sandboxes")]
 
@@ -255,6 +261,15 @@ async def test_exec(control: str, backend: GvisorBackend, counter: SandboxClass)
     assert (await backend.stats(running.sid)).pids >= 1
 
 
+async def test_exec_takes_more_arguments_than_a_pipe_holds(
+    control: str, backend: GvisorBackend, counter: SandboxClass
+) -> None:
+    running = await backend.start(counter, identity("wordy"))
+    count = ("python3", "-c", "import sys; print(sum(map(len, sys.argv[1:])), end='')")
+    session = await backend.exec(running.sid, ExecSpec(argv=(*count, "x" * 60_000, "y" * 60_000)))
+    assert await run(session) == (0, b"120000", b"")
+
+
 async def test_exec_is_ended_by_timeout_kill_and_the_end_of_the_sandbox(
     control: str, backend: GvisorBackend, counter: SandboxClass
 ) -> None:
@@ -269,6 +284,42 @@ async def test_exec_is_ended_by_timeout_kill_and_the_end_of_the_sandbox(
     lost = await backend.exec(running.sid, ExecSpec(argv=sleep))
     await backend.destroy(running.sid)
     assert (await run(lost))[0] == 137
+
+
+class GoneCaller:
+    """Gives no credit for output, as one that reads no more."""
+
+    def __init__(self) -> None:
+        self.began = asyncio.Event()
+
+    def progress(self, progress: api.Progress) -> None: ...
+
+    async def data(self, channel: int, data: bytes) -> None:
+        self.began.set()
+        await asyncio.Event().wait()
+
+    async def input(self) -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+
+async def test_exec_whose_caller_goes_away_leaves_nothing(
+    control: str, backend: GvisorBackend, counter: SandboxClass
+) -> None:
+    running = await backend.start(counter, identity("left"))
+    await get(running.endpoint)
+    assert (await run(await backend.exec(running.sid, ExecSpec(argv=("python3", "-c", "")))))[0] == 0
+    had = set(held())
+    flood = ("python3", "-c", "import sys\nwhile True: sys.stdout.write('x' * 65536)")
+    caller = GoneCaller()
+    call = api.Exec(actor_uid="uid-left", argv=flood)
+    carried = asyncio.create_task(carry_out(backend, running.sid, call, caller))
+    await caller.began.wait()
+    await asyncio.sleep(0.5)  # all that can wait somewhere is full
+    carried.cancel()
+    await asyncio.wait([carried])
+    await until_nothing(lambda: [what for what in held() if what not in had])
+    assert (await get(running.endpoint))["ram"] == 0
 
 
 async def test_stats(backend: GvisorBackend, counter: SandboxClass) -> None:
@@ -458,3 +509,54 @@ async def test_memory_limit_holds(backend: GvisorBackend, rootfs: Path) -> None:
         await asyncio.get_running_loop().sock_sendall(sock, b"GET /touch?mb=400 HTTP/1.1\r\n\r\n")
         async with asyncio.timeout(READY_TIMEOUT_S):
             assert await backend.wait(running.sid) == 137
+
+
+#: As container runtimes do it: /proc/sys over itself, read-only.
+_AS_IN_A_CONTAINER = 'mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && exec "$@"'
+_OPENS_A_NETWORK = """
+import asyncio, subprocess, sys
+from pathlib import Path
+from greenroom.sandbox.gvisor.network import Network
+
+async def main():
+    network = Network(sys.argv[1], Path(sys.argv[2]))
+    await network.open()
+    try:
+        (await network.make_slot()).release()
+        switches = ("ip_forward", "conf/all/rp_filter", "conf/default/rp_filter")
+        files = [f"/proc/sys/net/ipv4/{switch}" for switch in switches]
+        subprocess.run(["nsenter", f"--net={network.path}", "cat", *files], check=True)
+    finally:
+        await network.close(remove=True)
+
+asyncio.run(main())
+"""
+
+
+def test_the_network_is_made_where_the_switches_are_read_only(tmp_path: Path) -> None:
+    python = [sys.executable, "-c", _OPENS_A_NETWORK, f"gr-test-{os.getpid()}", str(tmp_path / "counter")]
+    command = ["unshare", "--mount", "sh", "-c", _AS_IN_A_CONTAINER, "sh", *python]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0", "0", "0"]
+
+
+async def test_it_waits_for_a_connection_that_is_being_opened(tmp_path: Path) -> None:
+    """Nobody is at the other end of either slot, so the handshake does not get on."""
+    network = Network(f"gr-test-{os.getpid()}", tmp_path / "counter")
+    await network.open()
+    slots = [await network.make_slot() for _ in range(2)]
+    try:
+        busy, quiet = (slot.device for slot in slots)
+        endpoint = Endpoint(host=GUEST_ADDRESS, port=80, netns=str(network.path), device=busy)
+        with contextlib.closing(dial.make_socket(endpoint)) as opening:
+            with pytest.raises(BlockingIOError):
+                opening.connect(dial.address(endpoint))
+            waiting = asyncio.create_task(network.settle(busy))
+            await network.settle(quiet)
+            assert not waiting.done(), "it waits for the other one"
+        await asyncio.wait_for(waiting, SETTLE_S / 2)
+    finally:
+        for slot in slots:
+            slot.release()
+        await network.close(remove=True)

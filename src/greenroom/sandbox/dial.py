@@ -6,6 +6,8 @@ the interface tells them apart. So the socket is made inside the namespace and b
 
     sock = make_socket(endpoint)
     await loop.sock_connect(sock, address(endpoint))
+    ...
+    close(sock)
 
 The namespace's file is opened anew each time on purpose: a kept descriptor would save three of thirteen microseconds,
 but would hold a removed namespace alive and miss that its path names another one now.
@@ -13,6 +15,7 @@ but would hold a removed namespace alive and miss that its path names another on
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import socket
@@ -26,6 +29,11 @@ from greenroom.core.records import Endpoint
 CLONE_NEWNET = 0x40000000
 _OWN_NETNS = "/proc/thread-self/ns/net"
 _libc = ctypes.CDLL(None, use_errno=True)
+
+#: Source: the kernel's include/net/tcp_states.h.
+_SYN_SENT = 2
+#: Who has not answered by then is not going to be saved with that connection either.
+HANDSHAKE_S = 5.0
 
 
 def make_socket(endpoint: Endpoint) -> socket.socket:
@@ -54,6 +62,48 @@ def make_socket(endpoint: Endpoint) -> socket.socket:
 def address(endpoint: Endpoint) -> tuple[str, int] | str:
     """What to connect a socket of `make_socket` to."""
     return endpoint.path or (endpoint.host, endpoint.port)
+
+
+def close(sock: socket.socket) -> None:
+    """Closes a socket of `make_socket`, for a caller in an event loop. One that is in the middle of its handshake is
+    closed when that is over: given up, it may stay half open for a second at the other end, where gVisor can't save it
+    (`greenroom.sandbox.gvisor.network.Network.settle`). Nothing is left to do for one that the loop has taken over and
+    closed: uvloop's, when a connection is cut off in the moment in which it comes about."""
+    if sock.fileno() < 0:
+        return
+    if sock.family == socket.AF_INET and sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _SYN_SENT:
+        _close_later(sock.dup())  # of its own: the loop may not be done with the other one yet
+    sock.close()
+
+
+def notice_silence(sock: socket.socket) -> None:
+    """A TCP connection whose other end has gone without a word is broken off after a minute, also when nothing is
+    sent."""
+    for option, value in ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3)):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def _close_later(sock: socket.socket) -> None:
+    def over() -> None:
+        loop.remove_writer(sock)
+        timer.cancel()
+        sock.close()
+
+    loop = asyncio.get_running_loop()
+    timer = loop.call_later(HANDSHAKE_S, over)
+    loop.add_writer(sock, over)
+
+
+def place() -> str:
+    """Names this machine, and what of it this process sees: whoever is at the same place can connect to the endpoints
+    of its sandboxes. That takes the same kernel, network namespace and root directory.
+
+    Source: proc(5), /proc/sys/kernel/random/boot_id; namespaces(7) for what the inode of a namespace means.
+    """
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    network, root = Path(_OWN_NETNS).stat(), Path("/").stat()
+    return f"{boot_id}/{network.st_dev}:{network.st_ino}/{root.st_dev}:{root.st_ino}"
 
 
 @contextmanager

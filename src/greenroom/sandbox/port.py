@@ -52,7 +52,8 @@ class Capabilities(Record, frozen=True, kw_only=True):
 
 
 class Check(Record, frozen=True, kw_only=True):
-    """One line of a backend's self-examination, shown by ``greenroom doctor``."""
+    """One line of a backend's self-examination, shown by ``greenroom doctor``. Not ``ok`` in a backend that is
+    available all the same: what actors there do without."""
 
     name: str
     ok: bool
@@ -148,6 +149,10 @@ class ExecSession(Protocol):
 
     async def kill(self) -> None:
         """Ends the command. Idempotent."""
+
+    def abort(self) -> None:
+        """For who has killed it and reads no more: lets go of its pipes, now, with what is in them; `output` ends, and
+        `write` must not be waiting. Idempotent."""
 
 
 class Backend(Protocol):

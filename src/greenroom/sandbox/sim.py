@@ -513,3 +513,6 @@ class _Exec:
 
     async def kill(self) -> None:
         self._killed.set()
+
+    def abort(self) -> None:
+        self._killed.set()  # there are no pipes

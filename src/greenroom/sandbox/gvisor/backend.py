@@ -18,6 +18,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 
 import msgspec
+import structlog
 
 from greenroom.core.agentapi import ActorStats, Identity, ResidentState
 from greenroom.core.errors import (
@@ -30,7 +31,7 @@ from greenroom.core.records import Endpoint, PhaseTime, SnapshotScope
 from greenroom.sandbox import reaper
 from greenroom.sandbox.gvisor import binary, spec
 from greenroom.sandbox.gvisor.box import Box, BoxState, Factory, base_command, finish, read_record
-from greenroom.sandbox.gvisor.cgroups import Cgroups
+from greenroom.sandbox.gvisor.cgroups import CONTROLLERS, Cgroups
 from greenroom.sandbox.gvisor.cli import CliControl
 from greenroom.sandbox.gvisor.control import SNAPSHOT_FILES, Command, Control, SocketControl
 from greenroom.sandbox.gvisor.exec import KILLED, open_session
@@ -59,6 +60,8 @@ PROBE_TIMEOUT_S = 2.0
 
 #: A killed command's files are closed a moment after its end is known; never, when it left children behind.
 DESCRIPTORS_RETRIES, DESCRIPTORS_RETRY_S = 50, 0.01
+
+log = structlog.get_logger(__name__)
 
 _FROZEN = frozenset({BoxState.FROZEN, BoxState.FREEZING})
 
@@ -104,6 +107,11 @@ class GvisorBackend:
         reaper.become_subreaper()
         self._network = Network(name, self._state_dir / "slot-counter")
         self._cgroups = Cgroups.detect(name)
+        limits, refused = await asyncio.to_thread(self._cgroups.open)
+        for controller, why in refused.items():
+            lost = "actors run without this limit" if controller in CONTROLLERS else "CPU time is not counted"
+            log.warning(lost, controller=controller, reason=why, worker=worker)
+        checks = tuple(limits if check.name == limits.name else check for check in probe.checks)
         await self._network.open()
         failures: list[str] = []
         for way, control in controls.items():
@@ -116,9 +124,10 @@ class GvisorBackend:
                 continue
             detail = "; ".join([f"by {way}, {time.monotonic() - started:.2f} s", *failures])
             ready = Check(name="self-test", ok=True, detail=detail)
-            return msgspec.structs.replace(probe, checks=(*probe.checks, ready))
+            return msgspec.structs.replace(probe, checks=(*checks, ready))
         await self._network.close(remove=not any((self._state_dir / "sandboxes").iterdir()))
         self._cgroups.remove_worker()
+        self._cgroups.close()
         raise FailedPrecondition("; ".join(failures), reason="SELF_TEST_FAILED")
 
     async def reconcile(self) -> list[Found]:
@@ -206,6 +215,7 @@ class GvisorBackend:
                     process.close()
         await self._network.close(remove=not self._boxes)
         self._cgroups.remove_worker()
+        self._cgroups.close()
         self._boxes.clear()
 
     # --- warm sandboxes -----------------------------------------------------------------------------------
@@ -348,6 +358,7 @@ class GvisorBackend:
                     await finish(self._end_commands(box))
                     if box.state is not BoxState.FROZEN:
                         await finish(self._pause(box))
+                    await self._network.settle(box.record.device)
                     if await asyncio.to_thread(box.holds_foreign_pipes):
                         raise FailedPrecondition(
                             "a command that was started in the sandbox left a process behind that still has its "

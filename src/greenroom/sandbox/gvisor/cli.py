@@ -86,28 +86,27 @@ class CliControl:
             "noNewPrivileges": True,
             "capabilities": {"bounding": caps, "effective": caps, "permitted": caps},
         }
-        # `runsc exec` reads it from a file; a pipe is one too, and leaves nothing behind.
-        read, write = os.pipe()
+        # `runsc exec` reads it from a file; this one is on no disk, and unlike a pipe takes it all before it is read.
+        memory = os.memfd_create("greenroom-exec", os.MFD_CLOEXEC)
         pid_file = target.directory / f"exec-{secrets.token_hex(8)}.pid"
         try:
-            os.write(write, json.dumps(spec).encode())
-            os.close(write)
+            os.write(memory, json.dumps(spec).encode())
             streams = stdio or (asyncio.subprocess.DEVNULL,) * 3
             process = await asyncio.create_subprocess_exec(
                 *self._base,
                 "exec",
-                f"--process=/proc/self/fd/{read}",
+                f"--process=/proc/self/fd/{memory}",
                 f"--internal-pid-file={pid_file}",
                 target.sid,
                 cwd=target.directory,
                 stdin=streams[0],
                 stdout=streams[1],
                 stderr=streams[2],
-                pass_fds=(read,),
+                pass_fds=(memory,),
                 env={},
             )
         finally:
-            os.close(read)
+            os.close(memory)
         return _Started(self, target, process, await _started_pid(target, process, pid_file))
 
     async def kill(self, target: Target, pid: int) -> None:

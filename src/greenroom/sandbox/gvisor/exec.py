@@ -69,7 +69,7 @@ class PipeSession:
             await self._started.kill()
 
     def abort(self) -> None:
-        """When the sandbox is gone: lets go of everything; who reads the output gets its end."""
+        """See `ExecSession.abort`. Also when the sandbox is gone."""
         self._close_stdin()
         for pump in self._pumps:
             pump.cancel()

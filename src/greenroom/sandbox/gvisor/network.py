@@ -1,6 +1,6 @@
 """The network of a worker's sandboxes: one named namespace, and one slot (a veth pair) for each sandbox.
 
-    worker's namespace /run/netns/gr-1a2b3c4d          the slot's own, nameless namespace
+    worker's namespace gr-1a2b3c4d                     the slot's own, nameless namespace
         gr1x2y3z  169.254.77.1/30  ------ veth ------  eth0, no address
                                                          ^ packet socket, handed to the sandbox: guest 169.254.77.2/30
 
@@ -24,6 +24,7 @@ import asyncio
 import base64
 import contextlib
 import ctypes
+import errno
 import fcntl
 import ipaddress
 import os
@@ -40,7 +41,9 @@ from greenroom.sandbox.dial import CLONE_NEWNET, set_netns
 
 GUEST_ADDRESS, HOST_ADDRESS, PREFIX_LENGTH = "169.254.77.2", "169.254.77.1", 30
 HOST_MAC, GUEST_MAC = "02:67:72:00:00:01", "02:67:72:00:00:02"
-NETNS_DIRECTORY = Path("/run/netns")
+#: Not where `ip netns` keeps its own: its first ``add`` mounts that directory over itself, and what was there before
+#: can't be removed any more.
+NETNS_DIRECTORY = Path("/run/greenroom/netns")
 DEVICE_PREFIX = "gr"
 GUEST_DEVICE = "eth0"
 MTU = 1500
@@ -54,6 +57,17 @@ _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 _NUD_PERMANENT = 0x80
 _MS_BIND, _MNT_DETACH = 4096, 2
+#: Since Linux 5.2; the numbers of these system calls are the same on every architecture.
+_SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
+_FSOPEN_CLOEXEC, _FSCONFIG_CMD_CREATE, _FSMOUNT_CLOEXEC = 1, 6, 1
+#: States of a connection whose next packet is the guest's: it is being opened, or closed and what came before the end
+#: is not acknowledged. Source: the kernel's include/net/tcp_states.h.
+_SYN_SENT, _FIN_WAIT1, _LAST_ACK, _CLOSING = 2, 4, 9, 11
+_IN_MOTION = 1 << _SYN_SENT | 1 << _FIN_WAIT1 | 1 << _LAST_ACK | 1 << _CLOSING
+#: A guest answers within a millisecond if it gets any processor at all; but gVisor may overlook an answer until it
+#: repeats its own packet, after a second.
+SETTLE_S = 1.5
+_SETTLE_AGAIN_S = 0.002
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -84,6 +98,7 @@ class Network:
         self._counter = Counter(counter)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._netlink: Any = None
+        self._diag: Any = None
 
     async def open(self) -> None:
         """Makes the namespace, or enters the one that an earlier agent left."""
@@ -96,6 +111,14 @@ class Network:
     async def drop_slot(self, device: str) -> None:
         """Removes the slot's interfaces; unknown is success."""
         await self._run(self._drop_slot, device)
+
+    async def settle(self, device: str) -> None:
+        """Waits, `SETTLE_S` at most, until no connection to the guest is just being opened or closed. gVisor can't save
+        a guest with one that is in the middle of its handshake, and by trying to it breaks that one: until it gives it
+        up, two minutes later, every other try fails too. Source: gVisor's pull request 12567, and trying."""
+        until = time.monotonic() + SETTLE_S
+        while await self._run(self._is_in_motion, device) and time.monotonic() < until:  # noqa: ASYNC110  # the kernel's
+            await asyncio.sleep(_SETTLE_AGAIN_S)
 
     async def devices(self) -> set[str]:
         """The slots that exist."""
@@ -188,12 +211,25 @@ class Network:
             with contextlib.suppress(NetlinkError):  # gone between the two
                 self._netlink.link("del", index=index)
 
+    def _is_in_motion(self, device: str) -> bool:
+        from pyroute2.netlink.diag import DiagSocket
+
+        try:
+            index = socket.if_nametoindex(device)
+        except OSError:
+            return False
+        if self._diag is None:
+            self._diag = DiagSocket()
+        found = self._diag.get_sock_stats(family=socket.AF_INET, states=_IN_MOTION)
+        return any(connection["idiag_if"] == index for connection in found)
+
     def _devices(self) -> set[str]:
         return {name for _, name in socket.if_nameindex() if name.startswith(DEVICE_PREFIX)}
 
     def _close(self, remove: bool) -> None:
-        if self._netlink is not None:
-            self._netlink.close()
+        for sock in (self._netlink, self._diag):
+            if sock is not None:
+                sock.close()
         if remove:
             with contextlib.suppress(FileNotFoundError):
                 _libc.umount2(os.fsencode(self.path), _MNT_DETACH)
@@ -301,7 +337,29 @@ def _own_netns() -> int:
 
 
 def _sysctl(name: str, value: str) -> None:
-    Path("/proc/sys/net", name).write_text(value)
+    """Of this thread's network. In a container /proc/sys is mounted over itself, read-only; another procfs is not."""
+    try:
+        Path("/proc/sys/net", name).write_text(value)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        proc = _own_procfs()
+        try:
+            fd = os.open(f"sys/net/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=proc)
+            with open(fd, "w") as file:
+                file.write(value)
+        finally:
+            os.close(proc)
+
+
+def _own_procfs() -> int:
+    """A procfs that is mounted nowhere, and ends with this descriptor. Linux 5.2 or newer, and CAP_SYS_ADMIN."""
+    context = _check(_libc.syscall(_SYS_FSOPEN, b"proc", _FSOPEN_CLOEXEC), "fsopen(proc)")
+    try:
+        _check(_libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0), "fsconfig(proc)")
+        return _check(_libc.syscall(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, 0), "fsmount(proc)")
+    finally:
+        os.close(context)
 
 
 def _no_ipv6() -> None:
@@ -341,7 +399,8 @@ def _configure_guest_end() -> None:
         netlink.route("add", dst="default", gateway=HOST_ADDRESS, oif=index)
 
 
-def _check(result: int, what: str) -> None:
-    if result != 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, f"{what}: {os.strerror(errno)}")
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{what}: {os.strerror(code)}")
+    return result

@@ -45,6 +45,8 @@ MS_NOATIME, MS_NODIRATIME, MS_RELATIME, ST_RELATIME = 1024, 2048, 1 << 21, 4096
 MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP = 1, 24
 
+#: What the parent of an actor or a command waits for, and passes on.
+HEARD = frozenset({signal.SIGTERM, signal.SIGCHLD})
 #: What the actor's root keeps inside: enough for a package manager and a server that drops its rights; the list of
 #: container engines without MKNOD and NET_RAW. Source: linux/capability.h
 KEPT_CAPABILITIES = frozenset({0, 1, 3, 4, 5, 6, 7, 8, 10, 18, 29, 31})
@@ -155,8 +157,8 @@ def become_init(control: Control, directory: str, spec: dict[str, Any]) -> NoRet
         control.receive()
         for fd, standard in ((null, 0), (log, 1), (log, 2)):
             os.dup2(fd, standard)
-        # Blocked until there is somebody to pass it on to.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        # Blocked for good: they are waited for (`look_after`).
+        signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
         actor = os.fork()
         if actor == 0:
             start_actor(control, program, spec)
@@ -170,15 +172,28 @@ def become_init(control: Control, directory: str, spec: dict[str, Any]) -> NoRet
 def look_after(actor: int, exit_fd: int, stop_signal: int) -> int:
     """The life of an init: passes SIGTERM on as the actor's own stop signal, reaps everything, and says on disk how the
     actor ended, for an agent that was not there to see it."""
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(actor, stop_signal))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     while True:
-        pid, status = os.wait()
-        if pid == actor:
-            code = os.waitstatus_to_exitcode(status)
-            code = code if code >= 0 else 128 - code
-            os.write(exit_fd, str(code).encode())
-            return code
+        # Not by a handler: Python's would not run before the next child ends if the signal came between its last look
+        # and the system call, and the actor would be killed for want of an answer.
+        if signal.sigwait(HEARD) == signal.SIGTERM:
+            os.kill(actor, stop_signal)
+            continue
+        while (ended := reap()) is not None:
+            pid, status = ended
+            if pid == actor:
+                code = os.waitstatus_to_exitcode(status)
+                code = code if code >= 0 else 128 - code
+                os.write(exit_fd, str(code).encode())
+                return code
+
+
+def reap() -> tuple[int, int] | None:
+    """A child that has ended, and how; None: none has (any more)."""
+    try:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    return (pid, status) if pid else None
 
 
 def start_actor(control: Control, program: str, spec: dict[str, Any]) -> NoReturn:
@@ -333,8 +348,7 @@ def run_exec(control: Control, spec: dict[str, Any]) -> NoReturn:
     os.close(spec["pidfd"])
     os.chdir("/")
     program = find_program(spec["argv"][0], spec["env"], spec["cwd"])
-    # Blocked until there is somebody to pass it on to.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
     child = os.fork()
     if child == 0:
         call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -344,10 +358,10 @@ def run_exec(control: Control, spec: dict[str, Any]) -> NoReturn:
     null = os.open("/dev/null", os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
-    signal.signal(signal.SIGTERM, lambda *_: kill_group(child))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
+    while (ended := reap()) is None:  # as `look_after`
+        if signal.sigwait(HEARD) == signal.SIGTERM:
+            kill_group(child)
+    code = os.waitstatus_to_exitcode(ended[1])
     os._exit(code if code >= 0 else 128 - code)
 
 

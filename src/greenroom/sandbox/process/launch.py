@@ -346,6 +346,12 @@ class Exec:
     async def kill(self) -> None:
         self._kill()
 
+    def abort(self) -> None:
+        # Not the transport's own end, which kills the helper before it has passed on that the command is to end.
+        for number in range(3):
+            if (pipe := self._transport.get_pipe_transport(number)) is not None:
+                pipe.close()
+
     def _kill(self) -> None:
         # The helper passes it on as SIGKILL to the command and its process group. The pipes are closed with it: what
         # the command left in the background must not keep `output` waiting.
