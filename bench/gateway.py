@@ -3,6 +3,9 @@
 Three processes: the gateway (measured), a server on a unix socket that plays the actor, and a raw client that keeps N
 connections busy. CPU is that of the gateway process alone, by its own clock, user and system.
 
+``afar``: the same with the actor on another machine, as far as that can be had on one: the way in through its agent
+(TLS, one hop more), which is a fourth process. What the agent spends is told beside it.
+
     python bench/gateway.py [--seconds 3] [--connections 32]
 """
 
@@ -25,6 +28,9 @@ from pathlib import Path
 
 import uvloop
 
+from greenroom.agent.entrance import EntranceServer
+from greenroom.agent.residents import Lodger
+from greenroom.core.agentapi import Entrance, Identity, ResidentState
 from greenroom.core.records import Endpoint, Key, PhaseTime
 from greenroom.engine.bindings import Binding, BindingTable, Wake
 from greenroom.gateway.gateway import Gateway
@@ -51,6 +57,7 @@ class Waker:
     def __init__(self, endpoint: Endpoint) -> None:
         self.bindings = BindingTable()
         self.endpoint = endpoint
+        self.afar: Entrance | None = None
         self.wakes = 0
         self._waking: dict[Key, asyncio.Task[Wake]] = {}
 
@@ -60,6 +67,9 @@ class Waker:
         if key not in self._waking:
             self._waking[key] = asyncio.create_task(self._wake(key))
         return await asyncio.shield(self._waking[key])
+
+    def entrance(self, binding: Binding) -> Entrance | None:
+        return self.afar
 
     async def _wake(self, key: Key) -> Wake:
         await asyncio.sleep(WAKE_S)
@@ -81,6 +91,26 @@ def serve_actor(path: str, ready: Connection) -> None:
         await asyncio.get_running_loop().create_unix_server(Actor, path)
         ready.send(True)
         await asyncio.Event().wait()
+
+    uvloop.run(main())
+
+
+def serve_entrance(path: str, link: Connection) -> None:
+    """The agent's part: says where it is, then on each question how much CPU time it has used."""
+
+    class Everybody(dict[str, Lodger]):
+        def __missing__(self, uid: str) -> Lodger:
+            identity = Identity(namespace="default", name=uid, uid=uid, generation=1)
+            self[uid] = Lodger(identity, uid, ResidentState.RUNNING, Endpoint(path=path), "")
+            return self[uid]
+
+    async def main() -> None:
+        lodgers = Everybody()
+        server = EntranceServer(lambda uid: lodgers[uid], lambda uid: 0)
+        link.send(await server.start("127.0.0.1", 0, "127.0.0.1"))
+        while await asyncio.get_running_loop().run_in_executor(None, link.recv):
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            link.send(used.ru_utime + used.ru_stime)
 
     uvloop.run(main())
 
@@ -158,6 +188,36 @@ async def measure(gateway: Gateway, link: Connection, *job: object) -> dict[str,
     }
 
 
+async def bench_afar(
+    path: str, entrance: Entrance, agent: Connection, link: Connection, seconds: float, connections: int
+) -> dict[str, object]:
+    """Requests to an actor that is reached through its agent; and one connection, with its handshake, for each."""
+    waker = Waker(Endpoint(path=path))
+    waker.afar = entrance
+    gateway = Gateway(waker)
+    await gateway.start("127.0.0.1", 0)
+
+    async def both(*job: object) -> dict[str, float]:
+        agent.send(True)
+        before = agent.recv()
+        found = await measure(gateway, link, *job)
+        agent.send(True)
+        found["agent_cpu_us_per_request"] = round((agent.recv() - before) / found["requests"] * 1e6, 1)
+        return found
+
+    try:
+        await waker.wake(Key("default", "a"))
+        await measure(gateway, link, connections, 0.5, [REQUEST])
+        actors = [REQUEST.replace(b"Host: a.", b"Host: w%d." % i) for i in range(int(300 * seconds))]
+        return {
+            "afar_keep_alive": await both(connections, seconds, [REQUEST]),
+            "afar_one_connection": await both(1, seconds / 3, [REQUEST]),
+            "afar_wake": await both(connections, 60.0, actors),
+        }
+    finally:
+        await gateway.close(grace_s=1)
+
+
 async def bench(path: str, link: Connection, seconds: float, connections: int) -> dict[str, object]:
     waker = Waker(Endpoint(path=path))
     gateway = Gateway(waker)
@@ -207,9 +267,17 @@ def main() -> int:
         link, far = context.Pipe()
         client = context.Process(target=load, args=(far,), daemon=True)
         client.start()
+        mine, agents = context.Pipe()
+        agent = context.Process(target=serve_entrance, args=(path, agents), daemon=True)
+        agent.start()
+        entrance = mine.recv()
         try:
             result = uvloop.run(bench(path, link, args.seconds, args.connections))
+            result |= uvloop.run(bench_afar(path, entrance, mine, link, args.seconds, args.connections))
         finally:
+            mine.send(False)
+            agent.terminate()
+            agent.join(5)
             link.send(None)
             client.join(5)
             actor.terminate()

@@ -103,14 +103,10 @@ class Actors(Service, pb_grpc.ActorsServicer):
         if first is None or first.WhichOneof("frame") != "start":
             raise InvalidArgument("the first frame of Exec must be `start`", reason="NO_START_FRAME")
         start = first.start
+        argv, env, timeout_s = tuple(start.argv), dict(start.env), convert.seconds(start.timeout)
+        validate.command(argv, env, start.cwd, timeout_s)
         async with self._streams.open():
-            session = await self._control.exec(
-                key_of(start),
-                validate.argv(tuple(start.argv)),
-                env=dict(start.env),
-                cwd=start.cwd,
-                timeout_s=convert.seconds(start.timeout),
-            )
+            session = await self._control.exec(key_of(start), argv, env=env, cwd=start.cwd, timeout_s=timeout_s)
             feeder = asyncio.create_task(_feed(session, requests))
             try:
                 await context.write(pb.ExecResponse(started=True))

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
@@ -18,6 +19,8 @@ import grpc
 
 from greenroom.api import errors
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2_grpc as pb_grpc
+from greenroom.api.access import Access
+from greenroom.core.errors import FailedPrecondition, GreenroomError
 
 #: A page of 1000 operations with all their layers stays well below.
 MAX_MESSAGE_BYTES = 32 << 20
@@ -60,21 +63,44 @@ class _Stubs:
     operations: Any
     system: Any
 
-    def __init__(self, address: str, channel: Any, wrap: Callable[[Any, str], Any]) -> None:
+    def __init__(self, address: str, access: Access) -> None:
         self.address = address
-        self._channel = channel
+        self._access = access
+        self._channels: list[Any] = []
+        self._open()
+
+    def _open(self) -> None:
+        self._authority = self._access.authority()
+        self._channels.append(self._new_channel())
         for name, stub in _STUBS.items():
-            setattr(self, name, _Translated(stub(channel), address, wrap))
+            setattr(self, name, _Translated(stub(self._channels[-1]), self._wrap))
+
+    def _new_channel(self) -> Any:
+        raise NotImplementedError
+
+    def _wrap(self, call: Any) -> Any:
+        raise NotImplementedError
+
+    def translated(self, error: Any) -> GreenroomError:
+        """What a call's failure means. A channel knows its authorities for life: when they have changed in their file
+        since, and the server is another one's by now, the next call goes over a new one. (On the one before nothing is
+        open; it is closed with the client.)"""
+        found = errors.from_rpc_error(error, self.address)
+        if found.reason == errors.CERTIFICATE_UNKNOWN:
+            with contextlib.suppress(FailedPrecondition):  # it is being replaced just now
+                if self._access.authority() != self._authority:
+                    self._open()
+        return found
 
 
 class _Translated:
     """A stub whose calls raise `GreenroomError`."""
 
-    def __init__(self, stub: Any, address: str, wrap: Callable[[Any, str], Any]) -> None:
-        self._stub, self._address, self._wrap = stub, address, wrap
+    def __init__(self, stub: Any, wrap: Callable[[Any], Any]) -> None:
+        self._stub, self._wrap = stub, wrap
 
     def __getattr__(self, name: str) -> Any:
-        call = self._wrap(getattr(self._stub, name), self._address)
+        call = self._wrap(getattr(self._stub, name))
         setattr(self, name, call)
         return call
 
@@ -85,11 +111,22 @@ class _Translated:
 class Client(_Stubs):
     """Usable from several threads. Streaming calls answer with a `Stream`."""
 
-    def __init__(self, address: str) -> None:
-        super().__init__(address, grpc.insecure_channel(address, options=CHANNEL_OPTIONS), _wrap_sync)
+    def __init__(self, address: str, access: Access | None = None) -> None:
+        """``access``: what to know a server on TCP by, and to show it; by default what the environment says. Raises
+        as `Access.aio_channel`."""
+        super().__init__(address, access or Access.from_environment())
+
+    def _new_channel(self) -> Any:
+        return self._access.channel(self.address, CHANNEL_OPTIONS)
+
+    def _wrap(self, call: Any) -> Any:
+        if isinstance(call, (grpc.UnaryStreamMultiCallable, grpc.StreamStreamMultiCallable)):
+            return lambda *args, **kwargs: Stream(call(*args, **kwargs), self.translated)
+        return errors.translating(call, self.translated)
 
     def close(self) -> None:
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def __enter__(self) -> Client:
         return self
@@ -103,14 +140,14 @@ class Client(_Stubs):
 class Stream:
     """Messages of a streaming call. `cancel` ends it; leaving a ``with`` block too."""
 
-    def __init__(self, call: Any, address: str) -> None:
-        self._call, self._address = call, address
+    def __init__(self, call: Any, translated: Callable[[Any], GreenroomError]) -> None:
+        self._call, self._translated = call, translated
 
     def __iter__(self) -> Iterator[Any]:
         try:
             yield from self._call
         except grpc.RpcError as error:
-            raise errors.from_rpc_error(error, self._address) from None
+            raise self._translated(error) from None
 
     def cancel(self) -> None:
         self._call.cancel()
@@ -124,12 +161,6 @@ class Stream:
         self.cancel()
 
 
-def _wrap_sync(call: Any, address: str) -> Any:
-    if isinstance(call, (grpc.UnaryStreamMultiCallable, grpc.StreamStreamMultiCallable)):
-        return lambda *args, **kwargs: Stream(call(*args, **kwargs), address)
-    return errors.translating(call, address)
-
-
 # --- asyncio ----------------------------------------------------------------------------------------------------
 
 
@@ -137,11 +168,29 @@ class AioClient(_Stubs):
     """Belongs to the event loop that it was made in. Streaming calls answer with an `AioStream`. Cancelling the task
     that awaits a call cancels the call, and never an operation."""
 
-    def __init__(self, address: str) -> None:
-        super().__init__(address, grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS), _wrap_aio)
+    def __init__(self, address: str, access: Access | None = None) -> None:
+        """As `Client`."""
+        super().__init__(address, access or Access.from_environment())
+
+    def _new_channel(self) -> Any:
+        return self._access.aio_channel(self.address, CHANNEL_OPTIONS)
+
+    def _wrap(self, call: Any) -> Any:
+        if isinstance(call, (grpc.aio.UnaryStreamMultiCallable, grpc.aio.StreamStreamMultiCallable)):
+            return lambda *args, **kwargs: AioStream(call(*args, **kwargs), self.translated)
+
+        @functools.wraps(call.__call__)
+        async def translated(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return await call(*args, **kwargs)
+            except grpc.RpcError as error:
+                raise self.translated(error) from None
+
+        return translated
 
     async def close(self) -> None:
-        await self._channel.close()
+        for channel in self._channels:
+            await channel.close()
 
     async def __aenter__(self) -> AioClient:
         return self
@@ -155,15 +204,15 @@ class AioClient(_Stubs):
 class AioStream:
     """Messages of a streaming call; as `Stream`."""
 
-    def __init__(self, call: Any, address: str) -> None:
-        self._call, self._address = call, address
+    def __init__(self, call: Any, translated: Callable[[Any], GreenroomError]) -> None:
+        self._call, self._translated = call, translated
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         try:
             async for message in self._call:
                 yield message
         except grpc.RpcError as error:
-            raise errors.from_rpc_error(error, self._address) from None
+            raise self._translated(error) from None
 
     def cancel(self) -> None:
         self._call.cancel()
@@ -175,17 +224,3 @@ class AioStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.cancel()
-
-
-def _wrap_aio(call: Any, address: str) -> Any:
-    if isinstance(call, (grpc.aio.UnaryStreamMultiCallable, grpc.aio.StreamStreamMultiCallable)):
-        return lambda *args, **kwargs: AioStream(call(*args, **kwargs), address)
-
-    @functools.wraps(call.__call__)
-    async def translated(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return await call(*args, **kwargs)
-        except grpc.RpcError as error:
-            raise errors.from_rpc_error(error, address) from None
-
-    return translated

@@ -31,12 +31,20 @@ _NANOS = 1_000_000_000
 
 
 def to_message(record: Record) -> Any:
-    """The message of the same name, for example `Actor` -> ``resources_pb2.Actor``."""
+    """The message of the same name, for example `Actor` -> ``resources_pb2.Actor``.
+
+    Raises:
+        InvalidArgument: a value is one that no message can hold, as a size beyond 64 bits.
+    """
     message = getattr(pb, type(record).__name__)()
     for field in _plan(type(record), _class_of(message)):
         value = getattr(record, field.record_name)
         if value is not None:
-            field.write(message, value)
+            try:
+                field.write(message, value)
+            except (ValueError, OverflowError) as error:
+                what = f"{type(record).__name__}.{field.record_name}: {error}"
+                raise InvalidArgument(what, reason="OUT_OF_RANGE") from None
     return message
 
 
@@ -62,13 +70,13 @@ def timestamp(seconds: float) -> Timestamp:
 
 
 def duration(seconds: float) -> Duration:
-    """From seconds, not negative."""
-    whole, nanos = _split(seconds)
+    """From seconds, not negative. What is not 0 does not become 0, which often means none."""
+    whole, nanos = _split(max(seconds, 1 / _NANOS) if seconds > 0 else seconds)
     return Duration(seconds=whole, nanos=nanos)
 
 
 def seconds(message: Timestamp | Duration) -> float:
-    return float(message.seconds) + message.nanos / _NANOS
+    return (message.seconds * _NANOS + message.nanos) / _NANOS  # of whole numbers: rounded once, to what was sent
 
 
 def _split(value: float) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
+from msgspec.structs import replace
 
 from greenroom.api import convert, validate
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
@@ -23,6 +24,7 @@ from greenroom.core.records import (
     Worker,
     WorkerState,
 )
+from greenroom.core.rosters import Roster, RosterEntry
 
 
 class Templates(Service, pb_grpc.TemplatesServicer):
@@ -85,6 +87,24 @@ class Pools(Service, pb_grpc.PoolsServicer):
                 reason="UNKNOWN_BACKEND",
             )
         return convert.to_message(await self._control.apply_pool(name, spec))
+
+    @rpc
+    async def AdmitWorkers(self, request: Any, context: Any) -> Any:
+        entries = (convert.from_message(RosterEntry, entry) for entry in request.workers)
+        roster = Roster(
+            pool=request.pool,
+            pool_uid=request.pool_uid,
+            pool_namespace=request.namespace,
+            epoch=request.epoch,
+            ledger_version=request.ledger_version,
+            workers=tuple(replace(entry, epoch=entry.epoch or request.epoch) for entry in entries),
+        )
+        written, retiring = await self._control.admit_workers(roster)
+        return pb.AdmitWorkersResponse(roster=convert.to_message(written), retiring=retiring)
+
+    @rpc
+    async def GetDemand(self, request: Any, context: Any) -> Any:
+        return convert.to_message(await self._control.demand(request.pool))
 
     @rpc
     async def DeletePool(self, request: Any, context: Any) -> Any:

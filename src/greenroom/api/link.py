@@ -31,7 +31,7 @@ from greenroom.core.agentapi import (
     StreamingCall,
     Welcome,
 )
-from greenroom.core.errors import GreenroomError, ResourceExhausted, Unavailable, rebuild
+from greenroom.core.errors import GreenroomError, Internal, ResourceExhausted, Unavailable, rebuild
 from greenroom.core.records import Failure, Record
 from greenroom.engine.workers import CallStream, OnProgress, WorkerListener
 
@@ -77,6 +77,8 @@ class _Peer:
 
     hello: Hello
     heard_at: float
+    #: The engine has registered it.
+    acknowledged: bool = False
     out: asyncio.Queue[link_pb2.Frame | None] = field(default_factory=lambda: asyncio.Queue(MAX_QUEUED_FRAMES))
     calls: dict[int, _Pending] = field(default_factory=dict)
     ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
@@ -156,9 +158,14 @@ class AgentHub(link_pb2_grpc.AgentLinkServicer):
 
     async def Connect(self, request_iterator: object, context: Context) -> None:
         hello = await self._greet(context)
+        old = self._peers.get(hello.worker)
+        if old is not None and old.acknowledged and old.hello.berth != hello.berth:
+            # Agents share their tokens: a name alone must not be enough to cut off, or to hear, whoever has it.
+            log.warning("refused an agent: another pod of its name is connected", worker=hello.worker)
+            why = f"worker {hello.worker} is connected, and is another pod; names of pods are not used twice"
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, why)
         peer = _Peer(hello, asyncio.get_running_loop().time())
         self._answer(peer, NO_HEARTBEAT)
-        old = self._peers.get(hello.worker)
         self._peers[hello.worker] = peer
         if old is not None:  # the agent restarted before its old connection was seen to be dead
             self._drop(old)
@@ -216,6 +223,7 @@ class AgentHub(link_pb2_grpc.AgentLinkServicer):
 
     def acknowledge(self, worker: str) -> None:
         if (peer := self._peers.get(worker)) is not None:
+            peer.acknowledged = True
             self._answer(peer, 0)
 
     def _answer(self, peer: _Peer, number: int) -> None:
@@ -249,13 +257,9 @@ class AgentHub(link_pb2_grpc.AgentLinkServicer):
         if pending is None:
             return  # the answer to a call whose stream was cancelled
         match frame.kind:
-            case Frame.RESULT:
+            case Frame.RESULT | Frame.ERROR:
                 peer.calls.pop(frame.id, None)
-                _settle(pending, _decode_answer[pending.name](frame.body))
-            case Frame.ERROR:
-                peer.calls.pop(frame.id, None)
-                failure = _decode_failure(frame.body)
-                _settle(pending, rebuild(failure.code, failure.reason, failure.message, failure.metadata))
+                _settle(pending, _outcome(peer.hello.worker, pending.name, frame))
             case Frame.PROGRESS if pending.on_progress is not None:
                 pending.on_progress(_decode_progress(frame.body))
             case Frame.DATA if pending.chunks is not None and pending.chunks.qsize() < WINDOW:
@@ -265,6 +269,19 @@ class AgentHub(link_pb2_grpc.AgentLinkServicer):
                     pending.credit.release()
             case _:
                 pass
+
+
+def _outcome(worker: str, call: str, frame: link_pb2.Frame) -> Record | GreenroomError:
+    try:
+        if frame.kind == Frame.RESULT:
+            return _decode_answer[call](frame.body)
+        failure = _decode_failure(frame.body)
+        return rebuild(failure.code, failure.reason, failure.message, failure.metadata)
+    except (msgspec.MsgspecError, ValueError) as error:  # the link goes on: on a new one it would answer the same
+        return Internal(
+            f"worker {worker} answered {call} with what can't be read: {error}; run the same version there",
+            reason="ANSWER_UNREADABLE",
+        )
 
 
 def _disconnected(worker: str) -> Unavailable:

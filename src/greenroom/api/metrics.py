@@ -8,7 +8,7 @@ Source of the format: https://prometheus.io/docs/instrumenting/exposition_format
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import structlog
 from aiohttp import web
@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from greenroom.core.demand import Demand
 from greenroom.core.errors import FailedPrecondition, GreenroomError
 from greenroom.engine.garbage import Figures
 from greenroom.engine.port import ControlPlane
@@ -34,6 +35,7 @@ class MetricsServer:
         self._registry.register(self)
         self._garbage: Mapping[str, Figures] = {}
         self._workers: Mapping[str, int] = {}
+        self._demands: Sequence[Demand] = ()
         #: Whether the store and the workers told the figures just now.
         self._is_read = False
         self._runner: web.AppRunner | None = None
@@ -64,6 +66,7 @@ class MetricsServer:
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
                 self._garbage, self._workers = await self._control.garbage.figures()
+                self._demands = await self._control.demands()
             self._is_read = True
         except (GreenroomError, TimeoutError) as error:  # what is counted in this process is worth telling all the same
             self._is_read = False
@@ -78,6 +81,8 @@ class MetricsServer:
         yield up
         if self._is_read:
             yield from self._gauges()
+        wakes = self._control.wakes_here()
+        yield _counter("greenroom_pool_wakes", "Wake-ups through this replica that ended well.", "pool", wakes)
         yield _counter("greenroom_garbage_destroyed", "What was destroyed, by kind.", "kind", removals.destroyed)
         yield _counter(
             "greenroom_garbage_destroyed_bytes", "Bytes of what was destroyed.", "kind", removals.destroyed_bytes
@@ -104,6 +109,18 @@ class MetricsServer:
         )
         distrusted.add_metric([], self._workers.get("distrusted", 0))
         yield from (objects, size, oldest, workers, distrusted)
+        yield from self._pools()
+
+    def _pools(self) -> Iterator[Metric]:
+        """Of all replicas together: each tells the same."""
+        slots = GaugeMetricFamily("greenroom_pool_slots", "Slots of workers that take actors.", labels=["pool"])
+        awake = GaugeMetricFamily("greenroom_pool_awake", "Slots that are taken.", labels=["pool"])
+        waiting = GaugeMetricFamily("greenroom_pool_waiting", "Wake-ups that wait for a slot.", labels=["pool"])
+        for demand in self._demands:
+            slots.add_metric([demand.pool], demand.slots)
+            awake.add_metric([demand.pool], demand.awake)
+            waiting.add_metric([demand.pool], demand.waiting)
+        yield from (slots, awake, waiting)
 
 
 def _counter(name: str, help: str, label: str, values: Mapping[str, int]) -> Metric:

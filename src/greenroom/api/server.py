@@ -1,8 +1,7 @@
 """Serves the API on unix sockets and TCP ports.
 
-There is no authentication: whoever can connect may do everything. A unix socket is therefore only for the user that
-started the server (mode 0600), and a TCP address must be on the loopback interface unless `ApiServer` is told
-otherwise.
+Whoever may call may do everything. A unix socket is therefore only for the user that started the server (mode 0600). A
+TCP address asks for a token, over TLS (`greenroom.api.access`); without, it must be on the loopback interface.
 
 Keepalive, both ways, so that a peer that vanished without a word is noticed on every open stream:
     client -> server   a ping after 30 s without data while a call is open, 10 s for the answer
@@ -15,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import ipaddress
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +29,7 @@ from grpc_reflection.v1alpha import reflection
 from greenroom.api import actors, fleet, images, service, system
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2_grpc as pb_grpc
+from greenroom.api.access import Guard, is_loopback
 from greenroom.api.client import MAX_MESSAGE_BYTES
 from greenroom.api.service import ServerInfo
 from greenroom.core.errors import FailedPrecondition, InvalidArgument
@@ -52,6 +51,7 @@ SERVER_OPTIONS = [
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),  # or an agent's connection without a call is told to be calm
     ("grpc.http2.max_pings_without_data", 0),
 ]
 
@@ -74,14 +74,14 @@ class ApiServer:
     Args:
         control: what answers.
         info: what `GetServerInfo` tells; version and start time are filled in.
-        allow_remote: permits TCP addresses that other machines can reach.
+        guard: what TCP addresses show and ask for; without, they have to be on the loopback interface.
     """
 
-    def __init__(self, control: ControlPlane, *, info: ServerInfo | None = None, allow_remote: bool = False) -> None:
+    def __init__(self, control: ControlPlane, *, info: ServerInfo | None = None, guard: Guard | None = None) -> None:
         self._control = control
         self._info = msgspec.structs.replace(info or ServerInfo(), version=version("greenroom"), started_at=time.time())
-        self._allow_remote = allow_remote
-        self._server: grpc.aio.Server | None = None
+        self._guard = guard
+        self._servers: list[grpc.aio.Server] = []
         self._streams = service.Streams()
         self._health = health.aio.HealthServicer()
         self._held: list[_SocketLock] = []
@@ -96,30 +96,44 @@ class ApiServer:
             FailedPrecondition: one is in use (reason ``PORT_IN_USE``). Nothing is listened on then.
             InvalidArgument: an address can't be used.
         """
-        assert self._server is None, "a server is started once"
-        server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS)
-        self._register(server)
+        assert not self._servers, "a server is started once"
+        # Two of gRPC's: a call does not tell its interceptors where it came in.
+        sockets = self._new_server([])
+        ports = self._new_server(self._guard.interceptors() if self._guard else [])
+        servers = [sockets, ports] if any(not address.startswith("unix:") for address in addresses) else [sockets]
         try:
-            self.addresses = [self._listen(server, address) for address in addresses]
-            await server.start()
+            self.addresses = [
+                self._listen_unix(sockets, address) if address.startswith("unix:") else self._listen_tcp(ports, address)
+                for address in addresses
+            ]
+            for server in servers:
+                await server.start()
         except BaseException:
-            await server.stop(None)
+            for server in servers:
+                await server.stop(None)
             self._release()
             raise
-        self._server = server
+        self._servers = servers
         for name in ("", *_service_names()):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         log.info("api listens", addresses=self.addresses)
 
     async def close(self, grace_s: float) -> None:
         """Takes no new calls, ends streams and waits with ``SERVER_CLOSING``, lets the rest finish for ``grace_s``."""
-        server, self._server = self._server, None
-        if server is None:
+        servers, self._servers = self._servers, []
+        if not servers:
             return
         await self._health.enter_graceful_shutdown()
         self._streams.close()
-        await stop(server, grace_s)
+        await asyncio.gather(*(stop(server, grace_s) for server in servers))
         self._release()
+
+    def _new_server(self, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> grpc.aio.Server:
+        server = grpc.aio.server(
+            options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS, interceptors=interceptors
+        )
+        self._register(server)
+        return server
 
     def _register(self, server: grpc.aio.Server) -> None:
         control, streams = self._control, self._streams
@@ -128,28 +142,41 @@ class ApiServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*_service_names(), health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 
-    def _listen(self, server: grpc.aio.Server, address: str) -> str:
-        if address.startswith("unix:"):
-            path = Path(address.removeprefix("unix:"))
-            self._held.append(_SocketLock(path))
-            with _umask(0o177):  # bound within the call, so the socket is never open to others
-                _add_port(server, address)
-            path.chmod(0o600)
-            return address
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdecimal() or int(port) > 65535:
-            raise InvalidArgument(f"address {address!r} is neither unix:/path nor host:port", reason="INVALID_ADDRESS")
-        if not self._allow_remote and not _is_loopback(host):
-            raise InvalidArgument(
-                f"the API has no authentication, so it does not listen on {host}: use 127.0.0.1, or a unix socket",
-                reason="ADDRESS_NOT_LOOPBACK",
-            )
-        return f"{host}:{_add_port(server, address)}"
+    def _listen_unix(self, server: grpc.aio.Server, address: str) -> str:
+        path = Path(address.removeprefix("unix:"))
+        self._held.append(_SocketLock(path))
+        with _umask(0o177):  # bound within the call, so the socket is never open to others
+            _add_port(server, address, None)
+        path.chmod(0o600)
+        return address
+
+    def _listen_tcp(self, server: grpc.aio.Server, address: str) -> str:
+        return listen_tcp(server, address, self._guard, "--api", "--api-token-file")
 
     def _release(self) -> None:
         for lock in self._held:
             lock.release()
         self._held.clear()
+
+
+def listen_tcp(server: grpc.aio.Server, address: str, guard: Guard | None, option: str, tokens_option: str) -> str:
+    """Listens on ``host:port``, and returns it with the port that was chosen for port 0.
+
+    Raises:
+        FailedPrecondition: it is in use, or the guard's certificate can't be used.
+        InvalidArgument: others could reach it, and nothing guards it (reason ``ADDRESS_NOT_LOOPBACK``).
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise InvalidArgument(f"address {address!r} is neither unix:/path nor host:port", reason="INVALID_ADDRESS")
+    if not is_loopback(host) and (guard is None or guard.tokens is None):
+        lacks = "--tls-cert, --tls-key and " if guard is None else ""
+        raise InvalidArgument(
+            f"{option} {address}: others could reach it, and it would let in whoever comes; add "
+            f"{lacks}{tokens_option}, or listen on 127.0.0.1",
+            reason="ADDRESS_NOT_LOOPBACK",
+        )
+    return f"{host}:{_add_port(server, address, guard)}"
 
 
 async def stop(server: grpc.aio.Server, grace_s: float) -> None:
@@ -170,9 +197,10 @@ def _service_names() -> list[str]:
     return [s.full_name for s in pb.DESCRIPTOR.services_by_name.values()]
 
 
-def _add_port(server: grpc.aio.Server, address: str) -> int:
+def _add_port(server: grpc.aio.Server, address: str, guard: Guard | None) -> int:
+    credentials = guard.credentials() if guard else None
     try:
-        port = server.add_insecure_port(address)
+        port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError as error:
         raise FailedPrecondition(
             f"can't listen on {address}: another program does, or it is not an address of this machine; "
@@ -182,15 +210,6 @@ def _add_port(server: grpc.aio.Server, address: str) -> int:
         ) from error
     assert isinstance(port, int)
     return port
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from greenroom.core.records import (
     Template,
     Worker,
 )
+from greenroom.core.rosters import Roster
 from greenroom.engine.removals import MAX_REMEMBERED
 from greenroom.store.port import MAX_PAGE, EventType
 
@@ -151,7 +152,11 @@ class System(Service, pb_grpc.SystemServicer):
             await context.write(pb.WatchEvent(type=pb.WatchEvent.TYPE_SYNCED))
             async for event in events:
                 record = event.record
-                if isinstance(record, Lease | Replica) or type(record) not in classes or not _shown(record, request):
+                if (
+                    isinstance(record, Lease | Replica | Roster)
+                    or type(record) not in classes
+                    or not _shown(record, request)
+                ):
                     continue
                 deleted = event.type is EventType.DELETED
                 if _is_news(deleted, record, listed):

@@ -86,17 +86,10 @@ def _template(spec: TemplateSpec) -> Iterator[Violation]:
             reference.parse(spec.image)
         except InvalidArgument as error:
             yield Violation(("image",), error.message)
-    for field, arguments in (("command", spec.command), ("args", spec.args)):
-        if len(arguments) > MAX_ARGUMENTS:
-            yield Violation((field,), f"at most {MAX_ARGUMENTS} arguments")
-        for index, argument in enumerate(arguments):
-            yield from _argument((field, index), argument)
-    for name, value in spec.env.items():
-        if not _ENV_NAME.fullmatch(name):
-            yield Violation(("env", name), "is not a name of an environment variable")
-        yield from _argument(("env", name), value)
-    if spec.workdir and not spec.workdir.startswith("/"):
-        yield Violation(("workdir",), f"must be an absolute path, not {spec.workdir!r}")
+    yield from _arguments("command", spec.command)
+    yield from _arguments("args", spec.args)
+    yield from _environment(spec.env)
+    yield from _directory("workdir", spec.workdir)
     if spec.stop_signal and signal_number(spec.stop_signal) is None:
         yield Violation(("stop_signal",), f"is no signal: {spec.stop_signal!r}; SIGTERM, TERM or 15 would be")
     yield from _ports(spec)
@@ -138,6 +131,26 @@ def _between(path: tuple[str | int, ...], value: float, least: float, most: floa
 
 def _mebibytes(value: float) -> str:
     return f"{value / (1 << 20):g}Mi"
+
+
+def _arguments(field: str, given: tuple[str, ...]) -> Iterator[Violation]:
+    if len(given) > MAX_ARGUMENTS:
+        yield Violation((field,), f"at most {MAX_ARGUMENTS} arguments")
+    for index, argument in enumerate(given[:MAX_ARGUMENTS]):
+        yield from _argument((field, index), argument)
+
+
+def _environment(given: Mapping[str, str]) -> Iterator[Violation]:
+    for name, value in given.items():
+        if not _ENV_NAME.fullmatch(name):
+            yield Violation(("env", name), "is not a name of an environment variable")
+        yield from _argument(("env", name), value)
+
+
+def _directory(field: str, given: str) -> Iterator[Violation]:
+    if given and not given.startswith("/"):
+        yield Violation((field,), f"must be an absolute path, not {given!r}")
+    yield from _argument((field,), given)
 
 
 def _argument(path: tuple[str | int, ...], value: str) -> Iterator[Violation]:
@@ -190,11 +203,16 @@ def request_id(given: str) -> str:
     return given
 
 
-def argv(given: tuple[str, ...]) -> tuple[str, ...]:
-    """Raises `InvalidArgument` unless it is a command that Linux would take."""
-    if not given or not given[0]:
+def command(argv: tuple[str, ...], env: Mapping[str, str], cwd: str, timeout_s: float) -> None:
+    """Raises `InvalidArgument` (``metadata`` has the field) unless it is a command that Linux would take."""
+    if not argv or not argv[0]:
         raise InvalidArgument("there is no command to run: argv is empty", reason="EMPTY_COMMAND")
-    wrong = [v for i, a in enumerate(given[:MAX_ARGUMENTS]) for v in _argument(("argv", i), a)]
-    if wrong or len(given) > MAX_ARGUMENTS:
-        raise InvalidArgument(str(wrong[0]) if wrong else f"argv: at most {MAX_ARGUMENTS} arguments")
-    return given
+    for path, message in _command(argv, env, cwd, timeout_s):
+        raise InvalidArgument(f"{join(path)}: {message}", metadata={"field": join(path)})
+
+
+def _command(argv: tuple[str, ...], env: Mapping[str, str], cwd: str, timeout_s: float) -> Iterator[Violation]:
+    yield from _arguments("argv", argv)
+    yield from _environment(env)
+    yield from _directory("cwd", cwd)
+    yield from _between(("timeout",), timeout_s, 0, MAX_DURATION_S)

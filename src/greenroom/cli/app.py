@@ -11,15 +11,20 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from greenroom.cli.paths import default_server
-from greenroom.core.errors import GreenroomError
+from greenroom.core.errors import GreenroomError, InvalidArgument, Unavailable
 
 if TYPE_CHECKING:
-    from greenroom.api.client import Client
+    from greenroom.api.client import AioClient, Client
+    from greenroom.operator.kubeconfig import Connection
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 #: How long a call that only reads may take, unless --request-timeout says otherwise.
 READ_TIMEOUT_S = 30.0
+#: What kubectl looks for on PATH when it is asked for ``kubectl greenroom``.
+PLUGIN = "kubectl-greenroom"
+#: Of a text that can't be written.
+_SHOWN = 100
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
@@ -28,13 +33,63 @@ class Settings:
 
     def __init__(self) -> None:
         self.server = ""
-        self.namespace = "default"
         self.request_timeout_s: float | None = None
+        self.context = ""
+        self.kubeconfig = ""
+        self.system_namespace = ""
+        self.client: Client | None = None
+        self._namespace = ""
+        self._connection: Connection | None = None
+
+    @property
+    def namespace(self) -> str:
+        """As given, else in a cluster that of the context, as with kubectl."""
+        return self._namespace or (self.connection.namespace if self.in_cluster else "default")
+
+    @namespace.setter
+    def namespace(self, name: str) -> None:
+        self._namespace = name
+
+    @property
+    def connection(self) -> Connection:
+        """To the cluster's API server."""
+        if self._connection is None:
+            from greenroom.operator import kubeconfig
+
+            self._connection = kubeconfig.load(self.context, self.kubeconfig)
+        return self._connection
 
     def connect(self) -> Client:
-        from greenroom.api.client import Client
+        if self.in_cluster:
+            from greenroom.cli.cluster import SYSTEM_NAMESPACE, ClusterClient, Place
 
-        return Client(self.server or default_server())
+            namespace = self.system_namespace or os.environ.get("GREENROOM_SYSTEM_NAMESPACE") or SYSTEM_NAMESPACE
+            self.client = ClusterClient(Place(self.connection, self.context, self.kubeconfig, namespace))
+        else:
+            from greenroom.api.client import Client
+
+            self.client = Client(self.server or default_server())
+        return self.client
+
+    @property
+    def in_cluster(self) -> bool:
+        """Whether the server is that of a cluster, by a kubeconfig: when one is named, and for kubectl's plugin, unless
+        there is a word of another server."""
+        named = bool(self.context or self.kubeconfig or self.system_namespace)
+        if named and self.server:
+            raise click.UsageError("--server and the options of a cluster contradict each other: leave one of them out")
+        plugin = program_name() == PLUGIN
+        return named or (plugin and not self.server and not os.environ.get("GREENROOM_SERVER"))
+
+    def explain(self, error: GreenroomError) -> GreenroomError:
+        """What a failed call comes from, when that is the way to the server."""
+        trouble = getattr(self.client, "trouble", None)
+        return trouble if isinstance(error, Unavailable) and trouble is not None else error
+
+    def connect_async(self) -> AioClient:
+        from greenroom.api.client import AioClient
+
+        return AioClient(self.server or default_server())
 
     @property
     def read_timeout_s(self) -> float:
@@ -47,14 +102,18 @@ def settings() -> Settings:
 
 def duration(value: str | float) -> float:
     """The type of options like ``--timeout``: ``90``, ``30s`` or ``5m``, in seconds."""
-    from greenroom.core.quantity import parse_duration
+    from greenroom.api.validate import MAX_DURATION_S
+    from greenroom.core.quantity import format_duration, parse_duration
 
     if isinstance(value, (int, float)):
         return float(value)
     try:
-        return float(value) if value.replace(".", "", 1).isdecimal() else parse_duration(value)
+        found = float(value) if value.replace(".", "", 1).isdecimal() else parse_duration(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
+    if found > MAX_DURATION_S:
+        raise click.BadParameter(f"{value} is too long: at most {format_duration(MAX_DURATION_S)}, or leave it out")
+    return found
 
 
 def pair(value: str | tuple[str, str]) -> tuple[str, str]:
@@ -73,6 +132,9 @@ def common(command: F) -> F:
         click.option("--request-timeout", type=duration, metavar="DURATION", help="Limit of one call to the server."),
         click.option("--server", metavar="ADDRESS", help="unix:/path or host:port [env: GREENROOM_SERVER]."),
         click.option("-n", "--namespace", metavar="NAME", help="Namespace [default: default]."),
+        click.option("--context", metavar="NAME", help="Use the cluster of this context of your kubeconfig."),
+        click.option("--kubeconfig", metavar="FILE", help="Use a cluster of this kubeconfig."),
+        click.option("--system-namespace", metavar="NAME", help="Where that has Greenroom [default: greenroom]."),
     ):
         command = _stored(option)(command)
     return command
@@ -150,6 +212,7 @@ class LazyGroup(click.Group):
     ) -> NoReturn:
         """Runs and exits; errors become one or two lines on stderr and an exit code."""
         extra["standalone_mode"] = False
+        shared = extra["obj"] = Settings()
         try:
             result = super().main(args, prog_name or program_name(), **extra)
             sys.stdout.flush()
@@ -162,8 +225,14 @@ class LazyGroup(click.Group):
                 click.echo(f"try: {error.ctx.command_path} --help", err=True)
             code = error.exit_code
         except GreenroomError as error:
+            error = shared.explain(error)
             click.echo(f"error: {error.message}", err=True)
             code = error.exit_code
+        except (
+            UnicodeEncodeError
+        ) as error:  # bytes of the command line that are no text, or a terminal that is not UTF-8
+            click.echo(f"error: {error.object[:_SHOWN]!r} can't be written as {error.encoding}; use UTF-8", err=True)
+            code = InvalidArgument.exit_code
         except (KeyboardInterrupt, click.Abort):
             click.echo("interrupted", err=True)
             code = INTERRUPTED
@@ -176,4 +245,4 @@ class LazyGroup(click.Group):
 def program_name() -> str:
     """``greenroom``, or ``kubectl-greenroom`` when it is called as the plugin of kubectl."""
     name = os.path.basename(sys.argv[0])  # noqa: PTH119
-    return name if name == "kubectl-greenroom" else "greenroom"
+    return name if name == PLUGIN else "greenroom"

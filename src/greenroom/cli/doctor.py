@@ -136,21 +136,10 @@ def _unshare(flag: int) -> str:
 
 
 def _cgroups() -> Finding:
-    root = Path("/sys/fs/cgroup")
-    hint = "boot with cgroup v2 (systemd.unified_cgroup_hierarchy=1), or in a container mount /sys/fs/cgroup writable"
-    needed = "memory, CPU and process limits"
-    v2, v1 = root / "cgroup.controllers", root / "memory"
-    if v2.exists():
-        have = set(v2.read_text().split())
-        missing = {"memory", "cpu", "pids"} - have
-        writable = os.access(root, os.W_OK)
-        detail = "version 2" if not missing else f"version 2 without {', '.join(sorted(missing))}"
-        detail += "" if writable else ", not writable"
-        return Finding("cgroups", not missing and writable, detail, hint, needed)
-    if v1.is_dir():
-        writable = os.access(v1, os.W_OK)
-        return Finding("cgroups", writable, "version 1" + ("" if writable else ", not writable"), hint, needed)
-    return Finding("cgroups", False, "not mounted at /sys/fs/cgroup", hint, needed)
+    from greenroom.sandbox.gvisor.cgroups import Cgroups
+
+    check = Cgroups.detect("doctor").check()
+    return Finding(check.name, check.ok, check.detail, check.hint, "memory, CPU and process limits")
 
 
 def _existing(path: Path) -> Path:

@@ -20,6 +20,8 @@ _SERVER, _DECLARE, _ACT, _LOOK, _OPERATE, _OTHER = (
 COMMANDS = {
     "up": ("greenroom.cli.up:up", "Start a server with its workers on this machine.", _SERVER),
     "agent": ("greenroom.cli.agent:agent", "Run one worker (`up` starts these itself).", _SERVER),
+    "assets": ("greenroom.cli.assets:assets", "", ""),
+    "operator": ("greenroom.cli.operator:operator", "Keep worker pools and templates of a cluster.", _SERVER),
     "doctor": ("greenroom.cli.doctor:doctor", "Check what this machine can run, and what is missing.", _SERVER),
     "apply": ("greenroom.cli.apply:apply", "Create or change templates and pools from YAML.", _DECLARE),
     "create": ("greenroom.cli.act:create", "Make an actor from a template.", _DECLARE),

@@ -6,14 +6,17 @@ Everything it keeps is below one data directory:
     images/         layers and unpacked root file systems
     workers/NAME/   what one worker needs while it runs
     run/            api.sock (for the command line and the SDK), agents.sock (for the agents)
+
+Agents and callers on other machines come over TCP, with TLS and tokens (`greenroom.api.access`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,9 +26,10 @@ import structlog
 from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2_grpc
 from greenroom.api.link import AgentHub
 from greenroom.api.metrics import MetricsServer
-from greenroom.api.server import MAX_SOCKET_PATH_BYTES, ApiServer, stop
+from greenroom.api.server import MAX_SOCKET_PATH_BYTES, ApiServer, listen_tcp, stop
 from greenroom.api.service import ServerInfo
 from greenroom.cli.supervisor import AgentPaths, Supervisor, awake_actors
+from greenroom.cli.tcp import Listeners, joined
 from greenroom.core.errors import FailedPrecondition, GreenroomError, InvalidArgument, NotFound, Unavailable
 from greenroom.core.gc.blobs import SCRUB_AGE_S
 from greenroom.core.records import Actor, OperationKind, Pool, PoolSpec
@@ -34,8 +38,9 @@ from greenroom.engine.engine import Engine
 from greenroom.engine.members import LEAVING
 from greenroom.gateway.gateway import Gateway
 from greenroom.gateway.limits import Limits
-from greenroom.sandbox import registry
+from greenroom.sandbox import dial, registry
 from greenroom.snapshots.store import ObjectSnapshotStore
+from greenroom.store.hold import Hold
 from greenroom.store.port import Store
 from greenroom.store.sqlite import SqliteStore
 
@@ -58,7 +63,8 @@ class ServerOptions:
     replicas and workers share ("": below the data directory); ``images`` likewise. ``images_high``,
     ``images_low``: marks of evicting images, in bytes (0: none). ``peers``: where workers serve layers to each other.
     ``metrics``: where Prometheus gets figures.
-    ``no_workers``: keeps no agents."""
+    ``no_workers``: keeps no agents. ``listeners``: what is listened on for agents over TCP, and what TCP asks for.
+    ``rosters``: takes only workers that are on a roster, and leaves all pools to whoever sends these."""
 
     data_dir: Path
     pool: PoolSpec = field(default_factory=PoolSpec)
@@ -77,11 +83,14 @@ class ServerOptions:
     metrics: tuple[str, int] | None = None
     name: str = "server"
     no_workers: bool = False
+    listeners: Listeners = field(default_factory=Listeners)
+    rosters: bool = False
     labels: dict[str, str] = field(default_factory=dict)
     lease_ttl_s: float = 30.0
     stall_s: float = 60.0
     worker_return_s: float = 15.0
     worker_gone_s: float = 86400.0
+    reconcile_s: float = 30.0
     scrub_s: float = 6 * 3600.0
     scrub_age_s: float = SCRUB_AGE_S
     deadlines_s: dict[OperationKind, float] = field(default_factory=dict)
@@ -100,7 +109,10 @@ class Server:
         self.api: ApiServer | None = None
         self.supervisor: Supervisor | None = None
         self.metrics: MetricsServer | None = None
-        self._link: grpc.aio.Server | None = None
+        #: Where agents on other machines connect; "": nowhere.
+        self.agents_address = ""
+        self._links: list[grpc.aio.Server] = []
+        self._hold: Hold | None = None
         self._later: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -116,14 +128,16 @@ class Server:
             )
         try:
             self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if options.store:  # SQLite's holds it by itself. Before the sockets: gRPC takes those of a live server away
+                self._hold = Hold(options.data_dir)
         except OSError as error:
             raise FailedPrecondition(
                 f"data directory {options.data_dir} can't be used: {error.strerror}; choose another with --data or "
                 "GREENROOM_HOME",
                 reason="DATA_DIR_UNUSABLE",
             ) from error
-        self.store = await open_store(options)
         try:
+            self.store = await open_store(options)
             await self._start_parts(self.store, f"unix:{agents_socket}")
         except BaseException:
             await self.close(suspend=False)
@@ -132,15 +146,19 @@ class Server:
     async def _start_parts(self, store: Store, control: str) -> None:
         options = self._options
         hub = AgentHub()
+        agents = self._take_agents(hub, control)
         config = EngineConfig(
             owner=f"{options.name}/{uuid.uuid4().hex[:12]}",
             replica=options.name,
-            link=control,
+            link=agents or control,
+            rosters=options.rosters,
+            place=dial.place(),
             exclusive=not options.store,
             lease_ttl_s=options.lease_ttl_s,
             stall_s=options.stall_s,
             worker_return_s=options.worker_return_s,
             worker_gone_s=options.worker_gone_s,
+            reconcile_s=options.reconcile_s,
             scrub_s=options.scrub_s,
             scrub_age_s=options.scrub_age_s,
             deadlines_s=DEADLINES_S | options.deadlines_s,
@@ -150,18 +168,18 @@ class Server:
         )
         snapshots = options.snapshots or str(options.data_dir / "snapshots")
         self.engine = Engine(store, hub, ObjectSnapshotStore(snapshots), config)
+        with contextlib.suppress(Unavailable):  # the engine asks again; but one that may not begin answers nobody
+            await self.engine.replicas.check_name()
         limits = Limits(clients=min(Limits().clients, options.max_files // 2))  # each needs another one to its actor
         self.gateway = Gateway(self.engine, domain=options.domain, limits=limits)
         await self.gateway.start(*options.listen)
-        self.api = ApiServer(self.engine, info=self._info())
+        self.api = ApiServer(self.engine, info=self._info(), guard=options.listeners.api_guard)
         await self.api.start([f"unix:{self.run_dir / 'api.sock'}", *options.api])
         if options.metrics:
             self.metrics = MetricsServer(self.engine)
             await self.metrics.start(*options.metrics)
-        self._link = grpc.aio.server(options=[("grpc.http2.min_ping_interval_without_data_ms", _MIN_PING_MS)])
-        link_pb2_grpc.add_AgentLinkServicer_to_server(hub, self._link)
-        self._link.add_insecure_port(control)
-        await self._link.start()
+        for link in self._links:
+            await link.start()
         await self.engine.start()
         if not options.no_workers:
             paths = AgentPaths(
@@ -182,6 +200,20 @@ class Server:
             log.warning("no workers yet: the store does not answer", error=error.message)
             self._later = asyncio.create_task(self._keep_workers_later(), name="keep-workers-later")
 
+    def _take_agents(self, hub: AgentHub, control: str) -> str:
+        """Binds the socket and the TCP address for agents; returns what those elsewhere are told that the latter is, or
+        "" without one."""
+        listeners = self._options.listeners
+        guard = listeners.agent_guard
+        self._links.append(_link_server(hub, []))
+        self._links[0].add_insecure_port(control)
+        if not listeners.agents:
+            return ""
+        self._links.append(_link_server(hub, guard.interceptors() if guard else []))
+        self.agents_address = listen_tcp(self._links[1], listeners.agents, guard, "--agents", "--agent-token-file")
+        log.info("takes agents", address=self.agents_address)
+        return joined((listeners.agents_host, int(self.agents_address.rpartition(":")[2])))
+
     async def _keep_workers(self) -> None:
         await self._apply_pool()
         if self.supervisor:
@@ -196,6 +228,8 @@ class Server:
                 continue
 
     async def _apply_pool(self) -> None:
+        if self._options.rosters:
+            return  # pools are the operator's
         assert self.store is not None and self.engine is not None
         try:
             await self.store.get(Pool, "default")
@@ -254,10 +288,12 @@ class Server:
         if self.engine:
             await _step(self.engine.replicas.leave())
             await _step(self.engine.close())
-        if self._link:
-            await _step(stop(self._link, grace_s=1.0))
+        for link in self._links:
+            await _step(stop(link, grace_s=1.0))
         if self.store:
             await _step(self.store.close())
+        if self._hold:
+            self._hold.release()
         return [str(actor.key) for actor in awake]
 
     async def _empty(self, engine: Engine, workers: set[str], hurry: asyncio.Event) -> None:
@@ -281,6 +317,18 @@ async def _empty_workers(engine: Engine, workers: list[str]) -> None:
             log.error("could not suspend", actor=str(operation.key), error=operation.error.message)
     for worker in workers:
         await engine.uploads.flush(worker)
+
+
+def _link_server(hub: AgentHub, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> grpc.aio.Server:
+    server = grpc.aio.server(
+        options=[
+            ("grpc.http2.min_ping_interval_without_data_ms", _MIN_PING_MS),
+            ("grpc.so_reuseport", 0),  # otherwise a second server on the same port would silently share it
+        ],
+        interceptors=interceptors,
+    )
+    link_pb2_grpc.add_AgentLinkServicer_to_server(hub, server)
+    return server
 
 
 async def open_store(options: ServerOptions) -> Store:

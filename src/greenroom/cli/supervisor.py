@@ -13,15 +13,16 @@ from pathlib import Path
 
 import structlog
 
-from greenroom.agent.enrolment import PAPERS, was_registered
-from greenroom.agent.erase import erase
+from greenroom.agent.enrolment import PAPERS, incarnation_of, was_registered
+from greenroom.agent.erase import erase, noted_backend
 from greenroom.agent.held import holds_any
 from greenroom.cli.agent import END_SIGNAL, WIPE_SIGNAL
 from greenroom.core import states
 from greenroom.core.agentapi import Shutdown
-from greenroom.core.errors import GreenroomError
+from greenroom.core.errors import FailedPrecondition, GreenroomError
 from greenroom.core.records import Actor, Pool, PoolSpec, Worker, WorkerState
 from greenroom.engine.engine import Engine
+from greenroom.engine.members import RETIRING
 from greenroom.store.port import Event, Store
 
 log = structlog.get_logger(__name__)
@@ -35,6 +36,8 @@ HEALTHY_S = 10.0
 RETIRE_PAUSE_S = 10.0
 #: How long an agent that is to end is waited for, should it be about to connect.
 YOUNG_S = 10.0
+#: Of a file beside the directory of a worker that retires.
+NOTE_SUFFIX = ".retires"
 #: How long an agent may take to end after it was asked to: its sandboxes and its network are removed meanwhile.
 STOP_TIMEOUT_S = 20.0
 
@@ -63,6 +66,8 @@ class Supervisor:
         self._warm = warm
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._retiring: dict[str, asyncio.Task[None]] = {}
+        #: Workers whose directory is being removed.
+        self._clearing: set[str] = set()
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._pools: dict[str, Pool] = {}
         self._watcher: asyncio.Task[None] | None = None
@@ -74,9 +79,10 @@ class Supervisor:
 
     async def start(self) -> None:
         events = self._engine.store.watch()
+        for note in self._paths.workers.glob(f".*{NOTE_SUFFIX}"):
+            await self._conclude(note.name[1:].removesuffix(NOTE_SUFFIX))
         await self._reconcile()
         await self._retire_leftovers()
-
         self._watcher = asyncio.create_task(self._watch(events), name="pool-watcher")
 
     async def _watch(self, events: AsyncIterator[Event]) -> None:
@@ -100,7 +106,7 @@ class Supervisor:
         for pool in await self._engine.store.list(Pool):
             wanted |= {f"{self._paths.prefix}{pool.name}-{n}": pool for n in range(pool.spec.replicas)}
         for name, pool in wanted.items():
-            if name in self._retiring:
+            if name in self._retiring or name in self._clearing:
                 continue
             if name in self._keepers and self._pools[name].spec.slots != pool.spec.slots:
                 # Actors go on running meanwhile: the agent that comes with the new number takes them over.
@@ -113,8 +119,7 @@ class Supervisor:
 
     async def _retire_leftovers(self) -> None:
         """Workers of an earlier server that no pool asks for any more (``up`` with fewer of them): they are started
-        once more, so that nothing that runs there is left behind. One whose retirement was cut short when it had erased
-        its disk has no directory: the sweep gives it up (`greenroom.engine.decommission`)."""
+        once more, so that nothing that runs there is left behind."""
         workers = await self._engine.store.list(Worker)
         for worker in workers:
             if not (self._paths.workers / worker.name).is_dir():
@@ -127,7 +132,7 @@ class Supervisor:
             self._engine.spawn(self._retire(worker.name), f"retire-{worker.name}")
         left = {path.name for path in self._paths.workers.glob("*") if path.is_dir()} - {w.name for w in workers}
         for name in sorted(left - self._keepers.keys()):
-            await self._clear(name)
+            self._engine.spawn(self._clear(name), f"clear-{name}")
 
     def _keeper(self, name: str, pool: Pool) -> asyncio.Task[None]:
         self._pools[name] = pool
@@ -140,6 +145,7 @@ class Supervisor:
         """Runs one agent, again and again."""
         pause = FIRST_PAUSE_S
         while True:
+            await self._conclude(name)
             started = time.monotonic()
             try:
                 process = await self._spawn(name, pool)
@@ -155,7 +161,7 @@ class Supervisor:
             log.warning("agent ended, starts again", worker=name, status=status, in_s=pause)
             await asyncio.sleep(pause)
 
-    async def _spawn(self, name: str, pool: Pool) -> asyncio.subprocess.Process:
+    async def _spawn(self, name: str, pool: Pool, *more: str) -> asyncio.subprocess.Process:
         arguments = {
             "worker": name,
             "pool": pool.name,
@@ -182,6 +188,7 @@ class Supervisor:
             "greenroom",
             "agent",
             *command,
+            *more,
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the server, which ends its agents in order
         )
@@ -196,19 +203,38 @@ class Supervisor:
                     if self._closed or await self._is_over(name):
                         break
                     self._retiring[name] = keeper = self._keep_on(name)  # it has registered in the last moment
+                if incarnation := incarnation_of(self._paths.workers / name / PAPERS):
+                    self._note(name).write_text(incarnation)
                 await self._engine.decommission.retire(name)
                 if keeper.done():  # its disk is erased, and then its record goes; or it was killed as it began
                     await asyncio.wait({self._engine.decommission.begin(name)})
+                    await self._conclude(name)
                     if not await self._is_over(name):
                         self._retiring[name] = keeper = self._keep_on(name)
                     continue
-            except GreenroomError as error:
-                log.error("worker can't end yet", worker=name, error=error.message)
+            except (GreenroomError, OSError) as error:
+                log.error("worker can't end yet", worker=name, error=str(error))
             await asyncio.wait({keeper}, timeout=RETIRE_PAUSE_S)  # it ends when its disk is erased
-        if self._retiring.pop(name, None) is None:
-            return  # the server ends, and all its agents with it
-        await self._clear(name)
-        await self._reconcile()  # it may be wanted again by now
+        if self._retiring.pop(name, None) is not None:  # or the server ends, and all its agents with it
+            await self._clear(name)
+
+    def _note(self, name: str) -> Path:
+        """Whose directory it was, of a worker that retires; outlives it."""
+        return self._paths.workers / f".{name}{NOTE_SUFFIX}"
+
+    async def _conclude(self, name: str) -> None:
+        """A worker that was to retire may have erased its disk when nobody was there to write that down."""
+        note = self._note(name)
+        if not note.exists():
+            return
+        try:
+            if not (self._paths.workers / name).exists():
+                await self._engine.decommission.erased(name, note.read_text())
+            elif (worker := await self._engine.members.find(name)) is not None and worker.cordon == RETIRING:
+                return
+            note.unlink()
+        except (GreenroomError, OSError) as error:
+            log.warning("worker may count as lost before it counts as retired", worker=name, error=str(error))
 
     async def _is_over(self, name: str) -> bool:
         """Whether nothing is expected of a worker: it never registered, has retired, or was given up."""
@@ -216,9 +242,18 @@ class Supervisor:
         return worker is None or worker.state is WorkerState.GONE
 
     async def _clear(self, name: str) -> None:
+        self._clearing.add(name)
+        try:
+            await self._remove(name, self._paths.workers / name)
+            await self._conclude(name)
+        finally:
+            self._clearing.discard(name)
+        if not self._closed:
+            await self._reconcile()  # it may be wanted again by now
+
+    async def _remove(self, name: str, directory: Path) -> None:
         """What a worker that nobody knows any more leaves here. Not one that was told of something, and none that holds
         snapshots, whatever became of its papers: what a restored database knows nothing of is not discarded."""
-        directory = self._paths.workers / name
         try:
             if await self._engine.members.find(name) is not None:
                 return  # its tombstone
@@ -233,9 +268,31 @@ class Supervisor:
                     "remove the directory",
                 )
                 return
+            if directory.exists() and (backend := noted_backend(directory)):
+                await self._end_what_is_left(name, backend)
             await asyncio.to_thread(erase, directory)
         except (GreenroomError, OSError) as error:
             log.error("what a worker has left is not removed", path=str(directory), error=str(error))
+
+    async def _end_what_is_left(self, name: str, backend: str) -> None:
+        """An agent that was killed leaves more than files: sandboxes, a network, uses of images. One that begins after
+        it ends them, without a word to anybody.
+
+        Raises:
+            FailedPrecondition: it could not; its log says why.
+        """
+        pool = Pool(name="", uid="", spec=PoolSpec(backend=backend, slots=1), created_at=0.0)
+        process = await self._spawn(name, pool, "--erase")
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                status = await process.wait()
+        except TimeoutError:
+            status = -1
+        finally:
+            if process.returncode is None:
+                process.kill()
+        if status != 0:
+            raise FailedPrecondition(f"what an agent of worker {name} left running could not be ended; see its log")
 
     async def _end(self, name: str, keeper: asyncio.Task[None], *, wipe: bool) -> None:
         # One that is just being started takes over first what an agent before it left; ended before it handles signals,

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from greenroom.cli.app import pair
+from greenroom.cli.tcp import listeners, tcp_options
 from greenroom.cli.up_options import (
     check_marks,
     deadline,
@@ -40,7 +41,13 @@ WORKER_RETURN_SHARED_S = 30.0
 @click.option("--backend", default=None, help="Sandbox backend of pool 'default' [default: gvisor].")
 @click.option("--listen", default="127.0.0.1:8080", show_default=True, help="Where the HTTP gateway listens.")
 @click.option("--domain", default="localhost", show_default=True, help="What actors' host names end in.")
-@click.option("--api", multiple=True, help="Further API address, host:port on loopback (besides the unix socket).")
+@click.option(
+    "--api",
+    multiple=True,
+    metavar="HOST:PORT",
+    help="Further API address, besides the unix socket; repeatable. Only on loopback without the next options.",
+)
+@tcp_options
 @click.option(
     "--store",
     type=store_url,
@@ -126,6 +133,14 @@ WORKER_RETURN_SHARED_S = 30.0
     "earlier.",
 )
 @click.option(
+    "--compare-every",
+    type=seconds(1, 86400),
+    metavar="SECONDS",
+    default=30.0,
+    show_default="30 seconds",
+    help="How often what is on each worker is compared with the records, whatever was lost on the way.",
+)
+@click.option(
     "--scrub-every",
     type=seconds(1, 30 * 86400),
     metavar="SECONDS",
@@ -143,7 +158,8 @@ WORKER_RETURN_SHARED_S = 30.0
 )
 @click.option(
     "--capacity-wait",
-    type=click.FloatRange(min=0),
+    type=seconds(0, 86400),
+    metavar="SECONDS",
     default=60.0,
     show_default=True,
     help='Seconds that a wake-up waits for a free slot before it is answered "no capacity".',
@@ -165,6 +181,12 @@ def up(
     listen: str,
     domain: str,
     api: tuple[str, ...],
+    agents: tuple[str, int] | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    agent_token_file: Path | None,
+    api_token_file: Path | None,
+    rosters: bool,
     store: str,
     snapshots: str,
     images: Path | None,
@@ -179,6 +201,7 @@ def up(
     lease_ttl: float,
     worker_return: float | None,
     worker_gone: float,
+    compare_every: float,
     scrub_every: float,
     scrub_age: float,
     capacity_wait: float,
@@ -194,8 +217,9 @@ def up(
 
     # --slots and --backend are the pool's, which workers elsewhere belong to.
     own = {"--workers": bool(workers), "--warm": warm is not None, "--label": bool(labels)}
-    if no_workers and (contrary := [option for option, given in own.items() if given]):
-        raise click.UsageError(f"--no-workers and {contrary[0]} contradict each other: leave one of them out")
+    if (no_workers or rosters) and (contrary := [option for option, given in own.items() if given]):
+        which = "--no-workers" if no_workers else "--rosters"
+        raise click.UsageError(f"{which} and {contrary[0]} contradict each other: leave one of them out")
     if store and not snapshots:
         raise click.UsageError(
             "--snapshots is missing: replicas that share a store must share the snapshots of its actors too; give a "
@@ -211,6 +235,7 @@ def up(
             f"--worker-gone ({worker_gone:g} s) has to be at least --worker-return ({return_s:g} s): a worker is lost "
             "before it can be gone"
         )
+    listening = listeners(agents, tls_cert, tls_key, agent_token_file, api_token_file)
     configure(log_level)
     files = prepare()
     default = PoolSpec()
@@ -225,6 +250,8 @@ def up(
         listen=_address(listen),
         domain=domain,
         api=api,
+        listeners=listening,
+        rosters=rosters,
         log_level=log_level,
         warm=warm,
         store=store,
@@ -235,12 +262,13 @@ def up(
         peers=peers,
         metrics=metrics,
         name=name_for(store, name),
-        no_workers=no_workers,
+        no_workers=no_workers or rosters,  # pools are the operator's, and none kept here would be on a roster
         labels=worker_labels(labels),
         lease_ttl_s=lease_ttl,
         stall_s=stall_timeout,
         worker_return_s=return_s,
         worker_gone_s=worker_gone,
+        reconcile_s=compare_every,
         scrub_s=scrub_every,
         scrub_age_s=scrub_age,
         operation_deadline_s=deadline_s,
@@ -278,7 +306,7 @@ async def _run(options: object) -> None:
 
     assert isinstance(options, ServerOptions)
     probe = await registry.load(options.pool.backend).probe()
-    if not (probe.available or options.no_workers):
+    if not (probe.available or options.no_workers or options.pool.replicas == 0):
         raise FailedPrecondition(
             f"backend {options.pool.backend!r} can't run here: {probe.reason}. `greenroom doctor` tells what is "
             "missing; `greenroom up --backend process` needs no root (and is no security boundary)",

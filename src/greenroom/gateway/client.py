@@ -35,8 +35,8 @@ class ClientConnection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_advancing", "_body", "_inbox", "_linger_bytes", "_lingering", "_reading_paused", "_tunnel", "_unsent",
-        "body_paused", "deadline", "exchange", "gateway", "peer", "transport", "write_paused",
+        "_advancing", "_body", "_inbox", "_linger_bytes", "_lingering", "_on_loopback", "_reading_paused", "_tunnel",
+        "_unsent", "body_paused", "deadline", "exchange", "gateway", "peer", "transport", "write_paused",
     )  # fmt: skip
     transport: asyncio.Transport
 
@@ -55,6 +55,7 @@ class ClientConnection(asyncio.Protocol):
         self._lingering = False
         self._linger_bytes = 0
         self._unsent = 0
+        self._on_loopback = False
 
     # --- the connection -----------------------------------------------------------------------------------
 
@@ -65,6 +66,7 @@ class ClientConnection(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         if isinstance(peer, tuple):
             self.peer = str(peer[0]).encode()
+            self._on_loopback = str(peer[0]).startswith("127.") or peer[0] == "::1"
             sock = transport.get_extra_info("socket")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
@@ -138,7 +140,7 @@ class ClientConnection(asyncio.Protocol):
             return False
         started = time.perf_counter()
         try:
-            route = gateway.route(request)
+            route = gateway.route(request, self._on_loopback)
         except NotFound as e:
             self._refuse(replies.refusal(e), request)
             return True
@@ -189,6 +191,7 @@ class ClientConnection(asyncio.Protocol):
         now = time.perf_counter()
         limits = self.gateway.limits
         self.deadline = now + (limits.head_s if self._inbox else limits.keep_alive_s)
+        self._unsent = self.transport.get_write_buffer_size() + 1
         if self._inbox:
             self._advance()
         elif self._reading_paused:
@@ -219,6 +222,7 @@ class ClientConnection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self.write_paused = True
         self.deadline = self.stall_deadline()
+        self._unsent = self.transport.get_write_buffer_size() + 1
         if self.exchange is not None:
             self.exchange.client_paused()
 
@@ -243,11 +247,11 @@ class ClientConnection(asyncio.Protocol):
     # --- endings ------------------------------------------------------------------------------------------
 
     def expire(self) -> None:
-        if self.exchange is not None:
+        if self._taken():  # whatever else it is waited for, it is there, and slow
+            self.deadline = self.stall_deadline()
+        elif self.exchange is not None:
             self.deadline = NEVER
             self.exchange.expired()
-        elif self._lingering and self._taken():
-            self.deadline = self.stall_deadline()
         elif self._lingering or self.write_paused or not self._inbox:
             self.transport.abort()
         else:

@@ -124,10 +124,11 @@ class Exchange:
         return limits.upstream_idle_s if self._repeatable() else limits.fresh_enough_s
 
     def _repeatable(self) -> bool:
-        """Whether it may be sent again after a connection broke without an answer."""
+        """Whether it may be sent again after a connection broke without an answer: one that is harmless to repeat, or
+        that the actor can't have got whole."""
         if self.request.framing == 0:
             return self.method in IDEMPOTENT
-        return not self._body_sent and not self._pending_bytes
+        return not self._body_sent and not self._pending_bytes and not self.request_complete
 
     async def _obtain(self, closed: str = "") -> None:
         """The slow path: a binding if there is none yet, and a connection; then sends the request. ``closed``: see

@@ -17,7 +17,7 @@ from typing import Final
 
 import structlog
 
-from greenroom.core.errors import FailedPrecondition, ResourceExhausted
+from greenroom.core.errors import FailedPrecondition, NotFound, ResourceExhausted
 from greenroom.core.names import check_label
 from greenroom.core.records import Key
 from greenroom.engine.bindings import Binding
@@ -25,7 +25,7 @@ from greenroom.engine.port import Waker
 from greenroom.gateway.client import ClientConnection
 from greenroom.gateway.heads import RequestHead
 from greenroom.gateway.limits import Limits
-from greenroom.gateway.route import Route, by_header, by_host
+from greenroom.gateway.route import Route, by_header, by_host, is_nobodys, owner_of
 from greenroom.gateway.upstream import Pool
 
 log = structlog.get_logger(__name__)
@@ -75,6 +75,8 @@ class Gateway:
         self._held_by_key: dict[Key, int] = {}
         self._pools: dict[Binding, Pool] = {}
         self._routes: dict[bytes, Route] = {}
+        #: Of hosts beside the header: whose name it is, and whether nobody can have it lead where he likes.
+        self._hosts: dict[bytes, tuple[Key | None, bool]] = {}
         self._servers: list[asyncio.Server] = []
         self._sweeper: asyncio.Task[None] | None = None
         self._no_clients = asyncio.Event()
@@ -158,10 +160,12 @@ class Gateway:
         if not self.clients:
             self._no_clients.set()
 
-    def route(self, request: RequestHead) -> Route:
-        """Raises `NotFound` with what to do."""
+    def route(self, request: RequestHead, on_loopback: bool) -> Route:
+        """Raises `NotFound` with what to do. ``on_loopback``: the client is of this machine, as is its browser."""
         if request.actor:
-            return by_header(request.actor.decode("latin-1"), request.port.decode("latin-1"))
+            meant = by_header(request.actor.decode("latin-1"), request.port.decode("latin-1"))
+            self._check_host(request.host, meant.key, on_loopback)
+            return meant
         route = self._routes.get(request.host)
         if route is None:
             route = by_host(request.host.decode("latin-1"), self.domain)
@@ -170,11 +174,28 @@ class Gateway:
             self._routes[request.host] = route
         return route
 
+    def _check_host(self, host: bytes, key: Key, on_loopback: bool) -> None:
+        """A page that an actor serves may send any header to where it came from. So under an actor's name no other is
+        reached; nor, on the loopback, under a name that somebody has lead there (DNS rebinding)."""
+        known = self._hosts.get(host)
+        if known is None:
+            if len(self._hosts) >= _MAX_ROUTES:
+                self._hosts.clear()
+            text = host.decode("latin-1")
+            known = self._hosts[host] = owner_of(text, self.domain), is_nobodys(text, self.domain)
+        owner, nobodys = known
+        if (owner is not None and owner != key) or (on_loopback and not nobodys):
+            raise NotFound(
+                f"host {host.decode('latin-1')!r} does not lead to actor {key}, whatever the header Greenroom-Actor "
+                "says; with that call the gateway by its address, or as localhost",
+                reason="NO_ROUTE",
+            )
+
     def pool(self, binding: Binding) -> Pool:
         """The connections of ``binding``, which is not revoked; they end with it."""
         pool = self._pools.get(binding)
         if pool is None:
-            pool = self._pools[binding] = Pool(binding, self.limits, self._pools.pop)
+            pool = self._pools[binding] = Pool(binding, self.limits, self._pools.pop, self.waker.entrance)
         return pool
 
     def hold(self, key: Key) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from greenroom.core.records import Key
 _HOST_PORT = re.compile(r"([^:\[\]]*)(?::[0-9]*)?")
 _PORT_PREFIX = re.compile(r"([0-9]+)--(.+)")
 MAX_PORT = 65535
+_PRIVATE = frozenset({"localhost", "local", "internal", "test", "svc"})
 
 
 class Route(NamedTuple):
@@ -55,6 +57,30 @@ def by_host(host: str, domain: str) -> Route:
     except InvalidArgument as e:
         raise _no_route(f"host {host!r} names no actor ({e.message})") from e
     return Route(key, port)
+
+
+def owner_of(host: str, domain: str) -> Key | None:
+    """The actor whose name a host is; None: no actor's."""
+    try:
+        return by_host(host, domain).key
+    except NotFound:
+        return None
+
+
+def is_nobodys(host: str, domain: str) -> bool:
+    """Whether nobody on the internet can have a host name lead to where he likes: it is an address, has no dot, is
+    below ``domain``, or below a name that is never given away. Source: RFC 6761, RFC 6762, and ICANN for
+    ``internal``."""
+    match = _HOST_PORT.fullmatch(host)
+    name = match[1].lower().removesuffix(".") if match else host.partition("]")[0].lstrip("[")
+    labels = name.split(".")
+    if (len(labels) == 1 and ":" not in name) or f".{name}".endswith(f".{domain}") or labels[-1] in _PRIVATE:
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _port(text: str) -> int:

@@ -10,19 +10,21 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final, Protocol, cast
 
 from msgspec.structs import replace
 
+from greenroom.core.agentapi import Entrance
 from greenroom.core.errors import NotFound, ResourceExhausted, Unavailable
 from greenroom.core.records import Endpoint
 from greenroom.engine.bindings import Binding
+from greenroom.gateway import afar
 from greenroom.gateway.body import Body, UntilCloseBody, decoder
 from greenroom.gateway.heads import BadMessage, ResponseHead, parse_response
 from greenroom.gateway.inbox import HeadTooLarge, Inbox
 from greenroom.gateway.limits import Limits
-from greenroom.sandbox.dial import address, make_socket
+from greenroom.sandbox.dial import address, close, make_socket
 
 #: When to try again to connect to a unix socket whose listener is behind with accepting.
 _QUEUE_FULL_S: Final = 0.005
@@ -211,16 +213,29 @@ async def _connect_socket(sock: socket.socket, endpoint: Endpoint) -> None:
             await asyncio.sleep(_QUEUE_FULL_S)
 
 
+async def directly(binding: Binding) -> Entrance | None:
+    """For who has all actors on its own machine."""
+    return None
+
+
 class Pool:
     """The connections of one binding."""
 
-    __slots__ = ("_closed", "_connecting", "_idle", "binding", "limits", "open")
+    __slots__ = ("_closed", "_connecting", "_entrance", "_idle", "binding", "limits", "open")
 
-    def __init__(self, binding: Binding, limits: Limits, closed: Callable[[Binding], object]) -> None:
-        """``closed`` is told when the binding's end has closed the pool."""
+    def __init__(
+        self,
+        binding: Binding,
+        limits: Limits,
+        closed: Callable[[Binding], object],
+        entrance: Callable[[Binding], Awaitable[Entrance | None]] = directly,
+    ) -> None:
+        """``closed`` is told when the binding's end has closed the pool. ``entrance``: see
+        `greenroom.engine.port.Waker`."""
         self.binding = binding
         self.limits = limits
         self._closed = closed
+        self._entrance = entrance
         binding.on_revoke(self.close)
         self.open: set[UpstreamConnection] = set()
         self._idle: dict[int, list[UpstreamConnection]] = {}
@@ -265,32 +280,40 @@ class Pool:
                 reason="ACTOR_BUSY",
             )
         endpoint = self._endpoint(port)
-        try:
-            sock = make_socket(endpoint)
-        except (OSError, Unavailable) as e:
-            raise ConnectFailed(str(e)) from e
-        loop = asyncio.get_running_loop()
         connection = UpstreamConnection(self, port)
         made = False
         limit = asyncio.timeout(self.limits.connect_s)
         try:
             async with limit:
                 self._connecting.add(limit)
-                await _connect_socket(sock, endpoint)
-                create = loop.create_unix_connection if endpoint.path else loop.create_connection
-                await create(lambda: connection, sock=sock)
+                entrance = await self._entrance(self.binding)
+                if entrance is None:
+                    await self._connect_here(connection, endpoint)
+                else:
+                    await afar.connect(entrance, self.binding, port, connection)
             made = True
-        except (OSError, TimeoutError) as e:
+        except (OSError, TimeoutError, Unavailable) as e:
             raise ConnectFailed(str(e) or f"no answer within {self.limits.connect_s:g} s") from e
         finally:
             self._connecting.discard(limit)
             if connection in self.open and not made:
                 connection.abort()  # cut off in the moment in which it came about: the socket is the transport's
-            elif not made:
-                sock.close()
         if connection.transport.is_closing():
             raise ConnectFailed("the connection was closed at once")
         return connection
+
+    async def _connect_here(self, connection: UpstreamConnection, endpoint: Endpoint) -> None:
+        """To an actor on this machine."""
+        loop = asyncio.get_running_loop()
+        sock = make_socket(endpoint)
+        try:
+            await _connect_socket(sock, endpoint)
+            create = loop.create_unix_connection if endpoint.path else loop.create_connection
+            await create(lambda: connection, sock=sock)
+        except BaseException:
+            if connection not in self.open:  # else the socket is the transport's
+                close(sock)
+            raise
 
     def _endpoint(self, port: int) -> Endpoint:
         endpoint = self.binding.endpoint

@@ -120,9 +120,12 @@ class AsyncActor:
     async def logs(self, *, tail: int | None = None, follow: bool = False) -> AsyncIterator[str]:
         """Lines of stdout and stderr; as `greenroom.Actor.logs`."""
         async with self._client.actors.Logs(common.logs_request(self._key, tail, follow)) as stream:
+            lines = common.Lines()
             async for message in stream:
-                for line in common.lines(message.data):
+                for line in lines.feed(message.data):
                     yield line
+            for line in lines.end():
+                yield line
 
     async def url(self, port: int | None = None) -> str:
         """Where HTTP requests for the actor go; they wake it."""

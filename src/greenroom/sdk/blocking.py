@@ -145,8 +145,10 @@ class Actor:
         three
         """
         with self._client.actors.Logs(common.logs_request(self._key, tail, follow)) as stream:
+            lines = common.Lines()
             for message in stream:
-                yield from common.lines(message.data)
+                yield from lines.feed(message.data)
+            yield from lines.end()
 
     def url(self, port: int | None = None) -> str:
         """Where HTTP requests for the actor go; they wake it. ``port`` other than the template's first one.

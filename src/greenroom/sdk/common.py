@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import shlex
 from collections.abc import Mapping, Sequence
@@ -170,9 +169,23 @@ def _prefix(port: int | None) -> str:
     return f"{port}--"
 
 
-_LINE = re.compile(rb"[^\n]*\n|[^\n]+")
+#: What is so long without an end is no line, and is given as it comes.
+MAX_LINE_BYTES = 1 << 20
 
 
-def lines(data: bytes) -> list[str]:
-    """Log chunks are whole lines."""
-    return [line.decode(errors="replace") for line in _LINE.findall(data)]
+class Lines:
+    """Of output that comes in pieces of any length."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[str]:
+        """Those that are whole by now."""
+        *whole, self._rest = (self._rest + data).split(b"\n")
+        found = [line.decode(errors="replace") + "\n" for line in whole]
+        return found + self.end() if len(self._rest) > MAX_LINE_BYTES else found
+
+    def end(self) -> list[str]:
+        """What is left without its end."""
+        rest, self._rest = self._rest, b""
+        return [rest.decode(errors="replace")] if rest else []

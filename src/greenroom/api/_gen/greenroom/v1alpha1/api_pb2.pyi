@@ -750,6 +750,92 @@ class DeletePoolRequest(_message.Message):
 Global___DeletePoolRequest: _TypeAlias = DeletePoolRequest  # noqa: Y015
 
 @_typing.final
+class AdmitWorkersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_FIELD_NUMBER: _builtins.int
+    POOL_UID_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    LEDGER_VERSION_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    pool: _builtins.str
+    pool_uid: _builtins.str
+    """of the object that has the ledger; required"""
+    namespace: _builtins.str
+    """of that object"""
+    epoch: _builtins.int
+    """of the ledger, from 1"""
+    ledger_version: _builtins.int
+    """grows with each change of the ledger"""
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.RosterEntry]:
+        """at most 2000"""
+
+    def __init__(
+        self,
+        *,
+        pool: _builtins.str = ...,
+        pool_uid: _builtins.str = ...,
+        namespace: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        ledger_version: _builtins.int = ...,
+        workers: _abc.Iterable[_resources_pb2.RosterEntry] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "ledger_version", b"ledger_version", "namespace", b"namespace", "pool", b"pool", "pool_uid", b"pool_uid", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdmitWorkersRequest: _TypeAlias = AdmitWorkersRequest  # noqa: Y015
+
+@_typing.final
+class AdmitWorkersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROSTER_FIELD_NUMBER: _builtins.int
+    RETIRING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def roster(self) -> _resources_pb2.Roster: ...
+    @_builtins.property
+    def retiring(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """workers of the pool that are not on it, and are emptied and erased"""
+
+    def __init__(
+        self,
+        *,
+        roster: _resources_pb2.Roster | None = ...,
+        retiring: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["roster", b"roster"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["retiring", b"retiring", "roster", b"roster"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdmitWorkersResponse: _TypeAlias = AdmitWorkersResponse  # noqa: Y015
+
+@_typing.final
+class GetDemandRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_FIELD_NUMBER: _builtins.int
+    pool: _builtins.str
+    def __init__(
+        self,
+        *,
+        pool: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetDemandRequest: _TypeAlias = GetDemandRequest  # noqa: Y015
+
+@_typing.final
 class GetWorkerRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

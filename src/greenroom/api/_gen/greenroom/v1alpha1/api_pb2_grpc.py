@@ -784,6 +784,16 @@ class PoolsStub:
                 request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.DeletePoolRequest.SerializeToString,
                 response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
                 _registered_method=True)
+        self.AdmitWorkers = channel.unary_unary(
+                '/greenroom.v1alpha1.Pools/AdmitWorkers',
+                request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.AdmitWorkersRequest.SerializeToString,
+                response_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.AdmitWorkersResponse.FromString,
+                _registered_method=True)
+        self.GetDemand = channel.unary_unary(
+                '/greenroom.v1alpha1.Pools/GetDemand',
+                request_serializer=greenroom_dot_v1alpha1_dot_api__pb2.GetDemandRequest.SerializeToString,
+                response_deserializer=greenroom_dot_v1alpha1_dot_resources__pb2.Demand.FromString,
+                _registered_method=True)
 
 
 class PoolsServicer:
@@ -817,6 +827,22 @@ class PoolsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AdmitWorkers(self, request, context):
+        """Says which workers a pool may have, all of them; who is not on it can't register, and who is no more is retired. The
+        same again changes nothing. An older one is refused (ABORTED, STALE_ROSTER): an older epoch, or an older
+        ledger_version within it; so is that of a pool that another one of its name has followed (FORMER_POOL).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetDemand(self, request, context):
+        """How much is asked of a pool just now, over all replicas.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PoolsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -839,6 +865,16 @@ def add_PoolsServicer_to_server(servicer, server):
                     servicer.DeletePool,
                     request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.DeletePoolRequest.FromString,
                     response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'AdmitWorkers': grpc.unary_unary_rpc_method_handler(
+                    servicer.AdmitWorkers,
+                    request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.AdmitWorkersRequest.FromString,
+                    response_serializer=greenroom_dot_v1alpha1_dot_api__pb2.AdmitWorkersResponse.SerializeToString,
+            ),
+            'GetDemand': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDemand,
+                    request_deserializer=greenroom_dot_v1alpha1_dot_api__pb2.GetDemandRequest.FromString,
+                    response_serializer=greenroom_dot_v1alpha1_dot_resources__pb2.Demand.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -951,6 +987,60 @@ class Pools:
             '/greenroom.v1alpha1.Pools/DeletePool',
             greenroom_dot_v1alpha1_dot_api__pb2.DeletePoolRequest.SerializeToString,
             google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AdmitWorkers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/greenroom.v1alpha1.Pools/AdmitWorkers',
+            greenroom_dot_v1alpha1_dot_api__pb2.AdmitWorkersRequest.SerializeToString,
+            greenroom_dot_v1alpha1_dot_api__pb2.AdmitWorkersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDemand(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/greenroom.v1alpha1.Pools/GetDemand',
+            greenroom_dot_v1alpha1_dot_api__pb2.GetDemandRequest.SerializeToString,
+            greenroom_dot_v1alpha1_dot_resources__pb2.Demand.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1040,6 +1040,158 @@ class Worker(_message.Message):
 Global___Worker: _TypeAlias = Worker  # noqa: Y015
 
 @_typing.final
+class RosterEntry(_message.Message):
+    """A slot of a pool's ledger that counts as a worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ORDINAL_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    POD_UID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """of the worker, which is its pod's"""
+    ordinal: _builtins.int
+    epoch: _builtins.int
+    """of the slot; 0 in a request: that of the ledger"""
+    pod_uid: _builtins.str
+    """"": nobody has seen the pod yet; then it is who has the slot's name"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        ordinal: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        pod_uid: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "name", b"name", "ordinal", b"ordinal", "pod_uid", b"pod_uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RosterEntry: _TypeAlias = RosterEntry  # noqa: Y015
+
+@_typing.final
+class Roster(_message.Message):
+    """The workers that a pool may have."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_FIELD_NUMBER: _builtins.int
+    POOL_UID_FIELD_NUMBER: _builtins.int
+    POOL_NAMESPACE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    LEDGER_VERSION_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    FORMER_UIDS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    pool: _builtins.str
+    pool_uid: _builtins.str
+    pool_namespace: _builtins.str
+    """where the object with the ledger is"""
+    epoch: _builtins.int
+    ledger_version: _builtins.int
+    version: _builtins.int
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RosterEntry]: ...
+    @_builtins.property
+    def former_uids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """of earlier pools of this name"""
+
+    def __init__(
+        self,
+        *,
+        pool: _builtins.str = ...,
+        pool_uid: _builtins.str = ...,
+        pool_namespace: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        ledger_version: _builtins.int = ...,
+        workers: _abc.Iterable[Global___RosterEntry] | None = ...,
+        former_uids: _abc.Iterable[_builtins.str] | None = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "former_uids", b"former_uids", "ledger_version", b"ledger_version", "pool", b"pool", "pool_namespace", b"pool_namespace", "pool_uid", b"pool_uid", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Roster: _TypeAlias = Roster  # noqa: Y015
+
+@_typing.final
+class WorkerDemand(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    AWAKE_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
+    IDLE_S_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    awake: _builtins.int
+    """actors"""
+    ready: _builtins.bool
+    """it is heard and takes actors"""
+    idle_s: _builtins.float
+    """for how long it has had no actor, as far as is known; 0 while it has any"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        awake: _builtins.int = ...,
+        ready: _builtins.bool = ...,
+        idle_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awake", b"awake", "idle_s", b"idle_s", "name", b"name", "ready", b"ready"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerDemand: _TypeAlias = WorkerDemand  # noqa: Y015
+
+@_typing.final
+class Demand(_message.Message):
+    """How much is asked of a pool just now, over all replicas."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    AWAKE_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    WAKES_PER_S_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    pool: _builtins.str
+    slots: _builtins.int
+    """of the workers that are ready"""
+    awake: _builtins.int
+    """slots that are taken"""
+    waiting: _builtins.int
+    """wake-ups that wait for a slot"""
+    wakes_per_s: _builtins.float
+    """over the last minute"""
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerDemand]: ...
+    def __init__(
+        self,
+        *,
+        pool: _builtins.str = ...,
+        slots: _builtins.int = ...,
+        awake: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        wakes_per_s: _builtins.float = ...,
+        workers: _abc.Iterable[Global___WorkerDemand] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awake", b"awake", "pool", b"pool", "slots", b"slots", "waiting", b"waiting", "wakes_per_s", b"wakes_per_s", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Demand: _TypeAlias = Demand  # noqa: Y015
+
+@_typing.final
 class Judged(_message.Message):
     """--- garbage collection ------------------------------------------------------------------------------------------
 
@@ -1416,6 +1568,46 @@ class Replica(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class WaitingEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class WakesPerSEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     LINK_FIELD_NUMBER: _builtins.int
@@ -1424,6 +1616,8 @@ class Replica(_message.Message):
     WORKER_RETURN_FIELD_NUMBER: _builtins.int
     USES_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    WAKES_PER_S_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     incarnation: _builtins.str
     """new with each process"""
@@ -1442,6 +1636,14 @@ class Replica(_message.Message):
     def uses(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """actors (uid) that were in use through it lately, and when"""
 
+    @_builtins.property
+    def waiting(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """by pool: wake-ups that wait for a slot there"""
+
+    @_builtins.property
+    def wakes_per_s(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """by pool: wake-ups that came to a good end there, over the last minute"""
+
     def __init__(
         self,
         *,
@@ -1453,10 +1655,12 @@ class Replica(_message.Message):
         worker_return: _duration_pb2.Duration | None = ...,
         uses: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         version: _builtins.int = ...,
+        waiting: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        wakes_per_s: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["seen_at", b"seen_at", "started_at", b"started_at", "worker_return", b"worker_return"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "link", b"link", "name", b"name", "seen_at", b"seen_at", "started_at", b"started_at", "uses", b"uses", "version", b"version", "worker_return", b"worker_return"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "link", b"link", "name", b"name", "seen_at", b"seen_at", "started_at", b"started_at", "uses", b"uses", "version", b"version", "waiting", b"waiting", "wakes_per_s", b"wakes_per_s", "worker_return", b"worker_return"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
