@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 
+from greenroom.core.assets import Asset
 from greenroom.core.errors import (
     AlreadyExists,
     Conflict,
@@ -25,6 +26,7 @@ from greenroom.core.ledger.notes import Notes
 from greenroom.core.ledger.records import Delete, Effect, Finish, Ledger, Look, Post, Release, Repair
 from greenroom.operator import worker_pod
 from greenroom.operator.client import Kube
+from greenroom.operator.installation import Installation
 from greenroom.operator.objects import FINALIZER, Meta, PodObject, to_pod
 from greenroom.operator.specs import WorkerPoolSpec
 
@@ -41,6 +43,8 @@ class Actuator:
     Args:
         may_act: raises `LeaseLost` when this process may not act any more; asked right before each request.
         clock: seconds that only go forward; that of ``notes``.
+        installation: settings of all worker pods.
+        assets: what the workers of a pool run sandboxes with. Raises `GreenroomError` when it can't be told.
 
     Attributes:
         refusal: what the server last refused to create a pod with; "" when it did create one since.
@@ -49,6 +53,8 @@ class Actuator:
     kube: Kube
     may_act: Callable[[], None]
     clock: Callable[[], float]
+    installation: Installation = field(default_factory=Installation)
+    assets: Callable[[WorkerPoolSpec], Sequence[Asset]] = lambda _: ()
     refusal: str = ""
 
     async def act(
@@ -100,7 +106,8 @@ class Actuator:
         notes.tried(post, self.clock())
         asked_at = self.clock()
         try:
-            made = await self.kube.create_pod(pool.namespace, worker_pod.make(pool, spec, slot, post.name))
+            pod = worker_pod.make(pool, spec, slot, post.name, self.installation, self.assets(spec))
+            made = await self.kube.create_pod(pool.namespace, pod)
         except AlreadyExists:
             await self._met(pool, notes, post)
         except Unavailable as error:

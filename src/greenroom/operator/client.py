@@ -116,6 +116,10 @@ class Kube:
         reply = await self.transport.call(method, path, body=body, timeout_s=CALL_TIMEOUT_S)
         return _decode(reply.body, dict[str, Any])
 
+    async def patch_metadata(self, path: str, meta: Meta, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """Changes metadata of the version in ``meta``. Raises `Conflict`, `NotFound`."""
+        return await self._patch(path, meta, metadata, dict[str, Any])
+
     async def list(self, path: str, item: type[T], query: Mapping[str, str]) -> Listed[T]:
         """Everything, as of one version: without ``resourceVersion``, so that the server itself answers and not what it
         has in memory. A list that takes so long that its version is not kept raises `FailedPrecondition` (reason

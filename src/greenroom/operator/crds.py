@@ -15,13 +15,15 @@ import msgspec
 import yaml
 
 from greenroom.api import validate
+from greenroom.core.assets import Asset
 from greenroom.core.quantity import format_bytes, format_cpus, format_duration
-from greenroom.core.records import IMAGE_PORTS, PoolSpec, Probe, Record, Resources, Retention, TemplateSpec
+from greenroom.core.records import IMAGE_PORTS, Probe, Record, Resources, Retention, TemplateSpec
 from greenroom.operator import forms
 from greenroom.operator.objects import GROUP, VERSION
-from greenroom.operator.specs import MAX_REPLICAS, Asset, SandboxConfigSpec, WorkerPodSpec, WorkerPoolSpec
+from greenroom.operator.specs import MAX_REPLICAS, SandboxConfigSpec, WorkerPodSpec, WorkerPoolSpec
 
 _LABEL = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+_LABEL_OR_NONE = f"^$|{_LABEL}"
 _COUNT = {"minimum": 0, "maximum": MAX_REPLICAS}
 _WORDS = {"maxItems": validate.MAX_ARGUMENTS}
 #: An argument or a variable. Shorter than what Linux takes: the cost of comparing two specs, which the API server
@@ -33,15 +35,17 @@ MAX_TEXT = 4096
 
 #: Ranges of fields, by record and field. They are those of `greenroom.api.validate`.
 LIMITS: dict[tuple[type[Record], str], dict[str, Any]] = {
-    (PoolSpec, "replicas"): _COUNT,
-    (PoolSpec, "slots"): {"minimum": 1, "maximum": validate.MAX_SLOTS},
-    (PoolSpec, "backend"): {"pattern": _LABEL},
+    (WorkerPoolSpec, "replicas"): _COUNT,
+    (WorkerPoolSpec, "slots"): {"minimum": 1, "maximum": validate.MAX_SLOTS},
+    (WorkerPoolSpec, "backend"): {"pattern": _LABEL},
     (WorkerPoolSpec, "min_replicas"): _COUNT,
     (WorkerPoolSpec, "max_replicas"): _COUNT,
     (WorkerPoolSpec, "min_free"): {"minimum": 0, "maximum": validate.MAX_SLOTS},
     (WorkerPoolSpec, "max_surge"): _COUNT,
     (WorkerPoolSpec, "victims"): {"maxItems": MAX_REPLICAS, "x-kubernetes-list-type": "set"},
-    (WorkerPodSpec, "image"): {"minLength": 1, "maxLength": 1024},
+    (WorkerPoolSpec, "max_unavailable"): _COUNT,
+    (WorkerPoolSpec, "sandbox_config"): {"pattern": _LABEL_OR_NONE},
+    (WorkerPodSpec, "image"): {"maxLength": 1024},
     (TemplateSpec, "image"): {"minLength": 1, "maxLength": 1024},
     (TemplateSpec, "command"): _WORDS,
     (TemplateSpec, "args"): _WORDS,
@@ -76,6 +80,11 @@ RULES: dict[type[Record], list[dict[str, str]]] = {
             "rule": "self.backend == oldSelf.backend",
             "message": "can't change: snapshots of its actors fit no other; make another pool",
             "fieldPath": ".backend",
+        },
+        {
+            "rule": "(has(self.managedBy) ? self.managedBy : '') == (has(oldSelf.managedBy) ? oldSelf.managedBy : '')",
+            "message": "can't change: who has made the workers of a pool ends them; make another pool",
+            "fieldPath": ".managedBy",
         },
     ],
     TemplateSpec: [
@@ -236,6 +245,10 @@ _POOL_STATUS = {
     },
 }
 _PLAIN_STATUS = {"type": "object", "properties": {"observedGeneration": _INT, "conditions": _CONDITIONS}}
+_CONFIG_STATUS = {
+    "type": "object",
+    "properties": {**_PLAIN_STATUS["properties"], "pools": {"type": "array", "items": _TEXT}},  # type: ignore[dict-item]
+}
 _TEMPLATE_STATUS = {
     "type": "object",
     "properties": {**_PLAIN_STATUS["properties"], "goldenSnapshot": _TEXT, "operation": _TEXT},  # type: ignore[dict-item]
@@ -289,6 +302,7 @@ def definitions() -> list[dict[str, Any]]:
             _TEMPLATE_STATUS,
             [
                 _ready(),
+                _column("Reason", "string", '.status.conditions[?(@.type=="Ready")].reason'),
                 _column("Image", "string", ".spec.image"),
                 _column("Pool", "string", ".spec.pool", priority=1),
                 _AGE,
@@ -299,8 +313,8 @@ def definitions() -> list[dict[str, Any]]:
             "sandboxconfigs",
             ["sbc"],
             schema_of(SandboxConfigSpec),
-            _PLAIN_STATUS,
-            [_column("Backend", "string", ".spec.backend"), _AGE],
+            _CONFIG_STATUS,
+            [_column("Backend", "string", ".spec.backend"), _column("Pools", "string", ".status.pools"), _AGE],
             namespaced=False,
         ),
     ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -33,6 +34,9 @@ _log = structlog.get_logger("greenroom.operator")
 class Election:
     """Run `run` as a task; `wait` until we lead, and `holds` or `check` before each thing that is done.
 
+    Args:
+        on_answer: called whenever the server has answered about the lease.
+
     Attributes:
         identity: of this process; new with each.
         term: how often the lease has changed hands, when we took it.
@@ -43,6 +47,7 @@ class Election:
     name: str
     identity: str
     chance: random.Random = field(default_factory=random.Random)
+    on_answer: Callable[[], None] = lambda: None
     term: int = 0
     _until: float = 0.0
     _seen: tuple[str, str] = ("", "")
@@ -68,6 +73,7 @@ class Election:
         while True:
             try:
                 await self._try()
+                self.on_answer()
             except GreenroomError as error:
                 _log.info("the lease is out of reach", lease=self.name, error=error.message)
             if self._leads.is_set() and not self.holds:

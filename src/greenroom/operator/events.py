@@ -14,10 +14,10 @@ from typing import Any
 
 import structlog
 
-from greenroom.core.errors import GreenroomError
 from greenroom.core.ledger import naming
 from greenroom.core.ledger.records import Ledger, Slot, SlotState
 from greenroom.operator.client import Kube
+from greenroom.operator.failures import message_of
 from greenroom.operator.objects import API_VERSION, PoolObject
 
 #: Events that wait; the newest are left out when there are more.
@@ -93,5 +93,5 @@ class Events:
             namespace, event = await self._waiting.get()
             try:
                 await self._kube.create_event(namespace, event)
-            except GreenroomError as error:
-                _log.info("an event is lost", reason=event["reason"], error=error.message)
+            except Exception as error:
+                _log.info("an event is lost", reason=event["reason"], error=message_of(error))

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
+from msgspec.structs import replace
 
-from greenroom.core.errors import Conflict, GreenroomError, InvalidArgument, NotFound
+from greenroom.core.assets import Asset
+from greenroom.core.errors import Conflict, InvalidArgument, NotFound
 from greenroom.core.ledger import naming, wire
 from greenroom.core.ledger.decide import begin_term, decide, rebuild
 from greenroom.core.ledger.effects import plan
@@ -24,6 +26,8 @@ from greenroom.core.ledger.records import Finish, Ledger, Pod, Want
 from greenroom.operator import forms, status
 from greenroom.operator.actuator import Actuator
 from greenroom.operator.client import Kube
+from greenroom.operator.failures import message_of
+from greenroom.operator.installation import Installation
 from greenroom.operator.objects import (
     EPOCH_ANNOTATION,
     POOL_FINALIZER,
@@ -33,6 +37,7 @@ from greenroom.operator.objects import (
     PoolObject,
     to_pod,
 )
+from greenroom.operator.scaled import Scaled, read_scaled
 from greenroom.operator.specs import MAX_REPLICAS, ScaleDown, WorkerPoolSpec
 
 #: Rounds of one look at a pool: more mean that it changes all the time, and others wait.
@@ -41,7 +46,18 @@ MAX_ROUNDS = 20
 KNOWN_VERSIONS = 64
 #: Pauses after a failure double from the first to the second of these.
 PAUSE_S = (0.5, 30.0)
+#: Who is idle is asked again this soon when nobody could tell.
+ASK_AGAIN_S = 5.0
 MANAGER = "greenroom.dev/operator"
+
+
+async def _nothing(*_: object) -> None:
+    """What is done beside the ledger by default."""
+
+
+async def _nobody_to_ask(_: Key) -> bool:
+    return True
+
 
 _log = structlog.get_logger("greenroom.operator")
 
@@ -52,9 +68,17 @@ class Shared:
 
     Args:
         pods: what the cache shows of one pool.
-        actors: how many actors are awake on the worker of this pod name; None when nobody knows.
+        actors: how many actors are awake on the worker of this pool and pod name; None when nobody knows.
+        ask: called before workers are chosen to go, so that `actors` knows; False: it can't be told now, and none is
+            chosen.
         stale: the cache has heard nothing for long.
         told: called with each change of a ledger that was committed (for events).
+        held: called with each pool and its ledger as the server has them, when nothing of the ledger is left to be
+            done: for what goes along with a pool. May be called again for the same.
+        leave: called before a pool, whose workers have all ended, is let go; when it raises, that is done later.
+        trouble: what the control plane has against this pool, or why it does not know of it; "" when all is well.
+        installation: settings of all worker pods.
+        assets: what the workers of a pool run sandboxes with.
     """
 
     kube: Kube
@@ -62,8 +86,14 @@ class Shared:
     clock: Callable[[], float]
     pods: Callable[[Key], Iterable[PodObject]]
     stale: Callable[[], bool] = lambda: False
-    actors: Callable[[str], int | None] = lambda _: None
+    actors: Callable[[Key, str], int | None] = lambda *_: None
+    ask: Callable[[Key], Awaitable[bool]] = _nobody_to_ask
     told: Callable[[PoolObject, Ledger | None, Ledger], None] = lambda *_: None
+    held: Callable[[PoolObject, WorkerPoolSpec, Ledger], Awaitable[None]] = _nothing
+    leave: Callable[[PoolObject, Ledger], Awaitable[None]] = _nothing
+    trouble: Callable[[Key], str] = lambda _: ""
+    installation: Installation = field(default_factory=Installation)
+    assets: Callable[[WorkerPoolSpec], Sequence[Asset]] = lambda _: ()
     wall: Callable[[], float] = time.time
 
 
@@ -96,13 +126,13 @@ class Keeper:
             pause = await self._rounds()
             self._failures = 0
             return pause
-        except GreenroomError as error:
+        except Exception as error:  # also a defect: it is to hold up no other pool
             self.shared.may_act()
             self._held = None
             first, most = PAUSE_S
             pause = min(first * 2.0 ** min(self._failures, 10), most)
             self._failures += 1
-            _log.info("pool is looked at again", pool=self.key, error=error.message, again_in_s=pause)
+            _log.info("pool is looked at again", pool=self.key, error=message_of(error), again_in_s=pause)
             return pause
 
     async def _rounds(self) -> float:
@@ -113,6 +143,9 @@ class Keeper:
             pool, ledger, notes = self._held, self._ledger, self._notes
             assert ledger is not None
             spec, want = _read(pool)
+            blind = _chooses(ledger, want) and not await self.shared.ask(self.key)
+            if blind:
+                want = replace(want, named_only=True)
             shown = self._shown(pool)
             now, wall = self.shared.clock(), self.shared.wall()
             name = pool.metadata.name
@@ -120,18 +153,19 @@ class Keeper:
             if not await self._commit(pool, ledger, after, want, shown, wall):
                 continue
             todo = plan(name, after, want, shown, notes, now)
-            if not todo.effects:
-                return max(0.0, todo.again_at - now)
             assert self._held is not None
+            if not todo.effects:
+                await self.shared.held(self._held, spec, after)
+                return min(max(0.0, todo.again_at - now), ASK_AGAIN_S if blind else math.inf)
             await self._actuator.act(self._held.metadata, spec, after, notes, todo.effects)
             if any(isinstance(effect, Finish) for effect in todo.effects):
-                await self._finish()
+                await self._finish(after)
                 return math.inf
         return 0.0
 
     def _shown(self, pool: PoolObject) -> list[Pod]:
         actors, uid = self.shared.actors, pool.metadata.uid
-        return [to_pod(pod, uid, actors(pod.metadata.name)) for pod in self.shared.pods(self.key)]
+        return [to_pod(pod, uid, actors(self.key, pod.metadata.name)) for pod in self.shared.pods(self.key)]
 
     # --- getting it ---
 
@@ -148,12 +182,13 @@ class Keeper:
         except InvalidArgument as error:
             _log.warning("pool has a spec that can't be read", pool=self.key, error=error.message)
             return False
-        if spec.managed_by not in ("", MANAGER):
-            return False
         ledger = wire.from_plain(pool.status.get("ledger"), pool.metadata.uid)
         adopted = POOL_FINALIZER in (pool.metadata.finalizers or ())
-        if pool.metadata.deletionTimestamp is not None and not adopted:
-            return False  # what it leaves behind is the garbage collector's
+        if pool.metadata.deletionTimestamp is not None:
+            if not adopted:
+                return False  # what it leaves behind is the garbage collector's
+        elif spec.managed_by not in ("", MANAGER):
+            return False  # the schema lets nobody hand over a pool of ours; one that was is let go when it is deleted
         if ledger is None:
             pool, ledger = await self._rebuild(pool)
         elif not adopted or _epoch(pool) < ledger.epoch:
@@ -162,7 +197,8 @@ class Keeper:
         if self._notes is None or self._ledger is None or not self._is_ours(pool, ledger):
             begun = begin_term(ledger)
             self._notes = Notes(term=begun.term)
-            self._actuator = Actuator(self.shared.kube, self.shared.may_act, self.shared.clock)
+            shared = self.shared
+            self._actuator = Actuator(shared.kube, shared.may_act, shared.clock, shared.installation, shared.assets)
             body = self._status(pool, begun, want, self._shown(pool), self.shared.wall())
             self.shared.may_act()
             pool = await self.shared.kube.put_pool_status(pool.metadata, body)
@@ -245,12 +281,14 @@ class Keeper:
             refusal=self._actuator.refusal,
             stale=self.shared.stale(),
             rebuilt=self._rebuilt,
+            trouble=self.shared.trouble(self.key),
             wall=wall,
         )
 
-    async def _finish(self) -> None:
+    async def _finish(self, ledger: Ledger) -> None:
         assert self._held is not None
         meta = self._held.metadata
+        await self.shared.leave(self._held, ledger)
         finalizers = [f for f in meta.finalizers or () if f != POOL_FINALIZER]
         self.shared.may_act()
         self._held = None
@@ -263,17 +301,26 @@ class Keeper:
 def _read(pool: PoolObject) -> tuple[WorkerPoolSpec, Want]:
     spec = forms.read(WorkerPoolSpec, pool.spec)
     most = min(spec.max_replicas, MAX_REPLICAS)
+    least = min(spec.min_replicas, most)
+    scaled = read_scaled(pool) if spec.replicas is None else Scaled(replicas=spec.replicas)
     return spec, Want(
-        replicas=max(min(spec.replicas, most), min(spec.min_replicas, most)),
+        replicas=max(min(scaled.replicas, most), least),
         suspend=spec.suspend,
         deleting=pool.metadata.deletionTimestamp is not None,
         max_surge=spec.max_surge,
-        victims=spec.victims,
-        named_only=spec.scale_down is ScaleDown.NAMED,
+        victims=(*spec.victims, *scaled.victims),
+        # The autoscaler knows which workers are idle, and names them; who else there is is none too many.
+        named_only=spec.scale_down is ScaleDown.NAMED or spec.replicas is None,
         grace_s=spec.grace_s,
     )
 
 
+def _chooses(ledger: Ledger, want: Want) -> bool:
+    """Whether some workers of several go, and it matters which."""
+    return ledger.active > want.replicas > 0 and not (want.named_only or want.suspend or want.deleting)
+
+
 def _epoch(pool: PoolObject) -> int:
+    """0: there is none, or somebody has written what can be none."""
     text = (pool.metadata.annotations or {}).get(EPOCH_ANNOTATION, "0")
-    return int(text) if text.isdigit() and len(text) < 10 else 0
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= naming.EPOCH_DIGITS else 0

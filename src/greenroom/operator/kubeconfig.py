@@ -7,7 +7,6 @@ from a Pod"; client.authentication.k8s.io (exec plugins).
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
 import os
@@ -27,6 +26,12 @@ SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 #: A program that fetches a token may ask somebody for it over a network.
 EXEC_TIMEOUT_S = 60.0
 MAX_CONFIG_BYTES = 4 << 20
+#: What such a program answers with, and what a user of a kubeconfig has it as.
+_CREDENTIALS = (
+    ("token", "token"),
+    ("clientCertificateData", "client-certificate-data"),
+    ("clientKeyData", "client-key-data"),
+)
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,9 @@ def from_files(paths: list[Path], context: str = "") -> Connection:
         config = _read(path)
         current = current or str(config.get("current-context") or "")
         for section, found in merged.items():
-            for entry in config.get(section) or ():
-                inner = entry.get(section[:-1]) or {}
-                found.setdefault(str(entry.get("name")), (inner, path.parent))
+            for entry in _entries(config, section):
+                name = str(entry.get("name"))
+                found.setdefault(name, (_mapping(entry, section[:-1], f"{section}: {name}"), path.parent))
     chosen, _ = _pick(merged, "contexts", current)
     cluster, cluster_base = _pick(merged, "clusters", str(chosen.get("cluster")))
     user, user_base = _pick(merged, "users", str(chosen.get("user"))) if chosen.get("user") else ({}, Path())
@@ -103,11 +108,27 @@ def from_files(paths: list[Path], context: str = "") -> Connection:
 def _read(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text()[:MAX_CONFIG_BYTES])
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InvalidArgument(f"kubeconfig {path} can't be read: {error}") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InvalidArgument(f"kubeconfig {path} can't be read: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise InvalidArgument(f"kubeconfig {path} is no mapping")
     return config
+
+
+def _entries(section: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The mappings in a list; none when it is not given."""
+    found = section.get(name) or []
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise InvalidArgument(f"the kubeconfig's {name} is no list of mappings")
+    return found
+
+
+def _mapping(section: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+    """An empty one when it is not given."""
+    found = section.get(name) or {}
+    if not isinstance(found, dict):
+        raise InvalidArgument(f"the kubeconfig's {where}: {name} is no mapping")
+    return found
 
 
 def _pick(
@@ -127,11 +148,9 @@ def _connection(
         raise InvalidArgument(f"the kubeconfig's server {server!r} is no http or https address")
     if cluster.get("proxy-url") or cluster.get("tls-server-name"):
         raise InvalidArgument("the kubeconfig's proxy-url and tls-server-name are not supported; use a direct address")
-    if user.get("exec"):
-        user = {**user, **_run(user["exec"], user_base)}
-    token = str(user.get("token") or "")
-    if not token and user.get("tokenFile"):
-        token = (user_base / user["tokenFile"]).read_text().strip()
+    if plugin := _mapping(user, "exec", "user"):
+        user = {**user, **_run(plugin, user_base)}
+    token = str(user.get("token") or "") or _file(user, "tokenFile", user_base).strip()
     headers = {}
     if token:
         headers["Authorization"] = f"Bearer {token}"
@@ -159,7 +178,7 @@ def _tls(authority: str, certificate: str, key: str, *, insecure: bool) -> ssl.S
                 file.write(certificate + "\n" + key)
                 file.flush()
                 context.load_cert_chain(file.name)
-    except (ssl.SSLError, OSError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: not ASCII
         raise InvalidArgument(f"the kubeconfig's certificates can't be used: {error}") from error
     return context
 
@@ -168,9 +187,17 @@ def _data(section: dict[str, Any], name: str, base: Path) -> str:
     """PEM, given in place (base64) or as a file; "" when it is not given."""
     try:
         if section.get(f"{name}-data"):
-            return base64.b64decode(section[f"{name}-data"], validate=True).decode()
+            return base64.b64decode(str(section[f"{name}-data"]), validate=True).decode()
+    except ValueError as error:
+        raise InvalidArgument(f"the kubeconfig's {name}-data can't be read: {error}") from error
+    return _file(section, name, base)
+
+
+def _file(section: dict[str, Any], name: str, base: Path) -> str:
+    """What is in a file; "" when it is not given."""
+    try:
         return (base / str(section[name])).read_text() if section.get(name) else ""
-    except (OSError, UnicodeDecodeError, binascii.Error) as error:
+    except (OSError, ValueError) as error:
         raise InvalidArgument(f"the kubeconfig's {name} can't be read: {error}") from error
 
 
@@ -179,12 +206,19 @@ def _run(plugin: dict[str, Any], base: Path) -> dict[str, Any]:
     command = str(plugin.get("command"))
     if "/" in command and not command.startswith("/"):
         command = str(base / command)
-    extra = {str(e["name"]): str(e["value"]) for e in plugin.get("env") or ()}
-    asked = {"apiVersion": plugin.get("apiVersion"), "kind": "ExecCredential", "spec": {"interactive": False}}
+    args = plugin.get("args") or []
+    if not isinstance(args, list):
+        raise InvalidArgument(f"the kubeconfig's program {command} has args that are no list")
+    extra = {str(e.get("name")): str(e.get("value")) for e in _entries(plugin, "env")}
+    asked = {
+        "apiVersion": str(plugin.get("apiVersion") or ""),
+        "kind": "ExecCredential",
+        "spec": {"interactive": False},
+    }
     environment = {**os.environ, **extra, "KUBERNETES_EXEC_INFO": json.dumps(asked)}
     try:
         done = subprocess.run(
-            [command, *(plugin.get("args") or ())],
+            [command, *map(str, args)],
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -192,17 +226,12 @@ def _run(plugin: dict[str, Any], base: Path) -> dict[str, Any]:
             timeout=EXEC_TIMEOUT_S,
         )
         status = json.loads(done.stdout)["status"]
-    except (OSError, subprocess.SubprocessError, ValueError, KeyError) as error:
+        found = {ours: str(status[theirs]) for theirs, ours in _CREDENTIALS if status.get(theirs)}
+    except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError, AttributeError) as error:
         told = getattr(error, "stderr", b"") or b""
         raise FailedPrecondition(
             f"the kubeconfig's program {command} gave no credentials: {error} {told.decode(errors='replace')[:500]}"
         ) from error
-    names = (
-        ("token", "token"),
-        ("clientCertificateData", "client-certificate-data"),
-        ("clientKeyData", "client-key-data"),
-    )
-    found = {ours: str(status[theirs]) for theirs, ours in names if status.get(theirs)}
     for name in ("client-certificate-data", "client-key-data"):
         if name in found:  # in a kubeconfig these are base64, from a program they are not
             found[name] = base64.b64encode(found[name].encode()).decode()

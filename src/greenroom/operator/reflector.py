@@ -24,6 +24,8 @@ from greenroom.operator.transport import EXPIRED, refusal
 
 #: A watch is begun anew after this long at least and at most, so that many processes do not do so at once.
 WATCH_S = (300.0, 600.0)
+#: A watch that ends before this, with nothing said, is one that nobody serves (a proxy, an API server on its way out).
+SHORT_S = 1.0
 #: Pauses after a failure double from the first to the second of these, each shortened by up to a half at random.
 PAUSE_S = (0.5, 30.0)
 
@@ -145,11 +147,16 @@ class Reflector(Generic[T]):
             "resourceVersion": self._version,
             "timeoutSeconds": str(int(self._chance.uniform(*WATCH_S))),
         }
+        clock = asyncio.get_running_loop().time
+        began, silent = clock(), True
         async with self._kube.watch(self._path, query) as lines:
             async for line in lines:
                 if line.strip():
+                    silent = False
                     self._failures = 0
                     self._take(line)
+        if silent and clock() < began + SHORT_S:
+            raise Unavailable(f"the watch of {self._path} was ended at once")
 
     def _take(self, line: bytes) -> None:
         try:
@@ -188,4 +195,4 @@ class Reflector(Generic[T]):
 def _number(version: str) -> int | None:
     """Versions of one kind can be compared as numbers since Kubernetes 1.35, and on etcd always could; where they are
     no numbers they are only what a watch goes on from."""
-    return int(version) if version.isdigit() else None
+    return int(version) if version.isascii() and version.isdigit() else None

@@ -25,6 +25,7 @@ def make(
     refusal: str,
     stale: bool,
     rebuilt: str,
+    trouble: str = "",
     wall: float,
 ) -> dict[str, Any]:
     """The whole status.
@@ -34,6 +35,7 @@ def make(
         refusal: what the API server last refused to create a pod with; "" when it does not.
         stale: the cache has heard nothing for long.
         rebuilt: how the ledger was lost and made anew, "" when it was not.
+        trouble: why the control plane does not know of the pool's workers; "" when it does.
     """
     pods = {pod.uid: pod for pod in shown}
     ready = sum(slot.state is SlotState.LIVE and _ready(pods.get(slot.pod_uid)) for slot in ledger.slots)
@@ -41,8 +43,9 @@ def make(
     ending = sum(not slot.active for slot in ledger.slots)
     named = sorted(slot.id for slot in ledger.slots if slot.reason == "Named")
     full = ready >= target and ledger.active == target
+    stuck = next((f"; {pod.name}: {pod.stuck}" for pod in _by_name(pods) if pod.stuck and not pod.deleting), "")
     conditions = [
-        _condition("Ready", full, "AllReady" if full else "NotReady", f"{ready} of {target} workers are ready"),
+        _condition("Ready", full, "AllReady" if full else "NotReady", f"{ready} of {target} workers are ready{stuck}"),
         _condition(
             "Progressing", not full or ending > 0, "Working" if not full or ending else "AtRest", f"{ending} are ending"
         ),
@@ -51,6 +54,8 @@ def make(
         _condition("Suspended", ledger.suspending and not ledger.slots, "Suspend", ""),
         _condition("CacheStale", stale, "NothingHeard" if stale else "Follows", ""),
     ]
+    if trouble or _find(before, "Registered"):
+        conditions.append(_condition("Registered", not trouble, "Refused" if trouble else "Told", trouble))
     if rebuilt or _find(before, "LedgerRebuilt"):
         kept = _find(before, "LedgerRebuilt") or {}
         message = rebuilt or str(kept.get("message") or "")
@@ -66,6 +71,10 @@ def make(
         "conditions": [_timed(condition, before, wall) for condition in conditions],
         "ledger": wire.to_plain(ledger),
     }
+
+
+def _by_name(pods: Mapping[str, Pod]) -> list[Pod]:
+    return sorted(pods.values(), key=lambda pod: pod.name)
 
 
 def _ready(pod: Pod | None) -> bool:

@@ -104,10 +104,12 @@ class HttpTransport:
     Args:
         connect: where the server is; asked again when it says that it does not know us, and when no connection comes
             about, because tokens and certificates are replaced while a process runs.
+        agent: what the server's audit log calls us.
     """
 
-    def __init__(self, connect: Callable[[], Connection]) -> None:
+    def __init__(self, connect: Callable[[], Connection], agent: str = "greenroom-operator") -> None:
         self._connect = connect
+        self._agent = agent
         self._renewed_at = -math.inf
 
     async def __aenter__(self) -> HttpTransport:
@@ -123,7 +125,7 @@ class HttpTransport:
         return aiohttp.ClientSession(
             connector=connector,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10.0),
-            headers={"User-Agent": "greenroom-operator", "Accept": "application/json"},
+            headers={"User-Agent": self._agent, "Accept": "application/json"},
             read_bufsize=MAX_LINE_BYTES,
             trust_env=False,
         )
@@ -179,6 +181,33 @@ class HttpTransport:
             await self._reconsider()
             raise self._unanswered("GET", path, error) from error
 
+    @contextlib.asynccontextmanager
+    async def websocket(
+        self, path: str, query: Mapping[str, str], protocol: str
+    ) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+        """A WebSocket that speaks ``protocol``. Raises what the server refuses it with, as `call`."""
+        for again in (False, True):
+            try:
+                opened = await self._session.ws_connect(
+                    self._connection.server + path,
+                    params=query,
+                    headers={**self._connection.headers, "Accept": "*/*"},  # or some say 406
+                    protocols=(protocol,),
+                    max_msg_size=MAX_LINE_BYTES,
+                    timeout=aiohttp.ClientWSTimeout(ws_close=2.0),
+                )
+                break
+            except aiohttp.WSServerHandshakeError as error:
+                if error.status != 401 or again or not await self._renew():
+                    raise refusal(error.status, b"") from error
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                await self._reconsider()
+                raise self._unanswered("GET", path, error) from error
+        async with opened:
+            if opened.protocol != protocol:
+                raise FailedPrecondition(f"the API server does not speak {protocol} at {path}; is it older than 1.25?")
+            yield opened
+
     async def _reconsider(self) -> None:
         """No connection came about, or it broke: a certificate may have run out, or the server have moved."""
         now = asyncio.get_running_loop().time()
@@ -208,4 +237,4 @@ class HttpTransport:
 
 def _seconds(text: str) -> float:
     """``Retry-After`` in its form of a number; 0 for anything else."""
-    return min(float(text), 3600.0) if text.isdigit() else 0.0
+    return min(float(text), 3600.0) if text.isascii() and text.isdigit() else 0.0
