@@ -3,7 +3,7 @@ PYTHON_BIN := .venv/bin/python
 export PATH := $(PATH):$(CURDIR)/.tools/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test lint unit sim sim-pools collection fuzz proto bench slow-pull clean
+.PHONY: help setup setup-test demo test lint unit sim sim-pools collection fuzz proto manifests images images-check bench slow-pull clean
 
 help:  ## Shows this list
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -40,6 +40,16 @@ fuzz: setup-test  ## Looks for an archive or manifest that breaks the readers of
 
 collection: setup-test  ## Searches every state of the models of the garbage collection: ARGS=--full
 	$(PYTHON_BIN) -m greenroom.testing.collection $(ARGS)
+
+manifests: setup-test  ## Writes deploy/crds.yaml and deploy/install.yaml again, from the records and the Helm chart
+	$(PYTHON_BIN) scripts/crds.py
+	$(PYTHON_BIN) scripts/manifests.py
+
+images:  ## Builds the images greenroom and greenroom-agent: BASE=debian@sha256:... PREFIX=team/ TAG=...
+	@scripts/images.sh
+
+images-check:  ## Builds both on a Debian of this machine's mirror and looks at what is in them (root, buildah, minutes)
+	@scripts/images_check.sh
 
 proto: setup-test  ## Generates the code of the wire protocol again
 	@scripts/proto.sh

@@ -1,4 +1,5 @@
-"""Writes deploy/crds.yaml, the CustomResourceDefinitions, from the records (greenroom.operator.crds)."""
+"""Writes the CustomResourceDefinitions from the records (greenroom.operator.crds): deploy/crds.yaml, and the same for
+the Helm chart, which can't read files outside of it."""
 
 from __future__ import annotations
 
@@ -6,7 +7,10 @@ from pathlib import Path
 
 from greenroom.operator.crds import render
 
+DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
+TARGETS = (DEPLOY / "crds.yaml", DEPLOY / "helm" / "greenroom" / "files" / "crds.yaml")
+
 if __name__ == "__main__":
-    target = Path(__file__).resolve().parent.parent / "deploy" / "crds.yaml"
-    target.write_text(render())
-    print(target)
+    for target in TARGETS:
+        target.write_text(render())
+        print(target)
