@@ -205,6 +205,7 @@ _NEEDS = {
     "test_exec": "exec",
     "test_exec_of_no_such_command": "exec",
     "test_exec_is_killed": "exec",
+    "test_exec_is_let_go": "exec",
     "test_logs_come_through_the_fifo": "logs",
     "test_warm_sandboxes_are_counted_and_used": "warm",
 }
@@ -528,6 +529,26 @@ class BackendConformance(BackendTools):
             async with asyncio.timeout(PATIENCE_S):
                 assert await session.wait() == 137
 
+    async def test_exec_is_let_go(self, tmp_path: Path) -> None:
+        cls, owner = await self.make_class(tmp_path), identity()
+        async with self.opened() as (backend, _, _):
+            running = await backend.start(cls, owner)
+            await self.ask(running.endpoint, owner)
+            had = set(held())
+            session = await self.exec(backend, running.sid, self.command("cat"))
+            writer = asyncio.create_task(self._feed(session, bytes(8 << 20)))  # more than waits anywhere
+            await asyncio.wait([writer], timeout=QUIET_S * 3)
+            assert not writer.done(), "nobody reads"
+            writer.cancel()
+            await asyncio.wait([writer])
+            await session.kill()
+            session.abort()
+            session.abort()
+            async with asyncio.timeout(PATIENCE_S):
+                assert await session.wait() == 137
+            await until_nothing(lambda: [what for what in held() if what not in had])
+            await self.ask(running.endpoint, owner)
+
     async def test_logs_come_through_the_fifo(self, tmp_path: Path) -> None:
         cls, owner = await self.make_class(tmp_path), identity()
         async with self.opened() as (backend, _, _):
@@ -649,8 +670,8 @@ def traces(state_dir: Path, worker: str) -> list[str]:
     """What is left on the machine of a backend: processes, mounts, network namespaces, cgroups, interfaces."""
     found = processes(state_dir)
     found += [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(state_dir) in line]
-    for directory in (Path("/run/netns"), Path("/sys/class/net")):
-        if directory.is_dir():
+    for directory in (Path("/run/netns"), Path("/run/greenroom/netns"), Path("/sys/class/net")):
+        if os.access(directory, os.R_OK):  # not there, or not for who is not root
             found += [str(entry) for entry in directory.iterdir() if worker in entry.name]
     cgroups = Path("/sys/fs/cgroup")
     found += [str(path) for depth in ("*", "*/*", "*/*/*") for path in cgroups.glob(depth) if worker in path.name]
@@ -663,6 +684,16 @@ async def until_nothing(look: Callable[[], list[str]]) -> None:
     while left := look():
         assert asyncio.get_running_loop().time() < deadline, f"left behind: {left}"
         await asyncio.sleep(0.02)
+
+
+def held() -> list[str]:
+    """Pipes, sockets and tasks of this process."""
+    tasks = [f"{task.get_name()}: {task.get_coro()}" for task in asyncio.all_tasks()]
+    links = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            links.append(str(descriptor.readlink()))
+    return tasks + [link for link in links if link.startswith(("pipe:", "socket:"))]
 
 
 def digests(directory: Path) -> dict[str, str]:

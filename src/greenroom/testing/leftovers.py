@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from greenroom.sandbox.gvisor.backend import scope_name
+from greenroom.sandbox.gvisor.network import NETNS_DIRECTORY
 
 GRACE_S = 2.0
 
@@ -30,7 +31,7 @@ def _look(data_dir: Path) -> list[str]:
     found += [f"mount {line.split()[4]}" for line in mounts if name in line]
     for state_dir in data_dir.glob("workers/*/sandboxes"):
         scope = scope_name(state_dir)
-        found += [f"network namespace {scope}"] * Path("/run/netns", scope).exists()
+        found += [f"network namespace {scope}"] * (NETNS_DIRECTORY / scope).exists()
         found += [f"cgroup {path}" for path in _cgroups(scope)]
     return found
 

@@ -44,6 +44,7 @@ from greenroom.core.records import (
     Worker,
     WorkerState,
 )
+from greenroom.core.rosters import Berth
 from greenroom.engine.config import EngineConfig
 from greenroom.engine.engine import Engine
 from greenroom.images.store import DiskImageStore
@@ -76,7 +77,7 @@ QUICK = EngineConfig(
 )
 #: How long `SimWorld.settle` waits. Everything takes milliseconds; this bounds a world that never settles, and is
 #: longer than a busy machine stands still.
-SETTLE_S = 20.0
+SETTLE_S = 60.0
 _POLL_S = 0.002
 
 
@@ -191,9 +192,16 @@ class SimWorld:
         for name in self.agents:
             self.hub.disconnect(name)
 
-    async def start_agent(self, name: str) -> None:
-        """A new agent process of that worker; it connects."""
-        config = AgentConfig(worker=name, pool="default", capacity=self.slots, state_dir=self.root / name, warm=0)
+    async def start_agent(self, name: str, berth: Berth | None = None) -> None:
+        """A new agent process of that worker; it connects. ``berth``: which slot of a ledger it has."""
+        config = AgentConfig(
+            worker=name,
+            pool="default",
+            capacity=self.slots,
+            state_dir=self.root / name,
+            warm=0,
+            berth=berth or Berth(),
+        )
         self.backends[name] = SimBackend(self.script)
         agent = Agent(config, self.backends[name], DiskImageStore(self.root / "images"), self.snapshots)
         await agent.open()
@@ -314,6 +322,8 @@ class SimWorld:
         found += [f"driven: {operation}" for operation in self.engine.ops.running]
         found += self._sandbox_problems(actors) + self._binding_problems(actors) + self._leftovers()
         found += await self._snapshot_problems(actors)
+        unknown = self.hub.connected().keys() - self.engine.members.enrolled()
+        found += [f"not registered yet: {worker}" for worker in unknown]
         for worker in await list_all(self.store, Worker):
             if (worker.state is WorkerState.ACTIVE) != (worker.name in self.agents):
                 found.append(f"an agent that is {'there' if worker.name in self.agents else 'not there'}: {worker}")

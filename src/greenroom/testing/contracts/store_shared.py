@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from greenroom.core.errors import AlreadyExists, Conflict, NotFound
 from greenroom.core.records import Replica
+from greenroom.core.rosters import Roster, RosterEntry
 from greenroom.store.port import EventType, Store
 
 #: How far a store's clock may be from this machine's: both count seconds since the epoch, on machines whose clocks are
@@ -17,7 +18,7 @@ CLOSE_S = 5.0
 
 
 class Shared:
-    """Replicas of the control plane, and their clock."""
+    """Replicas of the control plane, rosters, and their clock."""
 
     # replicas
 
@@ -65,6 +66,29 @@ class Shared:
             (EventType.PUT, two),
             (EventType.DELETED, two),
         ]
+
+    # rosters
+
+    async def test_a_roster_is_replaced_as_a_whole(self, store: Store) -> None:
+        with pytest.raises(NotFound) as none:
+            await store.get(Roster, "p")
+        assert none.value.reason == "ROSTER_NOT_FOUND"
+        one = await store.put(Roster(pool="p", pool_uid="u", workers=(RosterEntry(name="p-1-0", ordinal=0, epoch=1),)))
+        with pytest.raises(AlreadyExists):
+            await store.put(Roster(pool="p", pool_uid="u"))
+        two = await store.put(replace(one, epoch=2, ledger_version=9, workers=()))
+        assert two.version == 2 and await store.get(Roster, "p") == two
+        with pytest.raises(Conflict):  # whoever replaces it from what it was before looks again
+            await store.put(replace(one, epoch=3))
+        assert await store.list(Roster) == [two]
+
+    async def test_rosters_are_watched(self, store: Store) -> None:
+        watch = store.watch()
+        one = await store.put(Roster(pool="p", pool_uid="u", pool_namespace="ns", former_uids=("t",)))
+        await store.remove(one)
+        seen = [await anext(watch) for _ in range(2)]
+        assert [(e.type, e.record) for e in seen] == [(EventType.PUT, one), (EventType.DELETED, one)]
+        assert await store.list(Roster) == []
 
     # the clock
 

@@ -7,6 +7,7 @@ Apply".
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from greenroom.testing.fake_kube import discovery, patches, selectors, tables
+from greenroom.testing.fake_kube import discovery, patches, protobuf, selectors, tables
 from greenroom.testing.fake_kube.errors import KubeError, bad_request, not_found
 from greenroom.testing.fake_kube.objects import Caller, Object, Objects, scale_object
 from greenroom.testing.fake_kube.resources import Resource
@@ -23,6 +24,8 @@ from greenroom.testing.fake_kube.views import View
 
 #: As a real server: a watch without ``timeoutSeconds`` ends after this long, and bookmarks come about every minute.
 WATCH_S = 1800.0
+#: Lists whose rest is kept for those that read them in pieces; that of an older one has expired.
+KEPT_PAGES = 16
 BOOKMARK_EVERY_S = 60.0
 
 
@@ -55,7 +58,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 _PATH = re.compile(
     r"/(?:api/(?P<core>v1)|apis/(?P<group>[^/]+)/(?P<version>[^/]+))"
     r"(?:/namespaces/(?P<namespace>[^/]+)(?=/[^/]+))?"
-    r"/(?P<plural>[^/]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>status|scale|eviction|finalize))?"
+    r"/(?P<plural>[^/]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>status|scale|eviction|finalize|portforward))?"
 )
 
 
@@ -67,6 +70,9 @@ class Api:
     view: View = None  # type: ignore[assignment]
     view_of: Callable[[str], View] | None = None
     bookmark_every_s: float = BOOKMARK_EVERY_S
+    #: What is left of lists that are read in pieces, by token, and of which version it is.
+    _pages: OrderedDict[str, tuple[list[Object], int]] = field(default_factory=OrderedDict)
+    _kept: int = 0
 
     def __post_init__(self) -> None:
         if self.view is None:
@@ -144,18 +150,39 @@ class Api:
             view = self._view(request)
             await view.reach(_version(wanted))
             state, rv = view.state, view.rv
-        found = [
-            obj
-            for (namespace, _), obj in sorted(state.get(target.resource.key, {}).items())
-            if (not target.namespace or namespace == target.namespace) and matches(obj)
-        ]
+        if token := request.query.get("continue"):
+            found, rv = self._rest(token)
+        else:
+            found = [
+                obj
+                for (namespace, _), obj in sorted(state.get(target.resource.key, {}).items())
+                if (not target.namespace or namespace == target.namespace) and matches(obj)
+            ]
         metadata: dict[str, Any] = {"resourceVersion": str(rv)}
+        limit = _version(request.query.get("limit") or "0")
+        if limit and len(found) > limit:
+            metadata |= {"continue": self._keep(found[limit:], rv), "remainingItemCount": len(found) - limit}
+            found = found[:limit]
         if tables.wanted(request.headers):
             return _json(200, tables.table(target.resource, found, metadata, self.objects.clock()))
         kind = f"{target.resource.kind}List"
         return _json(
             200, {"kind": kind, "apiVersion": target.resource.api_version, "metadata": metadata, "items": found}
         )
+
+    def _keep(self, rest: list[Object], rv: int) -> str:
+        """The token that the rest of a list is asked for with."""
+        self._pages[f"page-{rv}-{len(rest)}-{self._kept}"] = rest, rv
+        self._kept += 1
+        while len(self._pages) > KEPT_PAGES:
+            self._pages.popitem(last=False)
+        return next(reversed(self._pages))
+
+    def _rest(self, token: str) -> tuple[list[Object], int]:
+        if token not in self._pages:
+            message = "The provided continue parameter is too old to display a consistent list result."
+            raise KubeError(410, "Expired", message)
+        return self._pages[token]
 
     async def _watch(self, request: Request, target: _Target, matches: selectors.Test) -> Response:
         view = self._view(request)
@@ -333,6 +360,8 @@ def _json(status: int, body: Any) -> Response:
 
 
 def _body(request: Request) -> Any:
+    if "protobuf" in request.headers.get("content-type", ""):
+        return protobuf.decode(request.body)
     try:
         if "yaml" in request.headers.get("content-type", ""):
             return yaml.safe_load(request.body)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
+import msgspec
 import yaml
 from aiohttp import web
 
 from greenroom.testing.fake_kube.adversary import Dropped
 from greenroom.testing.fake_kube.api import Api, Handler, Request
+from greenroom.testing.fake_kube.errors import KubeError
 from greenroom.testing.fake_kube.objects import MAX_OBJECT_BYTES
+from greenroom.testing.fake_kube.portforward import PATH, Ports
 
 
 class FakeKube:
@@ -21,6 +24,7 @@ class FakeKube:
         handler: what answers instead of the API itself (an adversary in front of it).
         token: clients must send it (``Authorization: Bearer``); "" takes everybody.
         tls: makes it serve https.
+        ports: what pods serve, for ``portforward``.
     """
 
     def __init__(
@@ -30,11 +34,13 @@ class FakeKube:
         handler: Handler | None = None,
         token: str = "",
         tls: ssl.SSLContext | None = None,
+        ports: Ports | None = None,
     ) -> None:
         self.api = api or Api()
         self._handler = handler or self.api.handle
         self._token = token
         self._tls = tls
+        self.ports = ports or Ports()
         self.url = ""
         self.requests = 0
 
@@ -88,7 +94,18 @@ class FakeKube:
             client=request.headers.get("User-Agent", "unknown"),
         )
         try:
-            answer = await self._handler(wanted)
+            forwarded = PATH.fullmatch(request.path)
+            if forwarded is not None and request.method == "GET":
+                # The pod has to be there, and whoever asks to have the right to it: its handler knows.
+                answer = await self._handler(wanted)
+                if answer.status == 200:
+                    status = msgspec.json.decode(answer.body).get("status") or {}
+                    namespace, pod = forwarded.groups()
+                    return await self.ports.serve(request, namespace, pod, status.get("podIP", ""))
+            else:
+                answer = await self._handler(wanted)
+        except KubeError as error:
+            return web.json_response(error.status(), status=error.code)
         except Dropped:
             assert request.transport is not None
             request.transport.abort()

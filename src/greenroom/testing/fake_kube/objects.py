@@ -167,9 +167,12 @@ class Objects:
         subresource: str = "",
         verb: str = "update",
     ) -> Object:
-        """PUT. With a resource version in ``obj`` only if that is still the object's."""
+        """PUT. With a resource version in ``obj`` only if that is still the object's; a custom resource needs one."""
         live = self.get(resource, namespace, name)
         given = obj.get("metadata") or {}
+        if resource.custom and verb == "update" and subresource != "scale" and not given.get("resourceVersion"):
+            missing = [("metadata.resourceVersion", "Invalid value: 0: must be specified for an update")]
+            raise invalid(resource.kind, resource.group, name, missing)
         if given.get("name", name) != name:
             raise bad_request(
                 f"the name of the object ({given.get('name')}) does not match the name on the URL ({name})"
@@ -267,6 +270,8 @@ class Objects:
     def _valid(self, resource: Resource, obj: Object, live: Object | None) -> Object:
         obj = {**obj, "apiVersion": resource.api_version, "kind": resource.kind}
         causes = _metadata_causes(obj["metadata"])
+        if resource.key == CRD.key and live is not None:
+            causes += _version_causes(obj, live)
         if resource.schema is not None:
             obj = schema.default(schema.prune(obj, resource.schema, "", [], root=True), resource.schema)
             causes += schema.check(obj, resource.schema)
@@ -326,15 +331,18 @@ class Objects:
             self.registry.undefine(crd)
             return crd
         self.registry.define(crd)
+        storage = [v["name"] for v in crd["spec"]["versions"] if v.get("storage")]
         if (crd.get("status") or {}).get("conditions"):
+            # Objects of an earlier storage version stay as they are until each is written again.
+            stored = crd["status"].get("storedVersions", [])
+            crd["status"] = {**crd["status"], "storedVersions": [*stored, *(v for v in storage if v not in stored)]}
             return crd
         when = rfc3339(self.clock())
         conditions = [
             {"type": t, "status": "True", "reason": r, "message": "", "lastTransitionTime": when}
             for t, r in (("NamesAccepted", "NoConflicts"), ("Established", "InitialNamesAccepted"))
         ]
-        stored = [v["name"] for v in crd["spec"]["versions"] if v.get("storage")]
-        crd["status"] = {"conditions": conditions, "acceptedNames": crd["spec"]["names"], "storedVersions": stored}
+        crd["status"] = {"conditions": conditions, "acceptedNames": crd["spec"]["names"], "storedVersions": storage}
         self.state[CRD.key][name] = crd
         return crd
 
@@ -346,18 +354,37 @@ class Objects:
 
 
 def scale_object(scale: Scale, obj: Object) -> Object:
-    """The ``Scale`` that an object with this subresource shows."""
+    """The ``Scale`` that an object with this subresource shows. Source: k8s.io/apiextensions-apiserver,
+    registry/customresource (`scaleFromCustomResource`)."""
+    replicas = json_path(obj, scale.spec_path)
+    if replicas is None:
+        raise KubeError(500, "InternalError", f'the spec replicas field "{scale.spec_path}" does not exist')
     metadata = {k: obj["metadata"][k] for k in ("name", "namespace", "uid", "resourceVersion", "creationTimestamp")}
     return {
         "apiVersion": "autoscaling/v1",
         "kind": "Scale",
         "metadata": metadata,
-        "spec": {"replicas": json_path(obj, scale.spec_path) or 0},
+        "spec": {"replicas": replicas},
         "status": {
             "replicas": json_path(obj, scale.status_path) or 0,
             "selector": json_path(obj, scale.selector_path) or "" if scale.selector_path else "",
         },
     }
+
+
+def _version_causes(crd: Object, live: Object) -> list[tuple[str, str]]:
+    """A version in which objects may be stored can't go. Source: k8s.io/apiextensions-apiserver, validation of an
+    update's ``status.storedVersions``."""
+    there = {version["name"] for version in crd["spec"]["versions"]}
+    stored = (live.get("status") or {}).get("storedVersions", [])
+    return [
+        (
+            f"status.storedVersions[{i}]",
+            f'Invalid value: "{name}": missing from spec.versions; was previously a storage version',
+        )
+        for i, name in enumerate(stored)
+        if name not in there
+    ]
 
 
 def _metadata_causes(metadata: Object) -> list[schema.Cause]:

@@ -84,6 +84,13 @@ BUILT_IN = (
     Resource("", "v1", "services", "Service", short_names=("svc",), status=True, categories=("all",)),
     Resource("", "v1", "serviceaccounts", "ServiceAccount", short_names=("sa",)),
     Resource("coordination.k8s.io", "v1", "leases", "Lease"),
+    Resource("apps", "v1", "deployments", "Deployment", short_names=("deploy",), status=True, categories=("all",)),
+    Resource("apps", "v1", "statefulsets", "StatefulSet", short_names=("sts",), status=True, categories=("all",)),
+    Resource("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy", short_names=("netpol",)),
+    Resource("rbac.authorization.k8s.io", "v1", "roles", "Role"),
+    Resource("rbac.authorization.k8s.io", "v1", "rolebindings", "RoleBinding"),
+    Resource("rbac.authorization.k8s.io", "v1", "clusterroles", "ClusterRole", namespaced=False),
+    Resource("rbac.authorization.k8s.io", "v1", "clusterrolebindings", "ClusterRoleBinding", namespaced=False),
     Resource("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget", short_names=("pdb",), status=True),
     CRD,
 )

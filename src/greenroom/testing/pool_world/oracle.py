@@ -10,9 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from greenroom.core.ledger import naming, wire
 from greenroom.core.ledger.records import Ledger, Slot
-from greenroom.operator.objects import POOL_FINALIZER, POOL_UID_LABEL
+from greenroom.operator.objects import POOL_FINALIZER, POOL_UID_LABEL, PoolObject
+from greenroom.operator.scaled import Scaled, read_scaled
 from greenroom.testing.fake_kube.objects import Entry, Object
 
 PODS, POOLS = ("", "pods"), ("greenroom.dev", "workerpools")
@@ -131,15 +134,22 @@ class Oracle:
             "Succeeded": "ended" in facts,
             "Deleted": "deleting" in facts,
             "Gone": "gone" in facts,
-            "Named": bool({slot.id, slot.pod_uid, name[1]} & set(spec.get("victims", ()))),
+            "Named": bool({slot.id, slot.pod_uid, name[1]} & self._victims(pool)),
             "Suspended": after.suspending,
             "PoolDeleted": "deletionTimestamp" in pool.object["metadata"],
             "NameTaken": name in self.foreign,
-            "Surplus": before.active > target and after.active >= target,
+            # Of one that the autoscaler sizes nobody goes who is not named.
+            "Surplus": before.active > target and after.active >= target and spec.get("replicas") is not None,
         }
         if not holds.get(slot.reason, False):
             law = "D3" if slot.reason == "Surplus" else "D2"
             raise Wrong(law, entry, f"slot {slot.id} was condemned as {slot.reason!r}: {before.active} of {target}")
+
+    @staticmethod
+    def _victims(pool: _Pool) -> set[str]:
+        spec = pool.object.get("spec", {})
+        scaled = _scaled(pool.object).victims if spec.get("replicas") is None else ()
+        return {*spec.get("victims", ()), *scaled}
 
     def _d4(self, entry: Entry, pool: _Pool, slot: Slot) -> None:
         assert pool.ledger is not None
@@ -239,11 +249,18 @@ def overshoot(log: Iterable[Entry]) -> tuple[int, int]:
 
 
 def desired(pool: Object) -> int:
-    """As many workers as the spec asks for."""
+    """As many workers as the spec asks for or, when it leaves that out, as the autoscaler has decided."""
     spec = pool.get("spec", {})
     if spec.get("suspend") or "deletionTimestamp" in pool["metadata"]:
         return 0
-    return int(max(min(spec.get("replicas", 2), spec.get("maxReplicas", 1000)), spec.get("minReplicas", 0)))
+    replicas = spec.get("replicas")
+    if replicas is None:
+        replicas = _scaled(pool).replicas
+    return int(max(min(replicas, spec.get("maxReplicas", 1000)), spec.get("minReplicas", 0)))
+
+
+def _scaled(pool: Object) -> Scaled:
+    return read_scaled(msgspec.convert(pool, PoolObject))
 
 
 def owner(pod: Object) -> str:

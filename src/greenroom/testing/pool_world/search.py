@@ -36,6 +36,7 @@ ACTS = {
     "evict": 5,
     "lose": 5,
     "unlabel": 5,
+    "relabel": 5,
     "disown": 5,
     "foreign": 3,
     "limit": 6,
@@ -43,8 +44,10 @@ ACTS = {
     "wipe": 1,
     "edit": 1,
 }
+#: The same of a pool beside a control plane, by whose demand it is sized.
+SIZED = {what: most for what, most in ACTS.items() if what not in ("scale", "victim")} | {"demand": 30}
 #: Labels of a pod are not edited when its pool is forced away: then nothing says any more whose it is.
-FORCED = {"recreate": 1} | {what: most for what, most in ACTS.items() if what not in ("unlabel", "disown")}
+FORCED = {"recreate": 1} | {what: most for what, most in ACTS.items() if what not in ("unlabel", "relabel", "disown")}
 MOST_ACTS = 25
 
 #: What a controller of pods meets, from the harmless to what breaks most.
@@ -81,6 +84,9 @@ def plan_of(seed: int) -> Plan:
     """What happens to a pool with this seed: anything, at any time."""
     chance = random.Random(f"plan {seed}")
     acts = FORCED if chance.random() < 0.1 else ACTS
+    sized = seed % 4 == 3
+    if sized:
+        acts = SIZED
     script = []
     for _ in range(chance.randint(0, MOST_ACTS)):
         what = chance.choice(sorted(acts))
@@ -91,6 +97,8 @@ def plan_of(seed: int) -> Plan:
         odds=chance.choice(ODDS),
         lag_s=chance.choice([0.0, 1.0, 5.0, 40.0, 100.0]),
         operators=chance.choice([1, 2, 3]),
+        plane=sized,
+        plane_trouble=chance.choice([0.0, 0.1, 0.5]) if sized else 0.0,
     )
 
 

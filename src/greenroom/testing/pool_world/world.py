@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,9 @@ import structlog
 
 from greenroom.core.ledger.naming import pod_name
 from greenroom.operator.crds import definitions
+from greenroom.operator.objects import POOL_LABEL, POOL_UID_LABEL
 from greenroom.operator.operator import Operator
+from greenroom.testing import defects
 from greenroom.testing.fake_kube.adversary import CALM, Adversary, Odds, Quota, Replicas
 from greenroom.testing.fake_kube.api import Api
 from greenroom.testing.fake_kube.cluster import Cluster
@@ -26,6 +29,7 @@ from greenroom.testing.fake_kube.objects import Caller, Entry, Name, Object, Obj
 from greenroom.testing.fake_kube.resources import CRD, Resource
 from greenroom.testing.pool_world.losers import ALGORITHMS, Loser
 from greenroom.testing.pool_world.oracle import OPERATOR, PODS, POOLS, Oracle, desired, overshoot, owner
+from greenroom.testing.pool_world.plane import SLOTS, SimPlane
 from greenroom.testing.pool_world.transport import SimTransport
 from greenroom.testing.simloop import Pace, Process, SimLoop
 
@@ -38,6 +42,8 @@ POOL: Name = ("default", "pool")
 SETTLE_S = 900.0
 #: For how long nothing may be written then.
 IDLE_S = 600.0
+#: Of the autoscaler, so that it shrinks pools within the time that they have to come to rest.
+COOL_DOWN_S = 20.0
 STEPS = 3_000_000
 DEFAULT_PACE = Pace()
 STORM = Odds(refused=0.5, failed=0.4)
@@ -60,6 +66,7 @@ class Plan:
         lag_s: how far the caches of the server's replicas are behind, at most.
         lose_call: which request of the first operator it dies with (counted from 1; negative: after the answer).
         more_pools: beside the one that things happen to, of one worker each.
+        plane: whether there is a control plane; ``plane_trouble``: how often (0 to 1) it does not answer.
     """
 
     seed: int = 0
@@ -72,6 +79,8 @@ class Plan:
     trouble_s: float = 300.0
     lose_call: int = 0
     more_pools: int = 0
+    plane: bool = False
+    plane_trouble: float = 0.0
     pace: Pace = DEFAULT_PACE
 
 
@@ -104,14 +113,14 @@ def run(plan: Plan) -> Report:
     """
     loop = SimLoop(plan.seed, pace=plan.pace, limit=STEPS)
     try:
-        with _quiet():
+        with quiet(), defects.raised():
             return loop.run_until_complete(World(plan, loop).run())
     finally:
         loop.close()
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     before = structlog.get_config()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     try:
@@ -151,6 +160,7 @@ class World:
         self._stormy_until = 0.0
         self._blind_s = 0
         self.objects.on_change.append(self._see)
+        self.plane = SimPlane(self._random("plane"), self._running, self.clock, self.plan.plane_trouble)
         self.oracle = Oracle()
         if self.plan.algorithm == "ledger":
             self.objects.on_change.append(self.oracle.see)
@@ -187,7 +197,10 @@ class World:
         chance = self._random(identity)
         transport = SimTransport(self._heard(number), identity, chance, self.spawn, self.clock)
         if self.plan.algorithm == "ledger":
-            work = Operator(transport, "default", identity, chance=chance, wall=self.clock).run()
+            plane = self.plane if self.plan.plane else None
+            work = Operator(
+                transport, "default", identity, chance=chance, wall=self.clock, plane=plane, cool_down_s=COOL_DOWN_S
+            ).run()
         else:
             work = Loser(transport, identity, ALGORITHMS[self.plan.algorithm], chance).run()
         self.loop.start(process, work)
@@ -252,6 +265,16 @@ class World:
     def scale(self, replicas: int) -> None:
         self._change_spec(replicas=replicas)
 
+    def demand(self, actors: int) -> None:
+        """From now on the pool is the autoscaler's, and so many actors are awake or want to be."""
+        self.plane.actors = actors
+        if (pool := self._pool()) is not None and pool["spec"].get("replicas") is not None:
+            self._change_spec(replicas=None)
+
+    def mute(self, _: int) -> None:
+        """The control plane answers nobody any more, until the calm."""
+        self.plane.trouble = 1.0
+
     def suspend(self, wanted: int) -> None:
         self._change_spec(suspend=bool(wanted))
 
@@ -276,6 +299,12 @@ class World:
 
     def unlabel(self, index: int) -> None:
         self._change_pod(index, labels={})
+
+    def relabel(self, index: int) -> None:
+        """By its labels it is of a pool that there is not; with an even index the uid that says otherwise goes, too."""
+        if (pod := self._pod(index)) is not None:
+            uid = (pod["metadata"].get("labels") or {}).get(POOL_UID_LABEL) if index % 2 else None
+            self._change_pod(index, labels={POOL_LABEL: "another", **({POOL_UID_LABEL: uid} if uid else {})})
 
     def disown(self, index: int) -> None:
         self._change_pod(index, ownerReferences=[])
@@ -346,8 +375,10 @@ class World:
         return found[index % len(found)][1] if found else None
 
     def _change_spec(self, **values: Any) -> None:
+        """None takes a field away."""
         if (pool := self._pool()) is not None:
-            self.objects.update(self.pools_resource, *POOL, {**pool, "spec": {**pool["spec"], **values}}, PERSON)
+            spec = {name: value for name, value in {**pool["spec"], **values}.items() if value is not None}
+            self.objects.update(self.pools_resource, *POOL, {**pool, "spec": spec}, PERSON)
 
     def _change_status(self, status: Object) -> None:
         if (pool := self._pool()) is not None:
@@ -395,6 +426,7 @@ class World:
         self.adversary.odds = CALM
         self.replicas.frozen, self.replicas.lag_s = False, 0.0
         self.quota.most = None
+        self.plane.trouble = 0.0
         for process in self.processes.values():
             self.loop.resume(process)
 
@@ -425,12 +457,41 @@ class World:
         ]
         alive = {p["metadata"]["uid"] for p in mine if "deletionTimestamp" not in p["metadata"]}
         wanted = desired(pool)
-        if len(mine) != len(alive):
+        if (wrong := self._wrong_in_plane(pool, ledger)) or len(mine) != len(alive):
+            if wrong:
+                return wrong
             return f"{len(mine) - len(alive)} pods are still ending"
         if alive != live or len(live) != wanted:
             return f"{wanted} are wanted, {len(alive)} pods are there, {len(live)} of them in the ledger: {ledger}"
         ready = pool.get("status", {}).get("readyReplicas", 0)
         return "" if ready == wanted else f"{ready} of {wanted} are shown as ready"
+
+    def _wrong_in_plane(self, pool: Object, ledger: Object) -> str:
+        """How the control plane's view differs from the ledger, and the pool's size from the demand."""
+        if not self.plan.plane:
+            return ""
+        roster = self.plane.rosters.get(POOL[1])
+        known = {(w.epoch, w.ordinal): w.pod_uid for w in roster.workers} if roster is not None else {}
+        active = {
+            tuple(map(int, slot_id.split("-"))): slot.get("podUID", "")
+            for slot_id, slot in ledger["slots"].items()
+            if slot["state"] != "D"
+        }
+        if roster is None or known != active or roster.pool_uid != pool["metadata"]["uid"]:
+            return f"the roster is {roster}, and the ledger {ledger}"
+        spec = pool["spec"]
+        if spec.get("replicas") is None and not spec.get("suspend"):
+            wanted = math.ceil(self.plane.actors / SLOTS)
+            if len(active) != wanted:
+                return f"{self.plane.actors} actors need {wanted} workers, and there are {len(active)}"
+        return ""
+
+    def _running(self) -> dict[str, Object]:
+        return {
+            name: pod
+            for (_, name), pod in self.objects.state.get(PODS, {}).items()
+            if pod["status"].get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"]
+        }
 
     def _writes(self) -> Sequence[str]:
         return [

@@ -212,12 +212,18 @@ class Oracle:
         if actor.snapshot != old.snapshot:
             begun_anew = old.state is ActorState.CRASHED and actor.state is ActorState.RESUMING
             not_begun = old.state is ActorState.RESUMING and actor.state is ActorState.CRASHED and not old.snapshot
-            if not (begun_anew or not_begun or self._is_bad(old.snapshot)):
+            if not (begun_anew or not_begun or self._is_bad(old.snapshot) or self._is_left(old, actor)):
                 raise self.broken(f"another snapshot for no reason: {old} -> {actor}")
             self.books.ends[f"set back: {actor.reason or 'boot'}"] += 1
             line.saved = (self.world.stored_count(actor.snapshot) or 0) if actor.snapshot else 0
         line.losses += 1
         line.acked = line.saved
+
+    def _is_left(self, old: Actor, actor: Actor) -> bool:
+        """Whether it is what a suspend had saved, of an actor that may have run on and says that it lost that."""
+        made = self.books.records.get((Snapshot, actor.snapshot))
+        suspended = old.state is ActorState.SUSPENDING and actor.state is ActorState.CRASHED
+        return suspended and isinstance(made, Snapshot) and made.created_at == actor.unsaved_since
 
     def _is_bad(self, snapshot_id: str) -> bool:
         record = self.books.records.get((Snapshot, snapshot_id))
