@@ -28,7 +28,7 @@ from greenroom.testing.contracts.snapshots import make_snapshot
 
 SPEC = TemplateSpec(image="sim:t")
 #: No test waits this long for anything.
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 
 @contextmanager

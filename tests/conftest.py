@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ from typing import Any
 import pytest
 from _pytest.runner import runtestprotocol
 
+from greenroom.testing import defects
 from greenroom.testing.postgres import PostgresServer, find_programs
 
 # What `make setup` put into .tools is found without the Makefile too.
 os.environ["PATH"] += f":{Path(__file__).parents[1] / '.tools' / 'bin'}"
+# A shell starts what it runs in the background with SIGINT ignored, and every child inherits that: Ctrl-C is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +32,13 @@ def _no_zombies_of_others(request: pytest.FixtureRequest) -> None:
                 state, parent = rest.split()[:2]
                 if name == "exe" and state == "Z" and parent == str(os.getpid()):
                     os.waitpid(int(stat.parent.name), os.WNOHANG)
+
+
+@pytest.fixture(autouse=True)
+def _defects_are_raised() -> Iterator[None]:
+    """An operator goes on after a defect, and its test is to fail."""
+    with defects.raised():
+        yield
 
 
 #: Of a test that runs into grpcio's race (see the marker in pyproject.toml); it fails in one of some fifty runs.

@@ -138,8 +138,10 @@ def test_watch_shows_what_happens(kit: Kit, shell: Shell) -> None:
 
 
 def test_as_a_plugin_of_kubectl(kit: Kit, shell: Shell) -> None:
-    assert shell("get", "templates", "-o", "name", program=KUBECTL_PLUGIN).ok() == "template/counter\n"
-    shell("get", "nosuch", program=KUBECTL_PLUGIN).failed(2, "there is no type 'nosuch'")
+    # Without --server it goes to a cluster: tests/e2e/test_kubectl_greenroom.py.
+    here = ("--server", kit.live.address)
+    assert shell("get", "templates", "-o", "name", *here, program=KUBECTL_PLUGIN).ok() == "template/counter\n"
+    shell("get", "nosuch", *here, program=KUBECTL_PLUGIN).failed(2, "there is no type 'nosuch'")
     shell("frobnicate", program=KUBECTL_PLUGIN).failed(
         2, "there is no command 'frobnicate'", "kubectl-greenroom --help"
     )

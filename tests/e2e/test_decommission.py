@@ -17,6 +17,7 @@ from shell import Shell, document
 
 from greenroom.agent.enrolment import PAPERS
 from greenroom.core.records import ActorState, WorkerState
+from greenroom.testing.leaks.places import Place, look
 from greenroom.testing.leftovers import leftovers
 from greenroom.testing.live import LiveServer
 
@@ -175,6 +176,39 @@ def test_a_pool_made_smaller_while_its_worker_was_dead(data_dir: Path, counter_i
         assert [(w.distrust, w.message) for w in again] == [("", ""), ("", "")]
     finally:
         live.stop()
+
+
+@pytest.mark.timeout(240)
+def test_a_directory_that_no_record_speaks_of_goes_with_all_that_runs_there(data_dir: Path, counter_image: str) -> None:
+    """Everything was killed, and the database lost: the sandboxes of a worker that no pool asks for live on."""
+    live = LiveServer(data_dir, backend=BACKEND, workers=2, slots=1, options=("--warm=0",))
+    live.start()
+    kit = Kit(live, counter_image)
+    assert kit.apply().state == "Ready"
+    kit.create("a", "b")
+    for name in ("a", "b"):
+        kit.get(name)
+    assert {kit.actor(name).worker for name in ("a", "b")} == {"default-0", "default-1"}
+    live.kill()
+    for path in [*data_dir.glob("greenroom.db*"), *data_dir.glob(f"workers/*/{PAPERS}")]:
+        path.unlink()
+    place = left(data_dir, "default-1")
+    assert place.netns and place.cgroups and place.processes and place.uses
+    live.workers = 1
+    live.start()
+    try:
+        until(lambda: [path.name for path in (data_dir / "workers").iterdir()], lambda names: names == ["default-0"])
+        place = left(data_dir, "default-1")
+        assert not (place.netns or place.cgroups or place.processes or place.uses or place.is_holder)
+    finally:
+        live.stop()
+    assert leftovers(data_dir) == []
+
+
+def left(data_dir: Path, worker: str) -> Place:
+    """What a worker has on this machine."""
+    directories = {worker: data_dir / "workers" / worker}
+    return look(data_dir, directories, data_dir / "images", data_dir / "snapshots").places[worker]
 
 
 @pytest.mark.timeout(240)

@@ -129,12 +129,11 @@ def test_resumes_of_a_cold_image_wait_for_one_pull(served: tuple[Kit, Shell], pu
         before = passed(host)["blob_bytes"]
         with ThreadPoolExecutor(10) as pool:
             waking = [pool.submit(kit.act, "Resume", f"a{n}") for n in range(10)]
-            shown = until(
+            until(
                 lambda: shell("get", "operations", "--state=running").ok(),
-                lambda text: "prepare/download" in text and "% of" in text,
+                lambda text: "prepare/download" in text and "% of" in text and text.count("Resume") == 10,
             )
             operations = [future.result() for future in waking]  # all of them DONE
-        assert shown.count("Resume") == 10
         longest = max(op.finished_at - op.created_at for op in operations if op.finished_at)
         assert longest > 4, "the image took longer than an operation may"
         assert passed(host)["blob_bytes"] - before <= sum(pushed.sizes.values()) + (1 << 20)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from greenroom.core.agentapi import Entrance
 from greenroom.core.errors import NotFound
 from greenroom.core.records import Endpoint, Key, PhaseTime
 from greenroom.engine.bindings import Binding, BindingTable, Wake
@@ -33,6 +34,8 @@ class FakeWaker:
         self.gate = asyncio.Event()
         self.gate.set()
         self.called = asyncio.Event()
+        #: Of workers that are elsewhere.
+        self.entrances: dict[str, Entrance] = {}
         self.calls = 0
         self.operations = 0
         self.error: Exception | None = None
@@ -68,6 +71,9 @@ class FakeWaker:
             self.elsewhere.discard(binding.key)
             self.bindings.revoke(binding.key)
         return binding.revoked
+
+    async def entrance(self, binding: Binding) -> Entrance | None:
+        return self.entrances.get(binding.worker)
 
     def bind(self, key: Key) -> Binding:
         binding = Binding(key, f"uid-{key.name}", self._generation(), "w", self.endpoints[key], 300.0)
@@ -241,7 +247,7 @@ class Client:
         return await self.reader.read()
 
 
-async def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> Any:
+async def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
     """Turns the loop until the condition holds, for what nothing announces; returns what it came to."""
     async with asyncio.timeout(timeout_s):
         while not (value := condition()):

@@ -10,21 +10,24 @@ from typing import Any
 import grpc.aio
 
 from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2_grpc
+from greenroom.api.access import Guard
 from greenroom.api.link import AgentHub
+from greenroom.api.server import listen_tcp
 from greenroom.core.agentapi import Enrol, Heartbeat, Hello, Present, SandboxExited, Welcome
 from greenroom.core.errors import Unavailable
 from greenroom.core.gc.records import Registered
 
-#: Heartbeats of the tests: quick, so that nothing is waited for.
-HEARTBEAT_S = 0.05
+#: Heartbeats of the tests: quick, and yet some of them last longer than a busy machine stands still.
+HEARTBEAT_S = 0.2
 
 
 class Replica:
-    """Also the hub's listener; keeps what it hears."""
+    """Also the hub's listener; keeps what it hears. ``guard``: it takes agents over TCP, with this."""
 
-    def __init__(self, root: Path, name: str) -> None:
+    def __init__(self, root: Path, name: str, guard: Guard | None = None) -> None:
         self.name = name
-        self.address = f"unix:{root}/{name}.sock"
+        self.guard = guard
+        self.address = "127.0.0.1:0" if guard else f"unix:{root}/{name}.sock"
         self.hub = AgentHub()
         self.hub.listener = self
         #: False: as when it does not reach the store.
@@ -46,9 +49,13 @@ class Replica:
         self.hub.welcome = Welcome(replica=self.name, links=addresses, heartbeat_s=HEARTBEAT_S, alone_s=alone_s)
 
     async def start(self, *more: str) -> None:
-        self._server = grpc.aio.server()
+        self._server = grpc.aio.server(
+            interceptors=self.guard.interceptors() if self.guard else [], options=[("grpc.so_reuseport", 0)]
+        )
         link_pb2_grpc.add_AgentLinkServicer_to_server(self.hub, self._server)
-        for address in (self.address, *more):
+        if self.guard:
+            self.address = listen_tcp(self._server, self.address, self.guard, "--agents", "--agent-token-file")
+        for address in more if self.guard else (self.address, *more):
             self._server.add_insecure_port(address)
         await self._server.start()
 

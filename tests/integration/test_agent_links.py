@@ -7,18 +7,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import grpc.aio
 import pytest
 from agent_kit import SPEC, Bench, short_directory, until
-from link_kit import HEARTBEAT_S, Replica
+from link_kit import Replica
 
 from greenroom.agent import clock
 from greenroom.agent import link as agent_link
 from greenroom.agent.links import Links
-from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2
+from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2, link_pb2_grpc
 from greenroom.api.link import NO_HEARTBEAT
 from greenroom.core import agentapi as api
 from greenroom.core.agentapi import ResidentState
-from greenroom.core.errors import Unavailable
+from greenroom.core.errors import Internal, Unavailable
 from greenroom.core.records import SnapshotState
 from greenroom.sandbox.sim import MethodScript, SimScript
 
@@ -315,10 +316,6 @@ async def test_a_replica_that_answers_none_for_long_is_told_on_and_counts_again_
 
 
 async def test_an_older_agent_whose_frames_have_no_body(site: Site) -> None:
-    import grpc.aio
-
-    from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2_grpc
-
     one = site.replicas[0]
     await one.start()
     await site.bench.boot()
@@ -338,6 +335,36 @@ async def test_an_older_agent_whose_frames_have_no_body(site: Site) -> None:
         stream.cancel()
 
 
+@pytest.mark.parametrize(
+    "kind, body",
+    [
+        (link_pb2.Frame.RESULT, b"{"),
+        (link_pb2.Frame.RESULT, b'{"residents": 7}'),
+        (link_pb2.Frame.ERROR, b"\xff"),
+        (link_pb2.Frame.ERROR, b'{"code":"UNAVAILABLE","reason":"","message":"","metadata":{"retry_after_s":"soon"}}'),
+    ],
+)
+async def test_an_answer_that_nobody_can_read_is_an_error_of_that_call_alone(
+    site: Site, kind: Any, body: bytes
+) -> None:
+    one = site.replicas[0]
+    await one.start()
+    Frame, Frames = link_pb2.Frame, link_pb2.Frames
+    async with grpc.aio.insecure_channel(one.address) as channel:
+        stream = link_pb2_grpc.AgentLinkStub(channel).Connect()
+        hello = Frame(kind=Frame.HELLO, body=agent_link._encode(site.bench.agent.hello()))
+        await stream.write(Frames(frames=[hello]))
+        await stream.read()
+        for said, answer, expected in ((kind, body, Internal), (Frame.RESULT, b"{}", api.Residents)):
+            calling = asyncio.create_task(one.hub.call("w", api.ListResident()))
+            (asked,) = (await stream.read()).frames
+            await stream.write(Frames(frames=[Frame(kind=said, id=asked.id, body=answer)]))
+            async with asyncio.timeout(5):
+                (outcome,) = await asyncio.gather(calling, return_exceptions=True)
+            assert isinstance(outcome, expected), outcome
+        stream.cancel()
+
+
 async def test_heartbeats_are_spread_and_bounded(site: Site) -> None:
     one = site.replicas[0]
     one.hub.welcome = api.Welcome(replica="r0", heartbeat_s=0.0)  # as often as possible, and not more
@@ -347,4 +374,4 @@ async def test_heartbeats_are_spread_and_bounded(site: Site) -> None:
     began = asyncio.get_running_loop().time()
     one.heartbeats.clear()
     await until(lambda: len(one.heartbeats) >= 10)
-    assert asyncio.get_running_loop().time() - began > 9 * HEARTBEAT_S * 0.9
+    assert asyncio.get_running_loop().time() - began > 9 * agent_link.MIN_HEARTBEAT_S * 0.9

@@ -75,7 +75,7 @@ async def world(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Async
         yield world
 
 
-async def until(check: Callable[[], bool | Awaitable[bool]], timeout_s: float = 20.0) -> None:
+async def until(check: Callable[[], bool | Awaitable[bool]], timeout_s: float = 60.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not (await found if isinstance(found := check(), Awaitable) else found):
             await asyncio.sleep(0.02)

@@ -118,7 +118,7 @@ async def test_watches_a_pod_run_and_end(kubectl: Kubectl) -> None:
         "get", "pods", "-w", "-o", "jsonpath={.metadata.name}{' '}{.metadata.labels.x}{'\\n'}"
     )
     assert watching.stdout is not None
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         assert (await watching.stdout.readline()).split() == [b"one"]
         await kubectl("label", "pod", "one", "x=y")
         assert (await watching.stdout.readline()).split() == [b"one", b"y"]

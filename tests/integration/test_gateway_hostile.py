@@ -39,7 +39,7 @@ async def attack(directory: Path, handler: Handler, requests: int = 3) -> list[t
     async with (
         actor(directory, handler) as evil,
         actor(directory, answers(INNOCENT), "victim") as innocent,
-        gateway(limits=Limits(head_bytes=8192, answer_s=0.2)) as bench,
+        gateway(limits=Limits(head_bytes=8192, answer_s=2.0)) as bench,
     ):
         for key, it in ((KEY, evil), (VICTIM, innocent)):
             bench.waker.endpoints[key] = Endpoint(path=it.path)

@@ -59,11 +59,11 @@ async def test_what_the_actor_sees(tmp_path: Path) -> None:
 
     async with running(tmp_path, handler) as (bench, _):
         await bench.ask(
-            b"POST /x?y HTTP/1.1\r\nHost: else.where\r\nGreenroom-Actor: a\r\nContent-Length: 10\r\n\r\n0123456789"
+            b"POST /x?y HTTP/1.1\r\nHost: elsewhere\r\nGreenroom-Actor: a\r\nContent-Length: 10\r\n\r\n0123456789"
         )
     assert seen == [
-        b"POST /x?y HTTP/1.1\r\nHost: else.where\r\nGreenroom-Actor: default/a\r\nX-Forwarded-For: 127.0.0.1\r\n"
-        b"X-Forwarded-Proto: http\r\nX-Forwarded-Host: else.where\r\nContent-Length: 10\r\n\r\n",
+        b"POST /x?y HTTP/1.1\r\nHost: elsewhere\r\nGreenroom-Actor: default/a\r\nX-Forwarded-For: 127.0.0.1\r\n"
+        b"X-Forwarded-Proto: http\r\nX-Forwarded-Host: elsewhere\r\nContent-Length: 10\r\n\r\n",
         b"0123456789",
     ]
 
@@ -489,3 +489,57 @@ async def test_errors_are_json(tmp_path: Path) -> None:
         response = await bench.ask(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert json.loads(response.body)["error"].keys() == {"code", "reason", "message"}
         assert response.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("pieces", [[b"0\r\n\r\n"], [b"0\r\n", b"\r\n"], [b"2\r\nok\r\n", b"0\r\n\r\n"]])
+async def test_a_post_that_was_sent_whole_is_not_sent_again(tmp_path: Path, pieces: list[bytes]) -> None:
+    """Also when it has an empty body of unknown length: its actor may have carried it out before it hung up."""
+    seen: list[bytes] = []
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(OK)
+        seen.append(await reader.readuntil(b"\r\n\r\n"))
+        await reader.readuntil(b"0\r\n\r\n")
+
+    async with running(tmp_path, handler) as (bench, _), await bench.connect() as client:
+        client.send(GET)
+        assert (await client.response()).body == b"ok"
+        client.send(b"POST /pay HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n" + pieces[0])
+        for piece in pieces[1:]:
+            await until(lambda: seen)
+            client.send(piece)
+        async with asyncio.timeout(60):
+            assert (await client.response()).status == 502
+        assert len(seen) == 1
+
+
+async def test_a_client_that_is_slow_and_takes_what_it_is_sent_gets_all_of_it(tmp_path: Path) -> None:
+    size, loop = 200_000, asyncio.get_running_loop()
+    limits = Limits(keep_alive_s=0.3, head_s=0.3, stall_s=4.0)
+    wire = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + bytes(size)
+    async with running(tmp_path, answers(wire), limits) as (bench, _):
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)  # so that little is on its way
+            client.setblocking(False)
+            await loop.sock_connect(client, ("127.0.0.1", bench.port))
+            (there,) = await until(lambda: bench.gateway.clients)
+            there.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+            await loop.sock_sendall(client, GET)
+            got, whole = 0, wire.partition(b"\r\n\r\n")[0]
+            while got < size + len(whole):
+                piece = await loop.sock_recv(client, 4096)
+                assert piece, f"cut off after {got} bytes"
+                got += len(piece)
+                await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("host", ["evil.default.localhost", "9--evil.default.localhost:8080", "attacker.example"])
+async def test_a_page_of_somebody_elses_reaches_no_actor_by_a_header(tmp_path: Path, host: str) -> None:
+    """What a browser loaded from an actor, or from a name that was led here, may send any header to the same place."""
+    async with running(tmp_path, answers(OK)) as (bench, it):
+        forged = b"GET / HTTP/1.1\r\nHost: %b\r\nGreenroom-Actor: default/a\r\n\r\n" % host.encode()
+        answer = await bench.ask(forged)
+        assert (answer.status, answer.reason) == (404, "NO_ROUTE") and it.connections == 0
+        for good in (b"a.default.localhost", b"localhost:80", b"127.0.0.1:80", b"[::1]:80", b"gateway", b"x.y.svc"):
+            assert (await bench.ask(forged.replace(host.encode(), good))).status == 200, good

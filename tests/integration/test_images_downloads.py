@@ -283,7 +283,7 @@ async def test_a_silent_registry_takes_nothing_from_others(upstream: str, pushed
         silent.before_chunk = say_nothing
         waiting = asyncio.create_task(store.prepare(f"{silent.host}/test/other:1"))
         await stuck.wait()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             check((await store.prepare(f"{upstream}/{pushed}")).rootfs)
         waiting.cancel()
         await asyncio.wait([waiting])

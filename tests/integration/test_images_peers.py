@@ -251,7 +251,7 @@ async def test_a_reader_that_does_not_read(
         await loop.sock_sendall(connection, f"GET {URL(path).path} HTTP/1.1\r\nHost: peer\r\n\r\n".encode())
         await loop.sock_recv(connection, 100)
         async with (
-            asyncio.timeout(10),
+            asyncio.timeout(60),
             aiohttp.ClientSession() as session,
             session.get(path, headers={"Range": "bytes=0-9"}) as response,
         ):

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from install_kit import operator_rights
 from kube_kit import Kubectl, real_apiserver, self_signed
 
 from greenroom.core.errors import FailedPrecondition, InvalidArgument, Unavailable
@@ -26,6 +27,7 @@ from greenroom.testing.fake_kube.adversary import CALM, Adversary, Odds
 from greenroom.testing.fake_kube.api import Api
 from greenroom.testing.fake_kube.cluster import Cluster
 from greenroom.testing.fake_kube.http import FakeKube
+from greenroom.testing.fake_kube.rbac import Guard
 
 
 def pool(name: str = "default", **spec: Any) -> str:
@@ -56,7 +58,9 @@ class Setting:
 async def setting(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Setting]:
     async with contextlib.AsyncExitStack() as stack:
         if request.param == "fake":
-            server = await stack.enter_async_context(FakeKube())
+            api = Api()
+            guard = Guard(api.handle, operator_rights(""), agent="greenroom-operator")
+            server = await stack.enter_async_context(FakeKube(api, handler=guard.handle))
             config = server.kubeconfig(tmp_path / "config")
             await stack.enter_async_context(background(Cluster(server.api.objects).follow()))
         else:
@@ -67,6 +71,7 @@ async def setting(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
         transport = await stack.enter_async_context(HttpTransport(lambda: kubeconfig.load(path=str(config))))
         await stack.enter_async_context(background(Operator(transport, "default", "operator-test").run()))
         yield Setting(kubectl, config, request.param == "fake")
+        assert request.param == "real" or not guard.refused, "the chart's role lacks what the operator asks for"
 
 
 @contextlib.asynccontextmanager

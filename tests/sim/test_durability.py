@@ -14,18 +14,20 @@ import pytest
 from greenroom.core import agentapi as api
 from greenroom.core.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from greenroom.core.records import ActorState, Durability, Key, OnCrash, Snapshot, SnapshotState
+from greenroom.sandbox.sim import SNAPSHOT_FILE
+from greenroom.testing.contracts.snapshots import key_of
 from greenroom.testing.world import QUICK, SimWorld
 
 
 @pytest.fixture
 async def world(make_world: Callable[..., Any]) -> AsyncIterator[SimWorld]:
-    async with make_world(config=replace(QUICK, worker_return_s=0.4, worker_gone_s=0.8)) as world:
+    async with make_world(config=replace(QUICK, worker_return_s=1.0, worker_gone_s=2.0)) as world:
         await world.apply(durability=Durability.LOCAL)
         yield world
 
 
 async def until(check: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not await check():
             await asyncio.sleep(0.002)
 
@@ -132,6 +134,26 @@ async def test_a_worker_that_comes_back_with_an_empty_disk_costs_it_too(world: S
 
     await until(crashed)
     assert (await world.actor(key)).reason == "SnapshotLost"
+
+
+async def test_what_has_rotted_before_it_was_uploaded_is_said_to_be_lost(world: SimWorld) -> None:
+    """Not tried again for ever: then nobody would hear of it, and its worker could never end."""
+    key = await world.create("a")
+    await world.request(key)
+    go = hold_uploads(world)
+    rotten = await slept(world, key)
+    path = world.root / rotten.worker / "held" / key_of(rotten, SNAPSHOT_FILE)
+    path.write_bytes(path.read_bytes().replace(b'"count":1', b'"count":7'))
+    go.set()
+
+    async def crashed() -> bool:
+        return (await world.actor(key)).state is ActorState.CRASHED
+
+    await until(crashed)
+    actor = await world.actor(key)
+    assert actor.reason == "SnapshotLost" and "damaged" in actor.message and actor.unsaved_since is not None
+    await world.engine.resume(key)
+    assert (await world.request(key)).count == 1
 
 
 async def test_the_way_back_is_never_one_that_the_same_loss_takes(world: SimWorld) -> None:

@@ -29,7 +29,7 @@ def write_log(world: SimWorld, worker: str, uid: str) -> None:
 
 
 async def until_only(world: SimWorld, worker: str, uids: set[str]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while {path.name for path in (world.root / worker / "logs").iterdir()} != uids:
             await asyncio.sleep(0.002)
 

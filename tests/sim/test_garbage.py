@@ -26,7 +26,7 @@ async def world(make_world: Callable[..., Any]) -> AsyncIterator[SimWorld]:
 
 
 async def until(check: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not await check():
             await asyncio.sleep(0.002)
 

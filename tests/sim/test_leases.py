@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -20,8 +21,8 @@ from greenroom.sandbox.sim import MethodScript, SimScript
 from greenroom.store.port import Store
 from greenroom.testing.world import SimWorld
 
-#: Long for what takes milliseconds, short for a test.
-TTL_S = 0.4
+#: Long for what takes milliseconds, also on a machine that stands still for a second; short for a test.
+TTL_S = 2.0
 
 
 class Interposed:
@@ -63,9 +64,31 @@ async def suspending(world: SimWorld, seconds: float) -> tuple[Key, asyncio.Futu
     for backend in world.backends.values():
         backend.script = SimScript(methods={"checkpoint": MethodScript(latency_s=seconds)})
     call = asyncio.ensure_future(world.engine.suspend(key))
-    while (actor := await world.actor(key)).state is not ActorState.SUSPENDING:
+    # It is in the store a moment before its driver runs.
+    while (actor := await world.actor(key)).state is not ActorState.SUSPENDING or not world.engine.ops.running:
         await asyncio.sleep(0.005)
     return key, call, await world.store.get(Operation, actor.operation)
+
+
+@asynccontextmanager
+async def standstills(tick_s: float = 0.01) -> AsyncIterator[list[float]]:
+    """How many seconds the event loop was late, each time that it was by much: what a busy machine took, and not the
+    code."""
+    late: list[float] = []
+
+    async def measure() -> None:
+        clock = asyncio.get_running_loop().time
+        while True:
+            before = clock()
+            await asyncio.sleep(tick_s)
+            if (by := clock() - before - tick_s) > 2 * tick_s:
+                late.append(by)
+
+    measuring = asyncio.ensure_future(measure())
+    try:
+        yield late
+    finally:
+        measuring.cancel()
 
 
 def take_over(key: Key, op: Operation, world: SimWorld, *, force: bool = False) -> TakeOver:
@@ -86,7 +109,7 @@ async def test_an_operation_longer_than_its_lease_holds_it_throughout(world: Sim
             break  # it ended between the two looks
         await asyncio.sleep(TTL_S / 20)
     assert (await call).state is OperationState.DONE
-    assert refused > 30, "it was tried all the time"
+    assert refused > 10, "it was tried all the time"
     assert (await world.store.get(Operation, op.id)).takeovers == 0
 
 
@@ -95,7 +118,7 @@ async def test_a_stolen_lease_stops_the_driver_with_its_own_cause(world: SimWorl
     running = world.engine.ops.running[op.id]
     stolen = await world.store.apply(take_over(key, op, world, force=True))
     assert stolen.actor is not None and stolen.actor.generation == op.generation + 1
-    await asyncio.wait({running.task}, timeout=TTL_S)
+    await asyncio.wait({running.task}, timeout=2 * TTL_S)
     assert running.task.cancelled() and isinstance(running.lost, LeaseLost)
     assert (running.lost.code, running.lost.reason) == ("ABORTED", "LEASE_LOST")
     # The thief never goes on with it: when its lease has run out, the operation is driven on, and its caller is told.
@@ -173,12 +196,14 @@ async def test_an_owner_is_silent_before_its_lease_can_be_taken(
             raise Unavailable("the store is away")
 
     store.before = before  # type: ignore[method-assign]
-    await asyncio.wait({running.task})
-    stopped = asyncio.get_running_loop().time() - running.asked
+    async with standstills() as late:
+        await asyncio.wait({running.task})
+        stopped = asyncio.get_running_loop().time() - running.asked
+        lease = await world.store.get(Lease, op.uid)
+        now = world.engine.now()
     assert isinstance(running.lost, LeaseLost)
-    lease = await world.store.get(Lease, op.uid)
-    assert world.engine.now() < lease.expires_at, "before anybody could have it"
-    assert TTL_S / 3 < stopped < TTL_S * (1 - MARGIN_SHARE / 2)
+    assert now < lease.expires_at + sum(late), "before anybody could have it"
+    assert TTL_S / 3 < stopped < TTL_S * (1 - MARGIN_SHARE / 2) + sum(late)
     store.before = Interposed.before.__get__(store)  # type: ignore[method-assign]
     assert (await call).state is OperationState.DONE, "the janitor goes on with it"
     await world.settle()

@@ -36,7 +36,7 @@ async def moved_back(world: SimWorld, root: Path) -> list[Snapshot]:
 
 async def until_only(world: SimWorld, root: Path, old: set[str]) -> None:
     """Until nothing else is left in the old layout."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while {
             p.snapshot_id for k in RawDirectory(root).listed() if (p := blobs.place_of(k)) and not p.actor_uid
         } != old:
@@ -76,7 +76,7 @@ async def test_what_only_a_worker_has_is_uploaded(make_world: Callable[..., Any]
         RawDirectory(held).write(f"{blobs.old_directory('0' * 32)}/unfinished", b"half")
         world.snapshots.publish = publish
         await world.start_agent("w0")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while (await world.store.get(Snapshot, old.id)).state is SnapshotState.LOCAL:
                 await asyncio.sleep(0.002)
         assert await world.snapshots.manifest(old.actor_uid, old.id)

@@ -48,7 +48,7 @@ def script(world: SimWorld, *names: str, **methods: MethodScript) -> None:
 
 
 async def until(check: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not await check():
             await asyncio.sleep(0.002)
 
@@ -143,7 +143,7 @@ async def test_a_delete_does_not_wait_for_a_boot_that_is_never_ready(world: SimW
     script(world, restore=MethodScript(latency_s=NEVER_S))
     waking = asyncio.ensure_future(world.engine.resume(key))
     await under_way(world, key, ActorState.RESUMING)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         assert (await world.engine.delete(key)).state is OperationState.DONE
     assert (await waking).state is OperationState.FAILED
     await world.settle()
@@ -242,7 +242,7 @@ async def test_an_agent_that_was_asked_to_end_is_sent_off_when_its_actors_are_sa
         await world.request(key)
     agent = world.agents["w0"]
     agent.leave()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         assert await agent.shutdown, "told to end, and to leave nothing behind"
     on_it = [a for a in await world.store.list(Actor) if a.worker == "w0"]
     assert on_it == []

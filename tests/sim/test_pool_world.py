@@ -99,10 +99,15 @@ def test_t9_a_pool_that_is_made_again_under_its_name() -> None:
         assert report.pods == 2
 
 
-@pytest.mark.parametrize("what", ["unlabel", "disown"])
+@pytest.mark.parametrize("what", ["unlabel", "relabel", "disown"])
 def test_t10_labels_and_owners_that_somebody_edits(what: str) -> None:
     report = run(Plan(seed=7, script=acts((20, what, 0), (20.1, what, 1), (21, "crash", 0), (60, what, 2)), lag_s=2))
     exact(report, creations=3)
+
+
+def test_t10_a_worker_that_only_its_uid_label_says_is_ours_is_not_ended_as_an_orphan() -> None:
+    script = acts((20, "relabel", 1), (20, "disown", 1), (60, "relabel", 3), (60, "disown", 3))
+    exact(run(Plan(seed=7, script=script, lag_s=2)), creations=3)
 
 
 def test_t11_suspended_and_resumed_half_way() -> None:
@@ -132,8 +137,8 @@ def test_t14_five_hundred_pools_at_rest_write_nothing() -> None:
     # The world checks that nothing is written in ten minutes at rest, whoever's pool it is.
     report = run(Plan(seed=12, more_pools=500, script=acts((200, "scale", 4))))
     assert report.creations == 500 + 4
-    # To adopt it, to begin a term, to reserve, to create, to see it and to see it ready, and an event.
-    assert report.writes <= 7 * 500 + 20
+    # To adopt it, to begin a term, to reserve, to create, to see it and to see it ready, its budget, and an event.
+    assert report.writes <= 8 * 500 + 20
 
 
 def test_t15_history_that_is_not_kept() -> None:
@@ -143,6 +148,25 @@ def test_t15_history_that_is_not_kept() -> None:
 
 def test_a_server_that_refuses_and_fails_for_minutes() -> None:
     exact(run(Plan(seed=9, script=acts((10, "scale", 6), (11, "storm", 200), (12, "fail", 0)))), creations=7)
+
+
+# --- a pool that is sized by demand, beside a control plane ------------------------------------------------
+
+
+def test_a_pool_follows_demand_up_and_down() -> None:
+    script = acts((20, "demand", 40), (150, "demand", 3))
+    report = run(Plan(seed=1, script=script, plane=True))
+    assert report.creations == 10 and report.pods == 1
+
+
+@pytest.mark.parametrize("trouble", [0.0, 0.3])
+def test_a_pool_follows_demand_whatever_happens(trouble: float) -> None:
+    for seed in range(10):
+        script = acts(
+            (10, "demand", 17), (30, "fail", 1), (40, "crash", 0), (60, "demand", 40), (80, "evict", 2),
+            (90, "freeze", 40), (100, "demand", 2), (170, "crash", 1), (200, "demand", 9), (220, "wipe", 0),
+        )  # fmt: skip
+        run(Plan(seed=seed, script=script, plane=True, plane_trouble=trouble, lag_s=5, operators=2, odds=ROUGH))
 
 
 scripts = st.lists(

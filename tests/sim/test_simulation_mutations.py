@@ -20,12 +20,14 @@ from greenroom.core.agentapi import Heartbeat
 from greenroom.core.commands import ActorCommand, BeginSuspend, Change, FinishSuspend, Outcome, TakeOver, View
 from greenroom.core.gc import blobs
 from greenroom.core.gc.records import ResourceState
+from greenroom.core.lifecycle import fence, moves
 from greenroom.core.records import Actor, ActorState, Operation, OperationState, Snapshot, Template, Worker
 from greenroom.engine.census import Census
-from greenroom.engine.drivers import Drivers, Phases
+from greenroom.engine.drivers import Drivers
 from greenroom.engine.engine import Engine
 from greenroom.engine.follower import Follower
 from greenroom.engine.inventories import Inventories
+from greenroom.engine.phases import Phases
 from greenroom.engine.reconciler import Reconciler
 from greenroom.engine.recovery import Recovery
 from greenroom.store import transaction
@@ -49,10 +51,10 @@ def no_fence_in_the_store(patch: Patch) -> None:
 
     def current(view: View, c: Any, kind: Any = None) -> tuple[Actor, Operation]:
         if view.actor is None or view.operation is None:
-            raise lifecycle._lost(view.actor, c)
+            raise fence.lost(view.actor, c)
         return view.actor, view.operation
 
-    patch.setattr(lifecycle, "_current", current)
+    patch.setattr(fence, "current", current)
 
 
 def no_conditional_writes(patch: Patch) -> None:
@@ -86,7 +88,7 @@ def slot_freed_too_early(patch: Patch) -> None:
 
 def takeover_without_a_new_generation(patch: Patch) -> None:
     """And without waiting for the end of the lease."""
-    take_over = lifecycle._take_over
+    take_over = moves.take_over
 
     def take(view: View, command: TakeOver) -> Change:
         change = take_over(view, msgspec.structs.replace(command, force=True))
@@ -103,7 +105,7 @@ def takeover_without_a_new_generation(patch: Patch) -> None:
     async def may_take(self: Recovery, operation: Operation) -> bool:
         return True
 
-    patch.setattr(lifecycle, "_take_over", take)
+    patch.setattr(moves, "take_over", take)
     patch.setattr(Recovery, "_may_take", may_take)
 
 
@@ -113,7 +115,7 @@ def discarded_before_the_commit(patch: Patch) -> None:
     async def discard_first(
         self: Drivers, actor: Actor, op: Operation, template: Template | None, snapshot: Snapshot, phases: Phases
     ) -> Operation:
-        await self._discard(actor, op)
+        await self._calls.discard(actor, op)
         return await finish(self, actor, op, template, snapshot, phases)
 
     patch.setattr(Drivers, "_finish_suspend", discard_first)
@@ -248,7 +250,7 @@ MUTATIONS = [
     Mutation(nothing_is_frozen_that_is_alone, 30, "somebody routes there|two incarnations", APART),
     Mutation(heartbeats_are_always_answered, 200, "does not know that it is alone|two incarnations", CUT),
     Mutation(workers_of_others_count_as_lost, 30, "counts as lost, and was heard", APART),
-    Mutation(given_up_while_they_may_be_heard, 20, "counts as lost, and was heard|followed it|routes there", APART),
+    Mutation(given_up_while_they_may_be_heard, 60, "counts as lost, and was heard|followed it|routes there", APART),
     Mutation(nothing_is_revoked, 10, "routes to|answered by", DRAWN),
     Mutation(new_sandboxes_are_nobodys, 40, "it is swept, and is its actor's", DRAWN),
     Mutation(what_is_being_made_is_nobodys, 200, "drops what somebody needs", DRAWN),

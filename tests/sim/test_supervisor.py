@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ async def test_a_directory_without_papers_goes_unless_it_holds_snapshots(
     async with make_world(workers=0) as world:
         supervisor = Supervisor(world.engine, paths, log_level="info")
         await supervisor.start()
+        async with asyncio.timeout(30):
+            while without.exists():
+                await asyncio.sleep(0.05)
         await supervisor.close()
     assert [path.name for path in paths.workers.iterdir()] == [with_snapshot.name]
     assert [*(with_snapshot / "held" / "snapshots").rglob("*.json")]
@@ -55,3 +59,48 @@ async def test_no_agent_is_started_under_the_name_of_a_worker_that_is_not_its_ow
         await supervisor.start()
         assert supervisor.names() == set()
         await supervisor.close()
+
+
+async def test_a_retirement_that_an_earlier_server_did_not_write_down(
+    make_world: Callable[..., Any], paths: AgentPaths
+) -> None:
+    """It was killed between the worker's answer, that its disk is erased, and the end of the record. One that went
+    without a word is not taken for it."""
+    async with make_world(workers=2) as world:
+        await world.apply()
+        incarnation = (await world.engine.members.find("w0")).incarnation
+        for name in ("w0", "w1"):
+            await world.kill_agent(name)
+            assert await world.engine.members.cordon(name, RETIRING)
+        paths.workers.mkdir()
+        (paths.workers / ".w0.retires").write_text(incarnation)
+        (paths.workers / ".w1.retires").write_text(incarnation)
+        supervisor = Supervisor(world.engine, paths, log_level="info")
+        await supervisor.start()
+        assert [await world.engine.members.find(name) is None for name in ("w0", "w1")] == [True, False]
+        assert not [*paths.workers.iterdir()]
+        await supervisor.close()
+
+
+async def test_a_worker_whose_disk_is_there_has_not_retired(
+    make_world: Callable[..., Any], paths: AgentPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told to retire while somebody looks what became of it. (Its record would go, and it would come back as one
+    that the database knows nothing of.)"""
+    async with make_world(workers=1) as world:
+        await world.apply()
+        members = world.engine.members
+        (paths.workers / "w0").mkdir(parents=True)
+        (paths.workers / ".w0.retires").write_text((await members.find("w0")).incarnation)
+        await world.kill_agent("w0")
+        supervisor, find = Supervisor(world.engine, paths, log_level="info"), members.find
+
+        async def find_and_be_late(name: str) -> object:
+            found = await find(name)
+            monkeypatch.undo()
+            assert await members.cordon("w0", RETIRING)
+            return found
+
+        monkeypatch.setattr(members, "find", find_and_be_late)
+        await supervisor._conclude("w0")
+        assert await members.find("w0") is not None

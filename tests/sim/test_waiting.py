@@ -39,7 +39,7 @@ async def reached(world: SimWorld, key: Key, state: ActorState) -> None:
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while True:
             if await condition():
                 return
@@ -257,7 +257,7 @@ async def test_who_waits_for_a_worker_or_for_others_when_the_engine_closes_is_to
     waiting.append(asyncio.ensure_future(world.engine.wake(draining)))
     await asyncio.sleep(0)
     await world.engine.close()
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(60):
         for task in (*waiting, suspending):
             with pytest.raises(Unavailable):
                 await task
@@ -314,7 +314,7 @@ async def test_an_end_between_the_look_and_the_watch_is_not_missed(world: SimWor
         begun = await operations(world, key, OperationKind.RESUME)
         for _ in range(number):
             await asyncio.sleep(0)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             assert (await world.engine.ops._watch_end(begun[0].id)).state is OperationState.DONE
         await resuming
         await world.engine.delete(key)
@@ -358,7 +358,7 @@ async def test_no_slot_becomes_free_in_time(make_world: Callable[..., Any]) -> N
         began = time.monotonic()
         with pytest.raises(ResourceExhausted, match="open requests") as full:
             await world.engine.wake(other)
-        assert full.value.reason == "NO_CAPACITY" and 0.05 < time.monotonic() - began < 5
+        assert full.value.reason == "NO_CAPACITY" and 0.05 < time.monotonic() - began < 9
         world.configure(capacity_wait_s=10.0)
         waiting = asyncio.ensure_future(world.engine.wake(other))
         await asyncio.sleep(0.01)
@@ -384,7 +384,7 @@ async def test_a_turn_that_is_not_used_is_passed_on(make_world: Callable[..., An
         await world.engine.delete(busy)  # frees the slot, and there is no other event than that
         with pytest.raises(NotFound):
             await waiting[0]
-        async with asyncio.timeout(4):
+        async with asyncio.timeout(60):
             assert (await waiting[1]).binding.key == second
         await world.settle()
 
@@ -403,7 +403,7 @@ async def test_a_worker_that_comes_lets_all_in_that_fit(make_world: Callable[...
 
         await until(all_wait)
         await world.start_agent("w0")
-        async with asyncio.timeout(4):
+        async with asyncio.timeout(60):
             await asyncio.gather(*waiting)
         await world.settle()
 

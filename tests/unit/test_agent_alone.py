@@ -23,7 +23,7 @@ from greenroom.sandbox.sim import MethodScript, ScriptedFailure, SimScript
 from greenroom.testing.local_hub import LocalHub
 
 #: Long enough that a busy machine does what it has to in between.
-ALONE_S = 0.3
+ALONE_S = 1.0
 
 
 @pytest.fixture

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,12 +21,14 @@ from agent_kit import SPEC, Bench, Said, short_directory, until
 from msgspec.structs import replace
 from obstore.store import LocalStore
 
+from greenroom.agent.agent import Agent
 from greenroom.agent.held import Held
 from greenroom.core import agentapi as api
 from greenroom.core.agentapi import ResidentState
 from greenroom.core.errors import Conflict, DataLoss, GreenroomError, NotFound, ResourceExhausted, Unavailable
 from greenroom.core.gc import blobs
 from greenroom.core.records import FileDigest, Snapshot, SnapshotState
+from greenroom.images.store import DiskImageStore
 from greenroom.sandbox.sim import SNAPSHOT_FILE
 from greenroom.snapshots.bucket import BucketObjects
 from greenroom.snapshots.objects import OnBytes
@@ -174,6 +180,45 @@ async def test_an_upload_under_way_when_the_agent_ends_can_be_asked_for_again(be
     assert gone.value.reason == "WORKER_DISCONNECTED"
     slow(bench).gate.set()
     assert (await upload(bench, held)).state is SnapshotState.PRESENT
+
+
+async def test_who_is_not_registered_says_nothing_of_what_it_does_not_have(bench: Bench) -> None:
+    """Another process with this worker's name, and an empty disk: what it has not would count as lost."""
+    await bench.boot()
+    held = await bench.suspend()
+    await bench.agent.close(wipe=False)
+    config = dataclasses.replace(bench.config, state_dir=bench.root / "another disk")
+    stranger = Agent(config, bench.backend, DiskImageStore(bench.root / "images"), bench.snapshots)
+    await stranger.open()
+    for call in (api.Upload(snapshot_id=held.id), api.Release(snapshot_id=held.id)):
+        with pytest.raises(Unavailable) as refused:
+            await stranger.handle(call, bench.said)
+        assert refused.value.reason == "WORKER_NOT_REGISTERED"
+    await stranger.close(wipe=False)
+    await bench.start()
+    assert await upload(bench, held) == replace(held, state=SnapshotState.PRESENT)
+
+
+async def test_what_could_not_be_listed_is_not_taken_for_rubbish(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    await bench.boot()
+    held = await bench.suspend()
+    before = leftovers(bench)
+    await bench.agent.close(wipe=False)
+    scandir, refused = os.scandir, []
+
+    def refuses(path: Any) -> Any:
+        if str(path).endswith(f"/held/snapshots/{held.actor_uid}") and not refused:
+            refused.append(path)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return scandir(path)
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "scandir", refuses)
+        with pytest.raises(Unavailable, match="Too many open files"):
+            await bench.start()
+    assert refused and leftovers(bench) == before
+    await bench.start()
+    assert await upload(bench, held) == replace(held, state=SnapshotState.PRESENT)
 
 
 # --- damage -----------------------------------------------------------------------------------------------------
@@ -429,3 +474,29 @@ async def test_a_removal_that_failed_is_not_done_at_the_next_try(bench: Bench) -
     local.retract = retract  # type: ignore[method-assign]
     await bench.call(api.Release(snapshot_id=saved.id))
     assert not await local.list()
+
+
+async def test_a_copy_that_was_given_up_while_it_was_written_is_known_and_let_go(tmp_path: Path) -> None:
+    """The suspend was cancelled; what a thread writes all the same is found without a restart of the agent."""
+    held = Held(tmp_path / "held", "w", ObjectSnapshotStore(tmp_path / "s"))
+    await held.open()
+    objects = held._local._objects
+    put_new, writes, goes_on = objects.put_new, threading.Event(), threading.Event()
+
+    def late(key: str, data: bytes, staged: str) -> bool:
+        writes.set()
+        goes_on.wait(10)
+        return put_new(key, data, staged)
+
+    objects.put_new = late  # type: ignore[method-assign]
+    snapshot = make_snapshot()
+    keeping = asyncio.create_task(held.keep(snapshot, stage(tmp_path / "staged")))
+    assert await asyncio.to_thread(writes.wait, 10)
+    keeping.cancel()
+    await asyncio.sleep(0)
+    goes_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await keeping
+    assert held.ids() == {snapshot.id}
+    await held.release(snapshot.id)
+    assert not [path for path in (tmp_path / "held" / "snapshots").rglob("*") if path.is_file()]

@@ -26,7 +26,7 @@ async def collect(files: LogFiles, uid: str, tail: int = -1) -> bytes:
 
 
 async def until(condition: object) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():  # type: ignore[operator]
             await asyncio.sleep(0.005)
 
@@ -85,3 +85,34 @@ def test_all_together_are_bounded(tmp_path: Path) -> None:
         os.utime(tmp_path / f"a{n}" / "1", (n, n))
     tidy(tmp_path, 350)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a7", "a8", "a9"]
+
+
+async def test_what_is_written_to_is_not_tidied_away(tmp_path: Path, fifo: tuple[Path, int]) -> None:
+    files = LogFiles(tmp_path / "logs")
+    files.attach("a", 1, fifo[0])
+    os.write(fifo[1], b"said long ago\n")
+    files.attach("b", 1, None)
+    await until(lambda: files.tail("a", 1))
+    (old,) = (tmp_path / "logs" / "a").iterdir()
+    os.utime(old, (0, 0))
+    gone = tmp_path / "logs" / "gone" / "000000000001"
+    gone.parent.mkdir()
+    gone.write_bytes(b"x" * 100)
+    tidy(tmp_path / "logs", 20, {old})
+    assert old.exists() and not gone.exists()
+    files.close()
+
+
+async def test_a_file_that_has_lost_its_name_is_kept_short_all_the_same(
+    tmp_path: Path, fifo: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_FILE_BYTES", 1000)
+    files = LogFiles(tmp_path / "logs")
+    files.attach("a", 1, fifo[0])
+    pump = files._pumps["a"]
+    pump.path.unlink()
+    for n in range(500):
+        os.write(fifo[1], b"%06d\n" % n)
+        await until(lambda n=n: pump.dropped + os.fstat(pump._file.fileno()).st_size >= 7 * (n + 1))
+    assert os.fstat(pump._file.fileno()).st_size <= 1000
+    files.close()

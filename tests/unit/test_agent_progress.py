@@ -34,10 +34,10 @@ async def test_however_fast_it_moves_it_is_told_ten_times_a_second_and_the_lates
             reports.bytes("x", count, 0)
             await asyncio.sleep(0.001)
     said.check_rate()
-    assert 5 <= len(said.progresses) <= 7
+    assert 3 <= len(said.progresses) <= 7
     assert said.progresses[0][0] - began >= QUIET_S * 0.95
     last = said.progresses[-1][1].done_bytes
-    assert 0.75 * count < last <= count
+    assert 0.5 * count < last <= count
     await asyncio.sleep(0.15)
     assert len(said.progresses) <= 7, "nothing is told after the call"
 

@@ -30,7 +30,7 @@ class Warmer:
         self.made[class_digest] -= 1
 
     async def until(self, count: int) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while sum(self.made.values()) < count:
                 self.changed.clear()
                 await self.changed.wait()

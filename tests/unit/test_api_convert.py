@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import greenroom.api
 from greenroom.api import convert
 from greenroom.api._gen.greenroom.v1alpha1 import resources_pb2 as pb
+from greenroom.core import quantity
 from greenroom.core.agentapi import ActorStats
 from greenroom.core.errors import InvalidArgument
 from greenroom.core.explanation import Explanation
@@ -246,3 +247,31 @@ def test_the_generated_code_is_that_of_the_proto_files(tmp_path: Path) -> None:
     assert made == there, "run `make proto`"
     different = [os.fspath(p) for p in made if not filecmp.cmp(tmp_path / p, package / "_gen" / p, shallow=False)]
     assert not different, "run `make proto`"
+
+
+@given(
+    st.lists(
+        st.tuples(st.decimals(0, 10**6, places=3).map(str), st.sampled_from(["ns", "us", "ms", "s", "m", "h"])),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_a_duration_that_somebody_writes_comes_back_as_it_was_read(parts: list[tuple[str, str]]) -> None:
+    """Else a template that was sent would always differ from the one that came back."""
+    value = quantity.parse_duration("".join(number + unit for number, unit in parts))
+    assert convert.seconds(convert.duration(value)) == value
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        TemplateSpec(image="x", resources=Resources(memory_bytes=10 * 10**18)),
+        TemplateSpec(image="x", idle_timeout_s=1e300),
+        TemplateSpec(image="x", idle_timeout_s=float("inf")),
+        PoolSpec(slots=1 << 40),
+    ],
+)
+def test_what_no_message_can_hold_is_refused_by_name(record: Record) -> None:
+    with pytest.raises(InvalidArgument, match=r"(memory_bytes|idle_timeout_s|slots)") as refused:
+        convert.to_message(record)
+    assert refused.value.reason == "OUT_OF_RANGE"

@@ -111,7 +111,7 @@ async def test_drain_and_undo(rig: Rig) -> None:
     worker = (await rig.store.get(Actor, "default/a")).worker
     answer = await rig.client.workers.DrainWorker(pb.DrainWorkerRequest(name=worker))
     assert answer.state == res.WORKER_STATE_DRAINING
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while (await rig.store.get(Worker, worker)).used:
             await asyncio.sleep(0.01)
     assert (await rig.store.get(Actor, "default/a")).state is ActorState.SUSPENDED

@@ -98,6 +98,9 @@ def test_where_the_server_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         (["create", "actor", "x", "-t", "y", "-l", "z"], "'z' is not key=value"),
         (["wait", "actor", "x", "--for=state=Sleeping"], "use state=Suspended"),
         (["wait", "actor", "x", "--timeout", "5parsecs"], "is not a duration"),
+        (["exec", "x", "--timeout=99999999999999999999999", "--", "ls"], "is too long: at most 87600h"),
+        (["wait", "actor", "x", f"--timeout={'9' * 400}"], "is too long"),
+        (["get", "actors", "--request-timeout=87601h"], "87601h is too long: at most 87600h"),
         (["exec", "x"], "Missing argument"),
         (["completion", "csh"], "'csh' is not one of"),
         (["apply"], "Missing option '-f'"),
@@ -107,6 +110,27 @@ def test_usage_errors(args: list[str], says: str) -> None:
     result = CliRunner().invoke(cli, args)
     assert result.exit_code == 2 and says in result.stderr
     assert len(result.stderr.splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("user", "says"),
+    [
+        ("users: 5", "users is no list of mappings"),
+        ("users: [{name: u, user: 5}]", "users: u: user is no mapping"),
+        ("users: [{name: u, user: {tokenFile: gone}}]", "tokenFile can't be read: [Errno 2] No such file"),
+        ("users: [{name: u, user: {exec: 5}}]", "exec is no mapping"),
+        ("users: [{name: u, user: {exec: {command: 'true', args: 5}}}]", "program true has args that are no list"),
+        ("users: [{name: u, user: {client-certificate-data: 5}}]", "client-certificate-data can't be read"),
+        ("users: !!int five", "config can't be read: invalid literal"),
+    ],
+)
+def test_a_kubeconfig_that_makes_no_sense(tmp_path: Path, user: str, says: str) -> None:
+    context, cluster = "{name: c, context: {cluster: k, user: u}}", "{name: k, cluster: {server: 'https://nowhere'}}"
+    config = tmp_path / "config"
+    config.write_text(f"current-context: c\ncontexts: [{context}]\nclusters: [{cluster}]\n{user}\n")
+    result = CliRunner().invoke(cli, ["get", "actors", "--kubeconfig", str(config)])
+    assert result.exit_code == 2 and result.stderr.startswith("error: ") and says in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_completion() -> None:
@@ -133,6 +157,14 @@ def test_life_of_an_actor(mine: Shell) -> None:
     missing = mine("get", "actor", "mine", code=3)
     assert "mine" in missing.stderr and len(missing.stderr.splitlines()) <= 2
     assert mine("get", "actors").stderr == "no actors in namespace default\n"
+
+
+def test_a_name_that_is_no_text(mine: Shell) -> None:
+    for command in (["get", "actor"], ["resume"], ["create", "actor", "x", "-t"], ["exec", "mine", "--"]):
+        refused = process("--server", mine.server.address, *command, b"a\xff")  # type: ignore[arg-type]
+        out, err = refused.communicate(timeout=60)
+        assert (refused.returncode, out) == (2, "")
+        assert err == "error: 'a\\udcff' can't be written as utf-8; use UTF-8\n"
 
 
 def test_several_at_once_and_what_failed(mine: Shell) -> None:
@@ -341,7 +373,7 @@ def test_ctrl_c_kills_the_command(mine: Shell) -> None:
     running.send_signal(signal.SIGINT)
     running.communicate(timeout=30)
     assert running.returncode == 130
-    mine.server.run(asyncio.wait_for(mine.control.kills.wait(), 5))
+    mine.server.run(asyncio.wait_for(mine.control.kills.wait(), 60))
 
 
 def test_logs(mine: Shell) -> None:

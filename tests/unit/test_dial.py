@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from greenroom.core.errors import InvalidArgument, Unavailable
 from greenroom.core.records import Endpoint
@@ -108,3 +110,60 @@ def test_no_descriptor_is_left_open(netns: str) -> None:
         with pytest.raises(Unavailable):
             dial.make_socket(Endpoint(host="10.0.0.1", port=1, netns=netns, device="nodevice0"))
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+async def test_a_handshake_is_not_given_up() -> None:
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
+        server.setblocking(False)
+        endpoint = Endpoint(host="127.0.0.1", port=server.getsockname()[1])
+        first, second = dial.make_socket(endpoint), dial.make_socket(endpoint)
+        await loop.sock_connect(first, dial.address(endpoint))
+        with pytest.raises(TimeoutError):  # the queue of those that wait for `accept` is full
+            async with asyncio.timeout(0.05):
+                await loop.sock_connect(second, dial.address(endpoint))
+        mine = second.getsockname()
+        dial.close(second)
+        assert second.fileno() == -1
+        dial.close(first)
+        accepted = [await asyncio.wait_for(loop.sock_accept(server), 60) for _ in range(2)]
+        assert accepted[1][1] == mine
+        for connection, _ in accepted:
+            assert await asyncio.wait_for(loop.sock_recv(connection, 1), 60) == b"", "opened, and closed in order"
+            connection.close()
+
+
+@pytest.mark.parametrize("policy", [asyncio.DefaultEventLoopPolicy, uvloop.EventLoopPolicy])
+def test_who_is_cut_off_at_any_moment_of_a_connection_hears_that(policy: type[asyncio.DefaultEventLoopPolicy]) -> None:
+    """And not of a socket that a loop has closed already."""
+
+    async def connect(endpoint: Endpoint) -> None:
+        loop = asyncio.get_running_loop()
+        sock = dial.make_socket(endpoint)
+        try:
+            await loop.sock_connect(sock, dial.address(endpoint))
+            await loop.create_connection(asyncio.Protocol, sock=sock)
+        except BaseException:
+            dial.close(sock)
+            raise
+
+    async def main() -> None:
+        server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+        endpoint = Endpoint(host="127.0.0.1", port=server.sockets[0].getsockname()[1])
+        for moment in range(10_000):
+            connecting = asyncio.ensure_future(connect(endpoint))
+            for _ in range(moment):
+                await asyncio.sleep(0)
+            if not connecting.cancel():
+                break  # it was connected by then
+            with pytest.raises(asyncio.CancelledError):
+                await connecting
+        else:
+            pytest.fail("it never came about")
+        server.close()
+
+    loop = policy().new_event_loop()
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.close()

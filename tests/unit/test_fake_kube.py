@@ -45,7 +45,7 @@ class Watching:
 
     async def next(self) -> tuple[str, dict[str, Any]]:
         assert self._stream is not None
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             event = msgspec.json.decode(await anext(self._stream))
         return event["type"], event["object"]
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from greenroom.core.errors import FailedPrecondition
+from greenroom.core.errors import FailedPrecondition, Internal
 from greenroom.core.records import Resources
 from greenroom.sandbox import reaper
 from greenroom.sandbox.gvisor import binary, spec, urpc
@@ -144,7 +147,7 @@ def test_version_1_limits(tmp_path: Path) -> None:
     for controller in ("memory", "cpu", "cpuacct", "pids"):
         (tmp_path / controller).mkdir()
     groups = Cgroups.detect("w", mounts)
-    assert "limits hold" in groups.check().detail
+    assert groups.check().ok
     group = groups.make("s", RESOURCES)
     groups.limit_cpu(group, RESOURCES)
     place = tmp_path / "{}/greenroom/w/s"
@@ -166,21 +169,144 @@ def test_version_1_limits(tmp_path: Path) -> None:
     assert groups.find("other").directories == {}
 
 
-def test_version_2_limits(tmp_path: Path) -> None:
-    (tmp_path / "cgroup.controllers").write_text("cpuset cpu io memory pids\n")
-    groups = Cgroups.detect("w", f"cgroup2 {tmp_path} cgroup2 rw 0 0\n")
+def test_version_1_takes_no_more_cpu_than_the_group_above_has(tmp_path: Path) -> None:
+    (tmp_path / "cpu.cfs_quota_us").write_text("20000\n")
+    (tmp_path / "cpu.cfs_period_us").write_text("50000\n")
+    groups = Cgroups.detect("w", f"cgroup {tmp_path} cgroup rw,cpu 0 0\n")
     group = groups.make("s", RESOURCES)
     groups.limit_cpu(group, RESOURCES)
-    place = tmp_path / "greenroom/w/s"
+    assert (tmp_path / "greenroom/w/s/cpu.cfs_quota_us").read_text() == "40000"
+
+
+@pytest.fixture
+def version_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A container's tree with the kernel's rules of delegation: a process is in one group, and a group with processes
+    gives no controller on. Groups have the files of their controllers, and are removed with all of them."""
+    write = Path.write_text
+    root = tmp_path / "unified"
+    root.mkdir()
+    files = {"memory": ("memory.max", "memory.swap.max"), "cpu": ("cpu.max",), "pids": ("pids.max",)}
+
+    def write_text(path: Path, text: str, *args: object) -> int:
+        if root not in path.parents:
+            return write(path, text)
+        if path.name == "cgroup.procs":
+            for other in root.rglob("cgroup.procs"):
+                write(other, "".join(f"{pid}\n" for pid in other.read_text().split() if pid != text))
+            return write(path, path.read_text() + f"{text}\n" if path.exists() else f"{text}\n")
+        if path.name == "cgroup.subtree_control":
+            if (procs := path.with_name("cgroup.procs")).exists() and procs.read_text():
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+            given = path.read_text().split() if path.exists() else []
+            return write(path, " ".join(dict.fromkeys([*given, text])))
+        known = path.with_name("..").resolve() / "cgroup.subtree_control"
+        assert any(path.name in files[c.strip("+")] for c in known.read_text().split()), f"no {path.name} yet"
+        return write(path, text)
+
+    def rmdir(path: Path, remove: Callable[[Path], None] = Path.rmdir) -> None:
+        if root in path.parents and path.exists() and not any(p.is_dir() for p in path.iterdir()):
+            for file in path.iterdir():
+                file.unlink()
+        remove(path)
+
+    (root / "cgroup.controllers").write_text("cpuset cpu io memory pids\n")
+    (root / "cgroup.procs").write_text(f"{os.getpid()}\n7\n")
+    monkeypatch.setattr(Path, "write_text", write_text)
+    monkeypatch.setattr(Path, "rmdir", rmdir)
+    return root
+
+
+def on(root: Path) -> Cgroups:
+    return Cgroups.detect("w", f"cgroup2 {root} cgroup2 rw 0 0\n")
+
+
+def test_version_2_limits(version_2: Path) -> None:
+    groups = on(version_2)
+    check, refused = groups.open()
+    assert (check.ok, refused) == (True, {})
+    assert (version_2 / "cgroup.procs").read_text() == ""
+    assert (version_2 / "greenroom-agent/cgroup.procs").read_text().split() == [str(os.getpid()), "7"]
+    assert groups.leftovers() == set()
+    group = groups.make("s", RESOURCES)
+    groups.limit_cpu(group, RESOURCES)
+    place = version_2 / "greenroom/w/s"
     assert (place / "memory.max").read_text() == str((100 << 20) + SENTRY_MEMORY_BYTES)
     assert (place / "cpu.max").read_text() == "50000 100000"
     assert group.process_files == [place / "cgroup.procs"]
-    for parent in (tmp_path, tmp_path / "greenroom", tmp_path / "greenroom/w"):
+    for parent in (version_2, version_2 / "greenroom", version_2 / "greenroom/w"):
         assert set((parent / "cgroup.subtree_control").read_text().split()) == {"+memory", "+cpu", "+pids"}
-    (place / "cpu.stat").write_text("usage_usec 2500000\nuser_usec 1\n")
+    (place / "cpu.stat").write_bytes(b"usage_usec 2500000\nuser_usec 1\n")
     assert groups.cpu_seconds(group) == 2.5
-    (place / "memory.events").write_text("low 0\noom 1\noom_kill 1\n")
+    (place / "memory.events").write_bytes(b"low 0\noom 1\noom_kill 1\n")
     assert groups.out_of_memory(group)
+
+
+def test_a_root_that_stays_busy_is_said(version_2: Path) -> None:
+    (version_2 / "cgroup.procs").write_bytes(b"1\n0\n")  # not this process's own group
+    groups = on(version_2)
+    check, refused = groups.open()
+    assert not check.ok
+    assert set(refused) == {"memory", "cpu", "pids"}
+    assert all("Device or resource busy" in why for why in refused.values())
+    assert all(f"{c} ({why})" in check.detail for c, why in refused.items())
+    assert (version_2 / "cgroup.procs").read_text().split() == ["1", "0"]
+    assert not (version_2 / "greenroom").exists()
+    assert groups.make("s", RESOURCES).process_files == []
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
+    """Writing to files of this name fails, as in a kernel."""
+    write = Path.write_text
+
+    def write_text(path: Path, text: str, *args: object) -> int:
+        if path.name == name:
+            raise OSError(number, os.strerror(number), str(path))
+        return write(path, text)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+
+
+@pytest.mark.parametrize(
+    ("controller", "file"), [("memory", "memory.max"), ("pids", "pids.max"), ("cpu", "cgroup.subtree_control")]
+)
+def test_a_sandbox_without_a_limit_that_held_is_not_made(
+    version_2: Path, monkeypatch: pytest.MonkeyPatch, controller: str, file: str
+) -> None:
+    groups = on(version_2)
+    groups.open()
+    if controller == "cpu":
+        groups._roots = {"cpu": version_2}
+    failing(monkeypatch, file, errno.EBUSY)
+    with pytest.raises(Internal, match=f"{controller} limit could not be set.*busy") as caught:
+        groups.make("s", RESOURCES)
+    assert caught.value.reason == "LIMIT_NOT_SET"
+    assert caught.value.metadata == {"controller": controller}
+
+
+def test_an_actor_without_its_cpu_limit_does_not_start(version_2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = on(version_2)
+    groups.open()
+    group = groups.make("s", RESOURCES)
+    failing(monkeypatch, "cpu.max", errno.EINVAL)
+    with pytest.raises(Internal, match="cpu limit could not be set"):
+        groups.limit_cpu(group, RESOURCES)
+
+
+def test_one_controller_that_fails_leaves_the_others(version_2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, "pids.max", errno.EACCES)
+    groups = on(version_2)
+    check, refused = groups.open()
+    assert list(refused) == ["pids"]
+    assert check.detail.startswith("limits NOT enforced: pids (")
+    assert list(groups.make("s", RESOURCES).directories) == ["memory", "cpu"]
+
+
+def test_a_limit_that_reads_otherwise_does_not_hold(version_2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Path.write_text
+    monkeypatch.setattr(Path, "write_text", lambda p, t, *_: write(p, "max" if p.name == "pids.max" else t))
+    _, refused = on(version_2).open()
+    assert list(refused) == ["pids"]
+    assert "is 'max' after '192' was written" in refused["pids"]
 
 
 def test_missing_controllers_are_said_and_no_failure(tmp_path: Path) -> None:
@@ -189,12 +315,29 @@ def test_missing_controllers_are_said_and_no_failure(tmp_path: Path) -> None:
     (tmp_path / "unified/cgroup.controllers").write_text("hugetlb\n")
     mounts = f"cgroup {tmp_path}/memory cgroup rw,memory 0 0\ncgroup2 {tmp_path}/unified cgroup2 rw 0 0\n"
     groups = Cgroups.detect("w", mounts)
-    check = groups.check()
-    assert check.ok
-    assert "cpu, pids" in check.detail
+    check, refused = groups.open()
+    assert list(refused) == ["cpu", "pids"]
+    assert check.detail == groups.check().detail
+    assert "cpu (no mounted hierarchy has it); pids (no mounted" in check.detail
     assert list(groups.make("s", RESOURCES).directories) == ["memory"]
     assert not (tmp_path / "unified/greenroom").exists()
     assert Cgroups.detect("w", "").make("s", RESOURCES).process_files == []
+
+
+def test_a_common_directory_that_another_worker_removes_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir, removed = Path.mkdir, []
+
+    def racing(path: Path, *args: Any, **options: Any) -> None:
+        if path == tmp_path / "greenroom/w" and not removed and (tmp_path / "greenroom").is_dir():
+            removed.append((tmp_path / "greenroom").rmdir())
+        mkdir(path, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", racing)
+    groups = Cgroups.detect("w", f"cgroup {tmp_path} cgroup rw,cpu 0 0\n")
+    assert list(groups.make("s", RESOURCES).directories) == ["cpu"]
+    assert removed
 
 
 # --- small things ---------------------------------------------------------------------------------------------
@@ -261,7 +404,7 @@ class Server:
 
 
 async def talk(path: Path, server: Server, fds: tuple[int, ...] = ()) -> object:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         serving = asyncio.create_task(server.serve())
         try:
             return await urpc.call(path, "m.M", {"a": 1}, fds)
@@ -312,7 +455,7 @@ async def test_process_is_found_only_by_its_own_start_time() -> None:
     same.close()
     waiting = asyncio.create_task(process.ended())
     process.kill()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         assert await waiting == 137
     assert not process.alive()
     process.kill()

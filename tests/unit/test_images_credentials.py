@@ -180,7 +180,7 @@ async def test_a_helper_may_leave_a_daemon(tmp_path: Path, programs: Path) -> No
 async def test_a_cancelled_caller_leaves_no_helper(tmp_path: Path, programs: Path) -> None:
     helper(programs, "stuck", f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/child; exec sleep 1000")
     asking = asyncio.create_task(write(tmp_path / "config.json", {"credsStore": "stuck"})("r.example", "a"))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not (tmp_path / "child").exists():
             await asyncio.sleep(0.01)
     asking.cancel()
@@ -190,7 +190,7 @@ async def test_a_cancelled_caller_leaves_no_helper(tmp_path: Path, programs: Pat
 
 async def _ended(process: int) -> None:
     """It is gone, or waits to be reaped by whoever inherited it."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while True:
             try:
                 if ") Z " in Path(f"/proc/{process}/stat").read_text():

@@ -158,6 +158,7 @@ def test_directory_and_json(tmp_path: Path) -> None:
         ("  workerSelector:\n    gpu: a b\n", 7, "spec.workerSelector.gpu: label gpu=a b is not valid"),
         ("  pool: Big\n", 6, "spec.pool: pool name 'Big' is not a DNS label"),
         ("  workdir: srv\n", 6, "spec.workdir: must be an absolute path"),
+        ('  workdir: "/a\\0b"\n', 6, "spec.workdir: may not hold a NUL character"),
         ("  image: y\n", 6, "spec.image: is there twice"),
         ("  env: {<<: {A: b}}\n", 6, "spec.env.<<: must be a string"),
     ],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from greenroom.core.errors import AlreadyExists, Conflict, GreenroomError, Lease
 from greenroom.core.ledger import naming
 from greenroom.core.ledger.notes import Notes
 from greenroom.core.ledger.records import Effect, Ledger, Release, Repair, Slot, SlotState
+from greenroom.operator import client
 from greenroom.operator.actuator import Actuator
 from greenroom.operator.client import Kube
 from greenroom.operator.election import LEASE_S, MARGIN_S, Election
@@ -143,6 +145,60 @@ async def test_what_is_selected_no_more_is_gone(place: Place) -> None:
     place.objects.update(place.pods, "default", "x", {**made, "metadata": {**made["metadata"], "labels": {}}})
     await asyncio.sleep(1)
     assert place.names() == []
+
+
+@in_virtual_time
+async def test_a_long_list_is_read_in_pieces_and_anew_when_its_version_is_kept_no_more(loop: SimLoop) -> None:
+    with pytest.MonkeyPatch.context() as small:
+        small.setattr(client, "PAGE", 3)
+        place = Place(loop)
+        for number in range(10):
+            place.make(f"x{number}")
+        listed = await place.kube.list(PODS, PodObject, {})
+        assert [pod.metadata.name for pod in listed.items] == [f"x{n}" for n in range(10)]
+        call, calls = place.kube.transport.call, 0
+
+        async def changes(method: str, path: str, **more: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 2:  # nobody keeps the version of the first piece any longer
+                place.api._pages.clear()
+                place.make("y")
+            return await call(method, path, **more)
+
+        place.kube.transport.call = changes  # type: ignore[method-assign]
+        task = asyncio.ensure_future(place.reflector.run())
+        await place.reflector.synced.wait()
+        assert place.names() == [*(f"x{n}" for n in range(10)), "y"] and place.reflector.lists == 1
+        task.cancel()
+
+
+@reflecting
+async def test_a_watch_that_is_ended_at_once_is_begun_again_more_and_more_slowly(place: Place) -> None:
+    """As by a proxy that has nobody behind it."""
+    watches = 0
+    lines = place.kube.transport.lines
+
+    @contextlib.asynccontextmanager
+    async def none(path: str, query: Mapping[str, str]) -> AsyncIterator[AsyncIterable[bytes]]:
+        async def nothing() -> AsyncIterator[bytes]:
+            return
+            yield
+
+        nonlocal watches
+        watches += 1
+        await asyncio.sleep(0.002)
+        yield nothing()
+
+    place.make("x")
+    place.kube.transport.lines = none  # type: ignore[method-assign]
+    await place.reflector.synced.wait()
+    await asyncio.sleep(60)
+    assert 2 <= watches < 10
+    place.kube.transport.lines = lines  # type: ignore[method-assign]
+    place.make("y")
+    await asyncio.sleep(60)
+    assert place.names() == ["x", "y"] and place.reflector.lists == 1
 
 
 @reflecting

@@ -28,7 +28,7 @@ def test_a_port_is_never_given_to_a_second_actor() -> None:
 
 
 def test_ports_run_out_with_a_word() -> None:
-    ports = Ports("w", 21010, 21012)
+    ports = Ports("w", 61010, 61012)
     for i in range(3):
         ports.give_back(ports.take(f"uid-{i}"))
     with pytest.raises(ResourceExhausted, match="all its 3 ports") as caught:
@@ -37,12 +37,12 @@ def test_ports_run_out_with_a_word() -> None:
 
 
 def test_a_port_in_use_is_passed_over() -> None:
-    ports = Ports("w", 21020, 21023)
+    ports = Ports("w", 61020, 61023)
     with socket.socket() as taken:
-        taken.bind((HOST, 21021))
+        taken.bind((HOST, 61021))
         taken.listen()
         given = {ports.take(f"uid-{i}") for i in range(3)}
-    assert given == {21020, 21022, 21023}
+    assert given == {61020, 61022, 61023}
 
 
 def test_agents_begin_at_different_ports_of_the_range() -> None:

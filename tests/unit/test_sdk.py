@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from fake_control import ThreadedServer, serving, threaded
+from hypothesis import given
+from hypothesis import strategies as st
 
 from greenroom import Actor, AsyncActor, CommandFailed
 from greenroom.core.errors import (
@@ -96,7 +98,7 @@ def test_output_is_bounded(server: ThreadedServer, monkeypatch: pytest.MonkeyPat
         actor.commands.run("yes")
     assert caught.value.reason == "OUTPUT_TOO_LARGE"
     gc.collect()
-    server.run(asyncio.wait_for(server.control.kills.wait(), 5))
+    server.run(asyncio.wait_for(server.control.kills.wait(), 60))
 
 
 def test_with_suspends_and_does_not_hide_errors(server: ThreadedServer) -> None:
@@ -168,3 +170,13 @@ async def test_asyncio(tmp_path: Path) -> None:
             await actor.info()
         await again.close()
         await actor.close()
+
+
+@given(st.lists(st.text(alphabet="ab\u00e9\n", max_size=5)).map("".join), st.lists(st.integers(1, 7)))
+def test_lines_are_whole_however_they_come(text: str, sizes: list[int]) -> None:
+    lines, found, data = common.Lines(), list[str](), text.encode()
+    for size in sizes:
+        found += lines.feed(data[:size])
+        data = data[size:]
+    found += lines.feed(data) + lines.end()
+    assert found == text.splitlines(keepends=True)

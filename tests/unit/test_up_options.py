@@ -136,6 +136,8 @@ def test_without_workers(up: Up) -> None:
         (["--lease-ttl=2h"], "must be between 1 and 3600 seconds, not 7200"),
         (["--lease-ttl=soon"], "'soon' is not a duration"),
         (["--stall-timeout=0"], "'--stall-timeout': must be between 1 and 3600 seconds, not 0"),
+        (["--capacity-wait=inf"], "'inf' is not a duration"),
+        (["--capacity-wait=86401"], "must be between 0 and 86400 seconds, not 86401"),
         (["--worker-return=-1s"], "'-1s' is not a duration"),
         (["--operation-deadline=fly=60"], "there is no operation 'fly' that takes time; use one of resume, suspend,"),
         (["--operation-deadline=create=60"], "there is no operation 'create' that takes time"),

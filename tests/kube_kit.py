@@ -16,9 +16,9 @@ import pytest
 
 from greenroom.testing.fake_kube.http import FakeKube
 
-_TOOLS = Path(__file__).parents[2] / ".tools" / "bin" / "kubectl"
-#: One call of kubectl: it starts in a second on a busy machine.
-CALL_TIMEOUT_S = 60.0
+_TOOLS = Path(__file__).parents[1] / ".tools" / "bin" / "kubectl"
+#: One call of kubectl, longer than any that waits for something.
+CALL_TIMEOUT_S = 150.0
 
 
 def find_kubectl() -> str:
@@ -49,6 +49,13 @@ def self_signed(directory: Path) -> tuple[Path, ssl.SSLContext]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     return certificate, context
+
+
+def rsa_key(directory: Path) -> Path:
+    """For the tokens of service accounts: an API server reads no EC key as openssl writes it."""
+    key = directory / "sa.key"
+    subprocess.run(["openssl", "genrsa", "-out", str(key), "2048"], check=True, capture_output=True)
+    return key
 
 
 class Kubectl:
@@ -83,7 +90,7 @@ async def real_apiserver(directory: Path) -> AsyncIterator[Path]:
         pytest.skip("no real API server: KUBEBUILDER_ASSETS names no folder with etcd and kube-apiserver")
     client, peer, port = (free_port() for _ in range(3))
     certificate, _ = self_signed(directory)
-    key = directory / "tls.key"
+    key, tickets = directory / "tls.key", rsa_key(directory)
     (directory / "tokens.csv").write_text("secret,admin,admin,system:masters\n")
     etcd = [
         str(programs[0]),
@@ -103,8 +110,8 @@ async def real_apiserver(directory: Path) -> AsyncIterator[Path]:
         f"--token-auth-file={directory / 'tokens.csv'}",
         "--authorization-mode=RBAC",
         "--service-account-issuer=https://127.0.0.1",
-        f"--service-account-key-file={key}",
-        f"--service-account-signing-key-file={key}",
+        f"--service-account-key-file={tickets}",
+        f"--service-account-signing-key-file={tickets}",
         "--service-cluster-ip-range=10.0.0.0/24",
         "--disable-admission-plugins=ServiceAccount",
     ]
