@@ -114,6 +114,8 @@ async def test_a_pool_without_a_roster_takes_whoever_comes_unless_rosters_are_as
     world.configure(rosters=True)
     await world.start_agent("w1")
     await asyncio.sleep(0.2)
+    await world.engine.rosters.hold(world.agents["w0"].hello())  # as the end of a registration that the option overtook
+    await active(world, "w0")
     assert await names(world) == ["w0"], "what was there before is not thrown out for want of a roster"
 
 

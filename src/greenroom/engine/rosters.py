@@ -76,18 +76,15 @@ class Rosters:
 
     async def refusal(self, hello: api.Hello) -> str:
         """Why this worker may not register now; "" when it may."""
-        roster = await self._engine.ops.steadily(lambda: self.find(hello.pool))
-        if roster is None:
-            if not self._engine.config.rosters:
-                return ""
-            return f"pool {hello.pool} has no roster: its operator has not sent one yet"
-        if admits(roster, hello.worker, hello.berth):
+        roster = await self._roster(hello)
+        if roster is not None:
+            return _misfit(roster, hello)
+        if not self._engine.config.rosters:
             return ""
-        berth, entry = hello.berth, roster.find(hello.worker)
-        who = f"pod {berth.pod_uid or '(none)'} of slot {berth.epoch}-{berth.ordinal}"
-        if entry is not None:
-            return f"on the roster of pool {hello.pool} worker {hello.worker} is another one than {who}"
-        return f"worker {hello.worker} ({who}) is not on the roster of pool {hello.pool}, of epoch {roster.epoch}"
+        return f"pool {hello.pool} has no roster: its operator has not sent one yet"
+
+    async def _roster(self, hello: api.Hello) -> Roster | None:
+        return await self._engine.ops.steadily(lambda: self.find(hello.pool))
 
     async def wait(self, pool: str) -> None:
         """Until its roster has changed, or for `LOOK_AGAIN_S`."""
@@ -102,8 +99,14 @@ class Rosters:
             changed.set()
 
     async def hold(self, hello: api.Hello) -> None:
-        """A worker has registered that may not be on its roster any more."""
-        if await self.refusal(hello) and (worker := await self._engine.members.find(hello.worker)) is not None:
+        """A worker has registered that may not be on its roster any more.
+
+        Only a roster throws out. A pool that has none yet lets nobody new in, and keeps whom it has.
+        """
+        roster = await self._roster(hello)
+        if roster is None or not _misfit(roster, hello):
+            return
+        if (worker := await self._engine.members.find(hello.worker)) is not None:
             await self._drop(worker)
 
     # --- who is dropped -----------------------------------------------------------------------------------
@@ -134,6 +137,16 @@ class Rosters:
             pass  # another replica was quicker
         except GreenroomError as error:
             log.warning("a worker that was dropped stays for now", worker=worker.name, error=error.message)
+
+
+def _misfit(roster: Roster, hello: api.Hello) -> str:
+    """Why its pool's roster does not admit this worker; "" when it does."""
+    if admits(roster, hello.worker, hello.berth):
+        return ""
+    who = f"pod {hello.berth.pod_uid or '(none)'} of slot {hello.berth.epoch}-{hello.berth.ordinal}"
+    if roster.find(hello.worker) is not None:
+        return f"on the roster of pool {hello.pool} worker {hello.worker} is another one than {who}"
+    return f"worker {hello.worker} ({who}) is not on the roster of pool {hello.pool}, of epoch {roster.epoch}"
 
 
 def _check(roster: Roster) -> None:
