@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
@@ -12,7 +13,7 @@ import msgspec
 import pytest
 
 from greenroom.core import agentapi as api
-from greenroom.core.errors import FailedPrecondition, ResourceExhausted, Unavailable
+from greenroom.core.errors import DataLoss, FailedPrecondition, ResourceExhausted, Unavailable
 from greenroom.core.records import ActorState, Durability, Key, OnCrash, Snapshot, SnapshotState
 from greenroom.sandbox.sim import SNAPSHOT_FILE
 from greenroom.testing.contracts.snapshots import key_of
@@ -154,6 +155,44 @@ async def test_what_has_rotted_before_it_was_uploaded_is_said_to_be_lost(world: 
     assert actor.reason == "SnapshotLost" and "damaged" in actor.message and actor.unsaved_since is not None
     await world.engine.resume(key)
     assert (await world.request(key)).count == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "Input/output error"),
+        FileNotFoundError("404"),
+        DataLoss("the worker's disk failed", reason="WORKER_IO"),
+        Unavailable("away", reason="SNAPSHOT_STORE_REFUSES"),
+    ],
+)
+async def test_an_upload_that_fails_costs_nothing(world: SimWorld, error: Exception) -> None:
+    """Whatever it fails with: what is held is as good as before."""
+    key = await world.create("a")
+    await world.request(key)
+    failed, publish = 0, world.snapshots.publish
+
+    async def fails(*args: Any, **more: Any) -> Snapshot:
+        nonlocal failed
+        failed += 1
+        raise error
+
+    world.snapshots.publish = fails  # type: ignore[method-assign]
+    made = await slept(world, key)
+
+    async def tried_again() -> bool:
+        return failed > 2
+
+    await until(tried_again)
+    assert (await world.store.get(Snapshot, made.id)).state is SnapshotState.LOCAL
+    assert (await world.actor(key)).state is ActorState.SUSPENDED
+    world.snapshots.publish = publish  # type: ignore[method-assign]
+
+    async def uploaded() -> bool:
+        return (await world.actor(key)).durable_at == made.created_at
+
+    await until(uploaded)
+    assert (await world.request(key)).count == 2
 
 
 async def test_the_way_back_is_never_one_that_the_same_loss_takes(world: SimWorld) -> None:

@@ -57,10 +57,10 @@ class Uploads:
                     raise
                 await self._lose(snapshot, f"worker {worker}, which alone had it, has it no more")
                 return
-            except DataLoss as error:
-                await self._lose(snapshot, f"what worker {worker}, which alone had it, has is damaged: {error.message}")
-                return
             except GreenroomError as error:
+                if isinstance(error, DataLoss) and error.reason == "SNAPSHOT_CORRUPT":  # and not: a disk fails just now
+                    await self._lose(snapshot, f"what worker {worker} alone had is damaged: {error.message}")
+                    return
                 if self._said.get(worker) != error.message:  # it may take long, and is tried every few seconds
                     self._said[worker] = error.message
                     log.warning("not uploaded, tries again", snapshot=snapshot.id, worker=worker, error=error.message)
