@@ -24,6 +24,7 @@ from greenroom.core.records import (
     Worker,
     WorkerState,
 )
+from greenroom.engine.members import RETIRING
 from greenroom.testing.world import QUICK, SimWorld
 
 RETURN_S = 1.0
@@ -344,6 +345,37 @@ async def test_a_retirement_is_undone(world: SimWorld) -> None:
     hold.set()
     await world.settle()
     assert not agent.shutdown.done() and (await record(world, worker)).state is WorkerState.ACTIVE
+
+
+async def test_a_retirement_that_was_undone_and_asked_for_again_spares_what_woke_meanwhile(world: SimWorld) -> None:
+    """The one of before goes on from where it waited, with a worker's record that is newer than what it looked at."""
+    key = await world.create("a")
+    await world.request(key)
+    worker = (await world.actor(key)).worker
+    await world.engine.suspend(key)
+    go, reached = asyncio.Event(), asyncio.Event()
+    flush = world.engine.uploads.flush
+
+    async def held(name: str) -> None:
+        reached.set()
+        await go.wait()
+        await flush(name)
+
+    world.engine.uploads.flush = held  # type: ignore[method-assign]
+    await world.engine.retire_worker(worker)
+    await reached.wait()
+    await world.engine.drain_worker(worker, undo=True)
+    for other in world.agents:
+        if other != worker:
+            await world.engine.drain_worker(other)
+    assert (await world.request(key)).count == 2 and (await world.actor(key)).worker == worker
+    asked = await world.engine.retire_worker(worker)
+    assert asked.cordon == RETIRING
+    agent, first = world.agents[worker], world.engine.decommission.begin(worker)
+    go.set()
+    await first
+    assert agent._ending is None and (await world.actor(key)).state is ActorState.RUNNING
+    await world.engine.drain_worker(worker, undo=True)
 
 
 async def test_one_that_dies_while_it_retires_leaves_a_tombstone_and_no_alarm(world: SimWorld) -> None:
