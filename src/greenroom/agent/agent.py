@@ -292,6 +292,8 @@ class Agent:
 
     def heard(self, welcome: api.Welcome, at: float) -> None:
         """A replica has answered what was sent to it at ``at`` (`greenroom.agent.clock.boot_time`)."""
+        if welcome.snapshot_mark:
+            self._snapshots.expect(welcome.snapshot_mark)
         if self._ending is None:  # or it would be remembered on a disk that is being erased
             self._alone.heard(welcome, at)
 

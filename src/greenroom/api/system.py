@@ -12,6 +12,7 @@ from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2_grpc as pb_grpc
 from greenroom.api.service import Service, closing, member, rpc, wait_s_of
 from greenroom.core.errors import InvalidArgument
+from greenroom.core.marks import Mark
 from greenroom.core.records import (
     Actor,
     Lease,
@@ -153,7 +154,7 @@ class System(Service, pb_grpc.SystemServicer):
             async for event in events:
                 record = event.record
                 if (
-                    isinstance(record, Lease | Replica | Roster)
+                    isinstance(record, Lease | Replica | Roster | Mark)
                     or type(record) not in classes
                     or not _shown(record, request)
                 ):

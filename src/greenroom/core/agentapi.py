@@ -489,12 +489,14 @@ class Welcome(Record, frozen=True, kw_only=True):
         alone_s: an agent none of whose heartbeats of this long ago or less was answered is alone: it freezes what runs
             on it, for it may count as lost and its actors may wake elsewhere. They go on when a replica says so
             (`Thaw`). Counted from when the answered heartbeat was *sent*. 0: never.
+        snapshot_mark: what the snapshot store is known by (`greenroom.core.marks`); "" while that is not known.
     """
 
     replica: str = ""
     links: tuple[str, ...] = ()
     heartbeat_s: float = 3.0
     alone_s: float = 0.0
+    snapshot_mark: str = ""
 
 
 AgentCall = (

@@ -176,6 +176,10 @@ class Collection:
     async def scrub(self) -> list[str]:
         """One pass over the whole snapshot store; returns the keys of what it destroyed: objects that belonged to
         nobody, in this pass and in the one before."""
+        if not self._engine.belongings.mark:
+            log.warning("the snapshot store is not scrubbed: it is not known whose it is")
+            self._strays = frozenset()
+            return []
         if await self._is_distrusted():
             log.warning("the snapshot store is not scrubbed: the records may be old")
             self._strays = frozenset()

@@ -58,6 +58,7 @@ from greenroom.core.records import (
 from greenroom.core.rosters import Roster
 from greenroom.core.states import BOUND
 from greenroom.engine import clock
+from greenroom.engine.belongings import Belongings
 from greenroom.engine.bindings import Binding, BindingTable, Wake
 from greenroom.engine.census import Census
 from greenroom.engine.collection import Collection
@@ -123,6 +124,7 @@ class Engine:
         self.recovery = Recovery(self)
         self.collection = Collection(self)
         self.garbage = Garbage(self)
+        self.belongings = Belongings(self)
         self.replicas = Replicas(self)
         self.follower = Follower(self)
         hub.listener = self.census
@@ -132,6 +134,7 @@ class Engine:
         is done as soon as it does."""
         with contextlib.suppress(Unavailable):
             await self.replicas.check_name()
+        await self.belongings.check()
         self.spawn(self.follower.loop(), "follower")
         self.spawn(self.replicas.loop(), "replicas-loop")
         try:

@@ -58,6 +58,7 @@ class Replicas:
             links=tuple(sorted(links)),
             heartbeat_s=self.shortest_return_s / HEARTBEATS_PER_RETURN,
             alone_s=self.shortest_return_s * ALONE_SHARE,
+            snapshot_mark=self._engine.belongings.mark,
         )
 
     async def check_name(self) -> None:

@@ -17,9 +17,9 @@ from obstore.exceptions import (
 )
 from obstore.exceptions import NotFoundError as NoSuchObjectError
 
-from greenroom.core.errors import DataLoss, Unavailable
+from greenroom.core.errors import Unavailable
 from greenroom.snapshots.local import digest_file
-from greenroom.snapshots.objects import CHUNK_BYTES, Stop, Stored, disk_full
+from greenroom.snapshots.objects import CHUNK_BYTES, Stop, Stored, disk_full, garbled
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -61,7 +61,7 @@ class BucketObjects:
             return known
         key = f"{prefix}/{called}"
         sent = _Sent(source, stop)
-        with self._errors():
+        with self._errors(), self._keeps():
             obstore.put(
                 self._store,
                 key,
@@ -77,7 +77,7 @@ class BucketObjects:
                 size += len(chunk)
                 stop.moved(len(chunk) * 0.4)
         if (size, digest.hexdigest()) != known:
-            raise DataLoss(f"{self._name}/{key}: what was stored differs from {source}", reason="SNAPSHOT_CORRUPT")
+            raise garbled(f"{self._name}/{key}", source)
         return known
 
     def seal(self, prefix: str) -> None:
@@ -85,7 +85,7 @@ class BucketObjects:
 
     def put_new(self, key: str, data: bytes, staged: str) -> bool:
         try:
-            with self._errors():
+            with self._errors(), self._keeps():
                 obstore.put(self._store, key, data, mode="create", use_multipart=False)
         except AlreadyExistsError:
             return False
@@ -138,7 +138,22 @@ class BucketObjects:
                 now: float = obstore.head(self._store, _CLOCK)["last_modified"].timestamp()
                 self.delete([_CLOCK])
                 return now
-        raise Unavailable(f"the snapshot store {self._name} does not keep what is put there")
+        raise self._keeps_nothing("it is gone at once")
+
+    def _keeps_nothing(self, why: str) -> Unavailable:
+        return Unavailable(
+            f"the snapshot store {self._name} does not keep what is put there: {why}; see that the bucket exists",
+            reason="SNAPSHOT_STORE_REFUSES",
+        )
+
+    @contextlib.contextmanager
+    def _keeps(self) -> Iterator[None]:
+        """Who puts something and is told that it is not there has found no bucket. (To obstore that is the error of a
+        file system, which would speak against this machine's disk.)"""
+        try:
+            yield
+        except _NOT_THERE as error:
+            raise self._keeps_nothing(_first_line(error)) from error
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

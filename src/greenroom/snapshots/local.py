@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from greenroom.core.errors import DataLoss
-from greenroom.snapshots.objects import CHUNK_BYTES, Stop, Stored
+from greenroom.snapshots.objects import CHUNK_BYTES, Stop, Stored, garbled
 
 _T = TypeVar("_T")
 
@@ -51,9 +50,7 @@ class LocalObjects:
                 copied = _into(directory, lambda: _copy(source, on_its_way, stop))
             stored = _digest_and_sync(on_its_way, stop, share=1.0 if copied is None else 0.5)
             if copied is not None and copied != stored:
-                raise DataLoss(
-                    f"{on_its_way}: what was stored differs from {source}; check the disk", reason="SNAPSHOT_CORRUPT"
-                )
+                raise garbled(str(on_its_way), source)
             if called := name(*stored):
                 on_its_way.replace(directory / called)
         finally:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from greenroom.core.errors import GreenroomError, ResourceExhausted
+from greenroom.core.errors import GreenroomError, ResourceExhausted, Unavailable
 
 #: Bytes that are read, hashed and written at a time: large enough that the interpreter's share vanishes, small
 #: enough that a hundred transfers side by side stay below 100 MiB.
@@ -120,6 +120,14 @@ class Objects(Protocol):
 
     def clock(self) -> float:
         """Now, by the clock that `list` takes its times from (seconds since the epoch)."""
+
+
+def garbled(where: str, source: Path) -> GreenroomError:
+    """The error of a store that has something else than what was put there. The source is as good as it was."""
+    return Unavailable(
+        f"the snapshot store does not keep what is put there: {where} differs from {source}; check its disks",
+        reason="SNAPSHOT_STORE_REFUSES",
+    )
 
 
 def disk_full(where: str) -> GreenroomError:

@@ -24,9 +24,21 @@ class StoredObject(NamedTuple):
 
 
 class SnapshotStore(Protocol):
+    """Once `expect` was called every call raises `Unavailable` (reason ``SNAPSHOT_STORE_AWAY``) when another store, or
+    none, is where this one should be (a disk that is not mounted, a wrong address): what is missing there is not lost,
+    and what is put there would be.
+    """
+
     @property
     def is_near(self) -> bool:
         """Whether `fetch` costs nothing: the files are on this machine."""
+
+    async def mark(self, value: str = "") -> str:
+        """What the store is known by (`greenroom.core.marks`), and "" if that is nothing yet; it is ``value`` then, if
+        given, from now on. Never changes."""
+
+    def expect(self, mark: str) -> None:
+        """What it has to be known by; "": anything."""
 
     async def publish(
         self, snapshot: Snapshot, source: Path, progress: OnBytes | None = None, base: Sequence[FileDigest] = ()

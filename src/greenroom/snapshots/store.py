@@ -48,6 +48,9 @@ MAX_MANIFEST_BYTES = 1 << 20
 #: Files of one snapshot. A sandbox backend writes a handful; the bound keeps a manifest small.
 MAX_FILES = 256
 
+#: What the store is known by lies under this name, beside the snapshots. So many bytes are looked at.
+MARK, MAX_MARK_BYTES = "greenroom-store", 256
+
 #: Objects that are listed at a time.
 LIST_PAGE = 1000
 
@@ -75,6 +78,48 @@ class ObjectSnapshotStore:
     def __init__(self, location: str | Path, *, objects: Objects | None = None) -> None:
         self._objects = objects or _open(location)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._expected = ""
+        self._recognised = False
+
+    async def mark(self, value: str = "") -> str:
+        def look(stop: Stop) -> str:
+            found = self._mark()
+            if not found and value:
+                self._objects.put_new(MARK, value.encode(), f".{MARK}.{secrets.token_hex(8)}")
+                found = self._mark()
+            return found
+
+        with self._refusals():
+            return await in_thread(look)
+
+    def expect(self, mark: str) -> None:
+        if mark != self._expected:
+            self._expected, self._recognised = mark, False
+
+    def _mark(self) -> str:
+        found = self._objects.get(MARK, MAX_MARK_BYTES)
+        return "" if found is None else found.decode(errors="replace").strip()
+
+    def _recognise(self, *, again: bool = False) -> None:
+        """Raises `Unavailable` if this is not the store that is expected. A directory may come and go with what is
+        mounted there, so it is asked each time; a bucket once, and ``again`` when something is missing."""
+        if not self._expected or (self._recognised and not again and not self._objects.is_near):
+            return
+        with self._refusals():
+            found = self._mark()
+        self._recognised = found == self._expected
+        if self._recognised:
+            return
+        what = f"belongs to another installation (its {MARK} says {found!r})" if found else f"has no object {MARK}"
+        raise Unavailable(
+            f"{self._objects} is not the snapshot store of this installation: it {what}; see that it is mounted, and "
+            "that its address is the right one",
+            reason="SNAPSHOT_STORE_AWAY",
+        )
+
+    async def _recognise_in_thread(self, *, again: bool = False) -> None:
+        if self._expected and (again or not self._recognised or self._objects.is_near):
+            await in_thread(lambda stop: self._recognise(again=again))
 
     async def publish(
         self, snapshot: Snapshot, source: Path, progress: OnBytes | None = None, base: Sequence[FileDigest] = ()
@@ -86,6 +131,7 @@ class ObjectSnapshotStore:
             files = {file.name: file.size_bytes for file in snapshot.files}
             if not files:
                 files = await in_thread(lambda stop: _scan(source))
+            await self._recognise_in_thread()
             meter = Meter(sum(files.values()), progress) if progress else None
             if (published := await self._read(snapshot.actor_uid, snapshot.id, key)) is not None:
                 return await self._same_or_conflict(published, source, [*files], meter)
@@ -128,6 +174,7 @@ class ObjectSnapshotStore:
                 its = [(key, place) for key, place in listed if place is not None and place.snapshot_id == snapshot_id]
                 self._objects.delete([key for key, place in sorted(its, key=lambda one: not one[1].is_manifest)])
 
+        await self._recognise_in_thread()
         async with self._in_turn(snapshot_id):
             await in_thread(remove)
 
@@ -138,6 +185,7 @@ class ObjectSnapshotStore:
             if found is not None:
                 break
         else:
+            await self._recognise_in_thread(again=True)
             raise NotFound(f"no snapshot {snapshot_id} in {self._objects}", reason="SNAPSHOT_NOT_FOUND")
         return found
 
@@ -170,10 +218,12 @@ class ObjectSnapshotStore:
         for key in keys:
             if blobs.place_of(key) is None:
                 raise InvalidArgument(f"{key!r} is no key of a snapshot's object")
+        await self._recognise_in_thread()
         with self._refusals():
             await in_thread(lambda stop: self._objects.delete(keys))
 
     async def list(self) -> list[tuple[str, str]]:
+        await self._recognise_in_thread()
         with self._refusals():
             keys = await in_thread(lambda stop: [stored.key for stored in self._objects.list(blobs.PREFIX)])
         places = (blobs.place_of(key) for key in keys)
@@ -200,6 +250,7 @@ class ObjectSnapshotStore:
         return uid if blobs.is_uid(uid) else UNKNOWN
 
     async def objects(self) -> AsyncIterator[tuple[str, Sequence[StoredObject]]]:
+        await self._recognise_in_thread(again=True)
         with self._refusals():
             now = await in_thread(lambda stop: self._objects.clock())
         listing = iter(self._objects.list(blobs.PREFIX))
@@ -301,6 +352,7 @@ class ObjectSnapshotStore:
                 key = blobs.file_key(snapshot, file)
                 size = self._objects.download(key, staged / file.name, stop)
                 if size is None:
+                    self._recognise(again=True)
                     raise _corrupt(snapshot, f"{file.name} is missing: {self._objects}/{key}")
                 if size != file.size_bytes:
                     raise _corrupt(

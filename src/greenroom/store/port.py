@@ -6,8 +6,8 @@ Two kinds of writes, both atomic and conditional, never read-then-overwrite in a
     one lifecycle command: the store reads the `View`, `greenroom.core.lifecycle.decide` decides, the store writes the
     `Change`, all in one transaction. So binding actor, worker slot and operation can't come apart.
 `put`, `remove`
-    one record that no actor's lifecycle owns (templates, pools, rosters, workers, snapshots, operations on templates),
-    conditional on the version that was read.
+    one record that no actor's lifecycle owns (templates, pools, rosters, marks, workers, snapshots, operations on
+    templates), conditional on the version that was read.
 
 A write is durable when the call returns. A cancelled call may or may not have happened: read again.
 
@@ -25,15 +25,16 @@ from typing import Protocol, TypeVar
 
 from greenroom.core.commands import ActorCommand, Change
 from greenroom.core.errors import InvalidArgument, NotFound
+from greenroom.core.marks import Mark
 from greenroom.core.records import Actor, Lease, Operation, Pool, Record, Replica, Snapshot, Template, Worker
 from greenroom.core.rosters import Roster
 
-Stored = Actor | Template | Pool | Roster | Worker | Replica | Snapshot | Operation | Lease
+Stored = Actor | Template | Pool | Roster | Mark | Worker | Replica | Snapshot | Operation | Lease
 #: What can be read.
-R = TypeVar("R", Actor, Template, Pool, Roster, Worker, Replica, Snapshot, Operation, Lease)
+R = TypeVar("R", Actor, Template, Pool, Roster, Mark, Worker, Replica, Snapshot, Operation, Lease)
 #: What `put` and `remove` write; actors and leases change by `apply` alone.
-Free = Template | Pool | Roster | Worker | Replica | Snapshot | Operation
-W = TypeVar("W", Template, Pool, Roster, Worker, Replica, Snapshot, Operation)
+Free = Template | Pool | Roster | Mark | Worker | Replica | Snapshot | Operation
+W = TypeVar("W", Template, Pool, Roster, Mark, Worker, Replica, Snapshot, Operation)
 
 #: What `list` filters by: a field's value, or several of which it may have one (at most `MAX_PAGE`).
 Where = Mapping[str, str | tuple[str, ...]]
@@ -44,6 +45,7 @@ FILTERS: dict[type[Stored], frozenset[str]] = {
     Template: frozenset({"state"}),
     Pool: frozenset(),
     Roster: frozenset(),
+    Mark: frozenset(),
     Worker: frozenset({"pool", "state"}),
     Replica: frozenset(),
     Snapshot: frozenset({"actor_uid", "state", "template"}),

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from psycopg import sql
 
 from greenroom.core.errors import DataLoss
+from greenroom.core.marks import Mark
 from greenroom.core.records import Actor, Lease, Operation, Pool, Replica, Snapshot, Template, Worker
 from greenroom.core.rosters import Roster
 from greenroom.store.port import FILTERS, Stored, Where
@@ -69,6 +70,7 @@ _COLUMNS: dict[type[Stored], dict[str, Callable[[Any], Any]]] = {
     },
     Pool: {},
     Roster: {},
+    Mark: {},
     Replica: {},
     Worker: {f: attrgetter(f) for f in ("pool", "state", "capacity")},  # written by `put_worker` alone
 }

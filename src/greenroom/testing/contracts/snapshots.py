@@ -21,7 +21,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from greenroom.core.errors import Conflict, DataLoss, InvalidArgument, NotFound
+from greenroom.core.errors import Conflict, DataLoss, InvalidArgument, NotFound, Unavailable
 from greenroom.core.gc import blobs
 from greenroom.core.records import FileDigest, Snapshot, SnapshotScope, SnapshotState
 from greenroom.snapshots.port import SnapshotStore
@@ -345,6 +345,66 @@ class SnapshotStoreContract:
         more = stage(tmp_path / "good", {**_FILES, "manifest.json": b"{}"})
         assert await store.publish(moved, more) == moved
         assert await store.publish(moved, more) == moved
+
+    # --- whose store it is ------------------------------------------------------------------------------------
+
+    async def test_the_first_mark_stays(self, store: SnapshotStore) -> None:
+        assert await store.mark() == ""
+        assert await store.mark("mine") == "mine"
+        assert await store.mark("other") == "mine" == await store.mark()
+        assert await store.list() == [] and [o async for o in store.objects()] == [], "it is no snapshot's"
+
+    @pytest.mark.parametrize("there", ["", "another installation's"])
+    async def test_in_another_store_nothing_is_missing_and_nothing_is_put(
+        self, store: SnapshotStore, raw: Raw, tmp_path: Path, there: str
+    ) -> None:
+        """A disk that is not mounted, or a wrong address: what is not there is not lost."""
+        await store.mark("mine")
+        store.expect("mine")
+        published = await store.publish(make_snapshot(), stage(tmp_path / "stage"))
+        kept = {key: raw.read(key) for key in raw.listed()}
+        for key in kept:
+            raw.remove(key)
+        if there:
+            raw.write("greenroom-store", there.encode())
+        store.expect("")  # as a process that begins
+        store.expect("mine")
+
+        async def listed() -> object:
+            return [o async for o in store.objects()]
+
+        for asked in (
+            lambda: store.fetch(published, tmp_path / "cache"),
+            lambda: store.manifest(published.actor_uid, published.id),
+            lambda: store.publish(make_snapshot(), stage(tmp_path / "more")),
+            lambda: store.retract(published.actor_uid, published.id),
+            lambda: store.delete(blobs.keys_of(published)),
+            store.list,
+            listed,
+        ):
+            with pytest.raises(Unavailable) as away:
+                await asked()
+            assert away.value.reason == "SNAPSHOT_STORE_AWAY" and (there in away.value.message)
+        assert raw.listed() == (["greenroom-store"] if there else [])
+        for key, data in kept.items():
+            raw.write(key, data)
+        assert await store.manifest(published.actor_uid, published.id) == published
+        await store.fetch(published, tmp_path / "cache")
+
+    async def test_a_store_that_goes_away_is_noticed_when_something_is_missing(
+        self, store: SnapshotStore, raw: Raw, tmp_path: Path
+    ) -> None:
+        await store.mark("mine")
+        store.expect("mine")
+        published = await store.publish(make_snapshot(), stage(tmp_path / "stage"))
+        for key in raw.listed():
+            raw.remove(key)
+        for asked in (
+            lambda: store.fetch(published, tmp_path / "cache"),
+            lambda: store.manifest(published.actor_uid, published.id),
+        ):
+            with pytest.raises(Unavailable):
+                await asked()
 
     async def test_unknown(self, store: SnapshotStore, tmp_path: Path) -> None:
         with pytest.raises(NotFound):

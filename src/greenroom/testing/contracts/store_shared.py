@@ -8,6 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from greenroom.core.errors import AlreadyExists, Conflict, NotFound
+from greenroom.core.marks import Mark
 from greenroom.core.records import Replica
 from greenroom.core.rosters import Roster, RosterEntry
 from greenroom.store.port import EventType, Store
@@ -89,6 +90,15 @@ class Shared:
         seen = [await anext(watch) for _ in range(2)]
         assert [(e.type, e.record) for e in seen] == [(EventType.PUT, one), (EventType.DELETED, one)]
         assert await store.list(Roster) == []
+
+    # marks
+
+    async def test_who_is_first_gives_the_mark(self, store: Store) -> None:
+        one = await store.put(Mark(name="snapshots", value="a"))
+        with pytest.raises(AlreadyExists):
+            await store.put(Mark(name="snapshots", value="b"))
+        two = await store.put(replace(one, placed=True))
+        assert await store.get(Mark, "snapshots") == two and await store.list(Mark) == [two]
 
     # the clock
 

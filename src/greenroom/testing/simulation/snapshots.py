@@ -34,6 +34,7 @@ class Bucket:
         self.trace = trace
         self.stored: dict[str, Snapshot] = {}
         self.files: dict[str, int] = {}
+        self.mark = ""
         #: Ids whose content is not what was written.
         self.corrupt: set[str] = set()
         self._attempts = itertools.count()
@@ -98,6 +99,13 @@ class SimSnapshots:
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
+
+    async def mark(self, value: str = "") -> str:
+        self._bucket.mark = self._bucket.mark or value
+        return self._bucket.mark
+
+    def expect(self, mark: str) -> None:
+        pass
 
     async def publish(
         self, snapshot: Snapshot, source: Path, progress: OnBytes | None = None, base: Sequence[FileDigest] = ()
