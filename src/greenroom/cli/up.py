@@ -121,7 +121,8 @@ WORKER_RETURN_SHARED_S = 30.0
     metavar="SECONDS",
     default=None,
     help="How long a worker that went away may take to come back before its actors count as lost; when the store is "
-    "away for half of it, awake actors freeze  [default: 15, with PostgreSQL 30].",
+    "away for half of it, awake actors freeze. Halve it at most from one start to the next: agents go by what they "
+    "heard last  [default: 15, with PostgreSQL 30].",
 )
 @click.option(
     "--worker-gone",
