@@ -11,7 +11,6 @@ import itertools
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import IO
 
 import psycopg
+
+from greenroom.testing.ports import free_port
 
 #: Releases older than this are not supported by the store.
 OLDEST = 15
@@ -104,8 +105,7 @@ class PostgresServer:
             self._reach_programs()
             self._initdb()
             if self._tcp:
-                with socket.create_server(("127.0.0.1", 0)) as free:
-                    self.port = free.getsockname()[1]
+                self.port = free_port()
             self.start()
         except BaseException:
             self.__exit__()
