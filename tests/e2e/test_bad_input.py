@@ -455,4 +455,4 @@ def started(data_dir: Path, *, backend: str, workers: int = 1, slots: int = 2) -
         yield kit
     finally:
         kit.live.stop()
-    assert [line for line in leftovers(data_dir) if not line.startswith("mount") or "sandboxes" in line] == []
+    assert leftovers(data_dir) == []
