@@ -53,6 +53,7 @@ from greenroom.core import agentapi as api
 from greenroom.core.records import TemplateSpec
 from greenroom.images.store import DiskImageStore
 from greenroom.testing.oci_layout import push_layout
+from greenroom.testing.ports import free_port
 
 GOAL_RATIO = 0.8
 GOAL_MEMORY_BYTES = 150_000_000
@@ -149,9 +150,7 @@ def run_agent(directory: Path, reference: str, *options: str) -> tuple[dict[str,
 @contextlib.contextmanager
 def registry(directory: Path) -> Iterator[str]:
     """Debian's docker-registry on loopback; yields ``host:port``."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     directory.mkdir(parents=True, exist_ok=True)
     config = directory / "config.yml"
     config.write_text(

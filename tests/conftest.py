@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from _pytest.runner import runtestprotocol
+from hypothesis import settings
 
 from greenroom.testing import defects
 from greenroom.testing.postgres import PostgresServer, find_programs
@@ -19,6 +20,11 @@ from greenroom.testing.postgres import PostgresServer, find_programs
 os.environ["PATH"] += f":{Path(__file__).parents[1] / '.tools' / 'bin'}"
 # A shell starts what it runs in the background with SIGINT ignored, and every child inherits that: Ctrl-C is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# How long an example takes says how busy the machine is. Hypothesis' own profile for continuous integration thinks so
+# too, and stays where it is chosen; so does one that `--hypothesis-profile` names.
+settings.register_profile("here", deadline=None)
+if settings.get_current_profile_name() == "default":
+    settings.load_profile("here")
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from greenroom.testing.fake_kube.http import FakeKube
+from greenroom.testing.ports import free_port
 
 _TOOLS = Path(__file__).parents[1] / ".tools" / "bin" / "kubectl"
 #: One call of kubectl, longer than any that waits for something.
@@ -132,8 +132,3 @@ async def real_apiserver(directory: Path) -> AsyncIterator[Path]:
                 except AssertionError:
                     await asyncio.sleep(0.5)
         yield config
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from kube_kit import Kubectl, free_port, real_apiserver, self_signed
+from kube_kit import Kubectl, real_apiserver, self_signed
 
 from greenroom.operator.crds import definitions
 from greenroom.testing.fake_kube.api import Api
 from greenroom.testing.fake_kube.cluster import Cluster
 from greenroom.testing.fake_kube.http import FakeKube
 from greenroom.testing.live import GREENROOM, LiveServer
+from greenroom.testing.ports import free_port
 
 END_TIMEOUT_S = 30.0
 

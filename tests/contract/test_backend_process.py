@@ -232,6 +232,7 @@ class TestHostIsOutOfReach(Tools):
 
 
 @needs_root
+@pytest.mark.timeout(360)
 def test_all_of_it_as_nobody(tmp_path: Path) -> None:
     """The same suite, run by a user without any right: with an interpreter that this user can reach."""
     packages = Path(importlib.util.find_spec("pytest").origin).parents[1]  # type: ignore[union-attr, arg-type]
@@ -268,7 +269,7 @@ def test_all_of_it_as_nobody(tmp_path: Path) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=100,
+            timeout=300,
         )
         assert done.returncode == 0, done.stdout[-5000:]
         assert " passed" in done.stdout

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from greenroom.testing.leftovers import leftovers
+from greenroom.testing.leftovers import look
 from greenroom.testing.live import descendants
 
 pytestmark = [pytest.mark.gvisor, pytest.mark.root, pytest.mark.xdist_group("sandboxes")]
@@ -57,7 +57,7 @@ def test_killed_it_is_cleaned_up_by_the_next_one(data_dir: Path, alone: bool) ->
             if b"runsc" not in Path(f"/proc/{pid}/comm").read_bytes():
                 os.kill(pid, signal.SIGKILL)
     demo.communicate(timeout=60)
-    assert leftovers(place / "data") != [], "the sandboxes of a server that was killed go on"
+    assert look(place / "data") != [], "the sandboxes of a server that was killed go on"
     again = start(place)
     output, _ = again.communicate(timeout=100)
     assert again.returncode == 0, output

@@ -23,6 +23,9 @@ import pytest
 from kit import Kit, until
 from shell import Shell, template
 
+from greenroom.api import convert
+from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
+from greenroom.core.records import Operation, OperationKind, OperationState
 from greenroom.images.config import INDEX_TYPES, MANIFEST_TYPES, Manifest
 from greenroom.testing import counter_app
 from greenroom.testing.live import GREENROOM, LiveServer
@@ -103,25 +106,43 @@ def test_two_templates_fetch_a_shared_layer_once_and_tell_how_far_they_are(
 ) -> None:
     kit, shell = served
     with link(pushed.registry, SLOW_BITS_PER_S) as host:
+        watching = shell.start("get", "templates", "-w")  # it may begin later than the next does
         for name in ("one", "two"):
             shell("apply", "--no-wait", "-f", "-", stdin=template(name, f"{host}/app/{name}:1")).ok()
-        watching = shell.start("get", "templates", "-w")
         under_way = until(lambda: kit.template("one"), lambda t: any(la.done_bytes > 0 for la in t.layers))
         assert (under_way.state, under_way.phase) == ("Preparing", "download")
+        _says(watching, "download", "% of")
         for name in ("one", "two"):
             shell("wait", "template", name).ok()
         assert passed(host)["blob_bytes"] <= sum(pushed.sizes.values()) + (1 << 20)
+    _says(watching, "Ready")
     watching.terminate()
-    seen = watching.communicate()[0]
-    assert "download" in seen and "% of" in seen and "Ready" in seen
+    watching.communicate()
     ready = kit.template("one")
     assert (ready.phase, ready.layers) == ("", ())
+
+
+def _says(process: subprocess.Popen[str], *words: str) -> None:
+    """Reads until there is a line with all of them."""
+    assert process.stdout is not None
+    assert any(all(word in line for word in words) for line in process.stdout), process.communicate()[1]
+
+
+def _resuming(kit: Kit) -> list[str]:
+    """Phases of the resumes that are under way."""
+    answer = kit.client.operations.ListOperations(pb.ListOperationsRequest())
+    operations = [convert.from_message(Operation, message) for message in answer.operations]
+    return [
+        operation.phase
+        for operation in operations
+        if operation.kind is OperationKind.RESUME and operation.state is OperationState.RUNNING
+    ]
 
 
 def test_resumes_of_a_cold_image_wait_for_one_pull(served: tuple[Kit, Shell], pushed: Pushed) -> None:
     """Ten at once, of an image that takes longer than an operation may, as long as nothing comes."""
     kit, shell = served
-    with link(pushed.registry, SLOW_BITS_PER_S) as host:
+    with link(pushed.registry, SLOW_BITS_PER_S / 2) as host:
         reference = f"{host}/app/one:1"
         shell("apply", "-f", "-", stdin=template("one", reference)).ok()
         kit.create(*(f"a{n}" for n in range(10)), template="one")
@@ -129,9 +150,10 @@ def test_resumes_of_a_cold_image_wait_for_one_pull(served: tuple[Kit, Shell], pu
         before = passed(host)["blob_bytes"]
         with ThreadPoolExecutor(10) as pool:
             waking = [pool.submit(kit.act, "Resume", f"a{n}") for n in range(10)]
+            until(lambda: _resuming(kit), lambda phases: phases == ["prepare/download"] * 10)
             until(
                 lambda: shell("get", "operations", "--state=running").ok(),
-                lambda text: "prepare/download" in text and "% of" in text and text.count("Resume") == 10,
+                lambda text: "prepare/download" in text and "% of" in text,
             )
             operations = [future.result() for future in waking]  # all of them DONE
         longest = max(op.finished_at - op.created_at for op in operations if op.finished_at)

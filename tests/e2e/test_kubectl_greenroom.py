@@ -8,7 +8,6 @@ import base64
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from greenroom.testing.fake_kube.api import Api
 from greenroom.testing.fake_kube.http import FakeKube
 from greenroom.testing.fake_kube.rbac import Guard, Right
 from greenroom.testing.live import LiveServer
+from greenroom.testing.ports import free_port
 
 #: Far above what a command takes on a busy machine.
 TIMEOUT_S = 60.0
@@ -67,11 +67,6 @@ def self_signed(directory: Path) -> Path:
     files = ["-keyout", str(directory / "tls.key"), "-out", str(directory / "tls.crt")]
     subprocess.run(["openssl", "req", "-x509", "-addext", names, *made, *files], check=True, capture_output=True)
     return directory / "tls.crt"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 @dataclass

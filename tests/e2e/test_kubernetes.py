@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 import yaml
 from kit import Kit
-from kube_kit import free_port, self_signed
+from kube_kit import self_signed
 from operator_kit import OperatorProcess, Setting, setting, until
 
 from greenroom.core.records import ActorState, WorkerState
 from greenroom.testing.fake_kube.kubelet import GREENROOM, Kubelet
 from greenroom.testing.leftovers import leftovers
 from greenroom.testing.live import LiveServer
+from greenroom.testing.ports import free_port
 
 pytestmark = pytest.mark.timeout(400)
 

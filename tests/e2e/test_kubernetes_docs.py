@@ -27,14 +27,14 @@ from greenroom.testing.fake_kube.objects import Entry
 from greenroom.testing.fake_kube.rbac import Guard
 from greenroom.testing.leftovers import leftovers
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.root]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.root]
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "kubernetes.md").read_text()
 #: Of this test's pods alone. The first pod's address is the control plane's, which here stands for its Service.
 NETWORK = "127.60"
 CONTROL = f"{NETWORK}.0.1"
-BLOCK_TIMEOUT_S = 60.0
+BLOCK_TIMEOUT_S = 180.0
 
 
 def blocks(heading: str) -> list[str]:

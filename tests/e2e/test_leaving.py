@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,7 @@ import pytest
 from agent_kit import short_directory
 from kit import Kit, until
 
+from greenroom.cli.agent import DRAIN_TIMEOUT_S
 from greenroom.core.records import ActorState
 from greenroom.testing.live import LiveServer
 
@@ -30,8 +32,9 @@ def agents(kit: Kit) -> dict[str, int]:
     """Process ids by worker."""
     found = {}
     for pid in kit.live.pids()[1:]:
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        found |= {a.removeprefix(b"--worker=").decode(): pid for a in arguments if a.startswith(b"--worker=")}
+        with suppress(OSError):  # it has just ended
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            found |= {a.removeprefix(b"--worker=").decode(): pid for a in arguments if a.startswith(b"--worker=")}
     return found
 
 
@@ -50,7 +53,7 @@ def test_its_actors_are_suspended_and_go_on_where_they_were(kit: Kit) -> None:
     began = time.monotonic()
     os.kill(pid, signal.SIGTERM)
     until(lambda: agents(kit), lambda now: now.get(worker, pid) != pid)
-    assert time.monotonic() - began < 20, "it did not wait for its time to run out"
+    assert time.monotonic() - began < DRAIN_TIMEOUT_S - 10, "it did not wait for its time to run out"
     assert kit.actor("a").state in (ActorState.SUSPENDED, ActorState.RUNNING)
     assert {name: count(kit, name) for name in before} == {name: number + 1 for name, number in before.items()}
     until(lambda: kit.workers(), lambda workers: all(w.state == "Active" for w in workers))
@@ -73,4 +76,5 @@ def test_a_server_that_ends_does_not_wait_for_agents_that_leave(kit: Kit) -> Non
             os.kill(stuck, signal.SIGCONT)
             resumed = True
         time.sleep(0.05)
-    assert time.monotonic() - began < 25
+    assert time.monotonic() - began < DRAIN_TIMEOUT_S - 10
+    assert "agent does not end" not in kit.live.log_tail(1000), "each ended by itself"

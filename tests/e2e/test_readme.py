@@ -22,6 +22,7 @@ def blocks(language: str, after: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text[text.index(after) :], re.DOTALL)
 
 
+@pytest.mark.timeout(600)
 def test_the_first_session(serve: Callable[..., Kit], tmp_path: Path) -> None:
     kit = serve()
     setup, *session = blocks("sh", "## A first session")
@@ -34,7 +35,7 @@ def test_the_first_session(serve: Callable[..., Kit], tmp_path: Path) -> None:
         "GREENROOM_SERVER": kit.live.address,
     }
     run = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=90
+        ["bash", "-euo", "pipefail", "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=270
     )
     assert run.returncode == 0, run.stderr
     assert '"ram": 1' in run.stdout
@@ -44,7 +45,7 @@ def test_the_first_session(serve: Callable[..., Kit], tmp_path: Path) -> None:
 
     (program,) = blocks("python", "## A first session")
     python = subprocess.run(
-        [sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=180, check=True
     )
     assert python.stdout.splitlines() == ["42", "", f"http://carol.default.localhost:{port}"]
     assert kit.actor("carol").state == "Suspended"

@@ -55,8 +55,22 @@ def replica(data_dir: Path, server: PostgresServer) -> Iterator[Callable[..., Ki
 def both(replica: Callable[..., Kit]) -> tuple[Kit, Kit]:
     a, b = replica("a"), replica("b")
     a.apply(on_crash=OnCrash.RESTORE_LAST, idle_timeout_s=0)
-    until(b.workers, lambda workers: {w.name for w in workers if w.state == "Active"} == {"a-default-0", "b-default-0"})
+    for kit in (a, b):
+        until(lambda kit=kit: woken_by(kit), lambda workers: workers == {"a-default-0", "b-default-0"})
     return a, b
+
+
+def woken_by(kit: Kit) -> set[str]:
+    """On which workers this replica places two actors: on those that are connected to it, which the other says as soon
+    as they are connected to that one."""
+    names = ("probe1", "probe2")
+    kit.create(*names)
+    for name in names:
+        until(lambda name=name: kit.live.request(f"default/{name}").status, lambda status: status == 200)
+    workers = {kit.actor(name).worker for name in names}
+    for name in names:
+        kit.act("Delete", name)
+    return workers
 
 
 def resume(kit: Kit, name: str) -> Operation:

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import os
 import shutil
-import socket
 import ssl
 import subprocess
 import time
@@ -17,6 +16,8 @@ import urllib.request
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from greenroom.testing.ports import free_port
 
 _TOOLS = Path(__file__).resolve().parents[2] / ".tools" / "bin"
 #: A registry is up in about a second; this is for a busy machine.
@@ -38,9 +39,7 @@ def docker_registry(directory: Path, *, accounts: str = "") -> Iterator[str]:
     (bcrypt) with those who may use it; "" is everybody."""
     program = find_registry()
     assert program is not None
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     config = directory / "config.yml"
     config.write_text(
         "version: 0.1\n"

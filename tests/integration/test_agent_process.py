@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,6 +19,7 @@ from link_kit import Replica
 from greenroom.cli.agent import END_SIGNAL, WIPE_SIGNAL
 from greenroom.core import agentapi as api
 from greenroom.core.gc.records import Registered
+from greenroom.testing.ports import free_port
 
 #: Longer than any of these tests waits, so that an agent that ends does not end because of it.
 LONG_S = 60
@@ -156,9 +156,7 @@ async def test_says_whether_it_lives_and_is_ready(replicas: list[Replica]) -> No
         except aiohttp.ClientError:
             return False
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     await replicas[0].start()
     async with agent(replicas, f"--health=127.0.0.1:{port}", enrols=False) as process:
         await until(lambda: replicas[0].heartbeats)

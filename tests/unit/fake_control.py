@@ -72,6 +72,8 @@ class FakeControl:
         self.refuse: GreenroomError | None = None
         self.log_lines: list[bytes] = [b"one\n", b"two\n", b"three\n"]
         self.more_logs = asyncio.Event()
+        #: Somebody has had the lines that there were, and waits for more.
+        self.follows = asyncio.Event()
         self.killed: list[tuple[str, ...]] = []
         self.kills = asyncio.Event()
         self.started = asyncio.Event()
@@ -426,6 +428,7 @@ class FakeControl:
         for line in self.log_lines if tail_lines < 0 else self.log_lines[sent - min(tail_lines, sent) :]:
             yield line
         while follow:
+            self.follows.set()
             await self.more_logs.wait()
             self.more_logs.clear()
             for line in self.log_lines[sent:]:
@@ -592,6 +595,10 @@ class ThreadedServer:
             return function()
 
         return self.run(inner())
+
+    def pause(self, seconds: float) -> None:
+        """From now on it answers nothing for so long. Does not wait."""
+        self._loop.call_soon_threadsafe(time.sleep, seconds)
 
 
 @contextlib.contextmanager

@@ -14,16 +14,16 @@ from msgspec.structs import replace
 from greenroom.agent import agent as agent_module
 from greenroom.agent import clock
 from greenroom.agent.agent import Agent
-from greenroom.agent.alone import AloneWatch
+from greenroom.agent.alone import SCAN_S, AloneWatch
 from greenroom.core import agentapi as api
 from greenroom.core.agentapi import ResidentState, Welcome
 from greenroom.core.errors import FailedPrecondition, GreenroomError, Internal, LeaseLost, Unavailable
-from greenroom.core.records import Probe, SnapshotScope, SnapshotState
+from greenroom.core.records import Probe, Snapshot, SnapshotScope, SnapshotState
 from greenroom.sandbox.sim import MethodScript, ScriptedFailure, SimScript
 from greenroom.testing.local_hub import LocalHub
 
-#: Long enough that a busy machine does what it has to in between.
-ALONE_S = 1.0
+#: No test waits this long: it passes on the machine's clock when a test says so (`Clock`).
+ALONE_S = 3600.0
 
 
 @pytest.fixture
@@ -55,14 +55,21 @@ async def frozen(bench: Bench, uid: str = "a") -> None:
     await until(lambda: bench.state(uid) is ResidentState.FROZEN)
 
 
-async def test_what_runs_is_frozen_when_nobody_is_heard_and_not_before(bench: Bench) -> None:
+async def looked() -> None:
+    """The agent has looked by now whether it is alone, more than once."""
+    await asyncio.sleep(3 * SCAN_S)
+
+
+async def test_what_runs_is_frozen_when_nobody_is_heard_and_not_before(bench: Bench, sleeper: Clock) -> None:
     await bench.boot("one", uid="a")
     await bench.boot("two", uid="b")
-    began = asyncio.get_running_loop().time()
     hear(bench.agent)
+    sleeper.slept_s += 0.9 * ALONE_S
+    await looked()
+    assert bench.state("a") is bench.state("b") is ResidentState.RUNNING
+    sleeper.slept_s += 0.1 * ALONE_S
     await frozen(bench, "a")
     await frozen(bench, "b")
-    assert asyncio.get_running_loop().time() - began >= ALONE_S
     assert {r.state for r in bench.agent.heartbeat().residents} == {ResidentState.FROZEN}
     hear(bench.agent)  # to be heard again is not enough: it may be that it runs elsewhere by now
     await bench.boot("three", uid="c")
@@ -71,26 +78,28 @@ async def test_what_runs_is_frozen_when_nobody_is_heard_and_not_before(bench: Be
     assert bench.state("a") is ResidentState.RUNNING and bench.state("b") is ResidentState.FROZEN
 
 
-async def test_a_replica_that_is_heard_on_any_link_is_enough(bench: Bench) -> None:
+async def test_a_replica_that_is_heard_on_any_link_is_enough(bench: Bench, sleeper: Clock) -> None:
     hubs = [LocalHub(), LocalHub()]
     for number, hub in enumerate(hubs):
         hub.welcome = Welcome(replica=f"r{number}", alone_s=ALONE_S)
         hub.connect(bench.agent)
     await bench.boot()
     hubs[0].disconnect("w")
-    until_then = asyncio.get_running_loop().time() + 3 * ALONE_S
-    while asyncio.get_running_loop().time() < until_then:
+    for _ in range(4):
         hubs[1].heartbeat("w")
-        await asyncio.sleep(ALONE_S / 10)
+        sleeper.slept_s += 0.6 * ALONE_S
+        await looked()
         assert bench.state() is ResidentState.RUNNING
+    sleeper.slept_s += 0.4 * ALONE_S
     await frozen(bench)  # connected, and silent
 
 
-async def test_never_is_never_and_the_latest_word_counts(bench: Bench) -> None:
+async def test_never_is_never_and_the_latest_word_counts(bench: Bench, sleeper: Clock) -> None:
     await bench.boot()
-    hear(bench.agent, alone_s=0.05)
+    hear(bench.agent)
     hear(bench.agent, alone_s=0.0)
-    await asyncio.sleep(0.2)
+    sleeper.slept_s += 2 * ALONE_S
+    await looked()
     assert bench.state() is ResidentState.RUNNING
     hear(bench.agent, alone_s=0.05)
     await frozen(bench)
@@ -111,12 +120,21 @@ async def test_what_counts_is_when_the_replica_was_asked_not_when_its_answer_cam
     await frozen(bench)
 
 
-async def test_a_call_under_way_is_not_stopped_and_what_it_leaves_running_is_frozen(bench: Bench) -> None:
-    await bench.boot()
-    bench.backend.script = SimScript(methods={"checkpoint": MethodScript(latency_s=3 * ALONE_S)})
-    snapshot = bench.manifest()
+async def alone_during(checkpoint: Snapshot, bench: Bench, sleeper: Clock) -> asyncio.Task[Any]:
     hear(bench.agent)
-    await bench.checkpoint(snapshot)  # it ends well though the agent is alone for most of it
+    task = asyncio.create_task(bench.checkpoint(checkpoint))
+    await until(lambda: bench.backend.calls["checkpoint"])
+    sleeper.slept_s += ALONE_S
+    return task
+
+
+async def test_a_call_under_way_is_not_stopped_and_what_it_leaves_running_is_frozen(
+    bench: Bench, sleeper: Clock
+) -> None:
+    await bench.boot()
+    bench.backend.script = SimScript(methods={"checkpoint": MethodScript(latency_s=5 * SCAN_S)})
+    snapshot = bench.manifest()
+    await (await alone_during(snapshot, bench, sleeper))  # it ends well though the agent is alone for most of it
     assert bench.agent._alone.alone and bench.state() is ResidentState.FROZEN
     assert (await bench.publish(snapshot)).state is SnapshotState.LOCAL
     await bench.discard()
@@ -144,11 +162,12 @@ async def test_a_freeze_that_fails_is_tried_again(bench: Bench) -> None:
     assert bench.backend.calls["freeze"] == 3
 
 
-async def test_an_agent_that_begins_alone_remembers_for_how_long(bench: Bench) -> None:
+async def test_an_agent_that_begins_alone_remembers_for_how_long(bench: Bench, sleeper: Clock) -> None:
     await bench.boot()
     hear(bench.agent)
     await bench.restart()
     assert bench.state() is ResidentState.RUNNING
+    sleeper.slept_s += ALONE_S
     await frozen(bench)
     await bench.restart()
     assert bench.state() is ResidentState.FROZEN
@@ -156,7 +175,7 @@ async def test_an_agent_that_begins_alone_remembers_for_how_long(bench: Bench) -
     await bench.restart()
 
 
-async def test_what_is_paused_or_ended_meanwhile_is_left_alone(bench: Bench) -> None:
+async def test_what_is_paused_or_ended_meanwhile_is_left_alone(bench: Bench, sleeper: Clock) -> None:
     await bench.boot("one", uid="a")
     await bench.boot("two", uid="b")
     await bench.call(api.Freeze(**bench.ids("pause", 2)))
@@ -164,10 +183,10 @@ async def test_what_is_paused_or_ended_meanwhile_is_left_alone(bench: Bench) -> 
     bench.agent.on_exit = ends.append
     hear(bench.agent)
     bench.backend._leave(bench.backend._resident["ns/b"], 3)
-    async with asyncio.timeout(PATIENCE_S):
-        while not bench.agent._alone.alone:
-            await asyncio.sleep(0.01)
     await until(lambda: ends)
+    sleeper.slept_s += ALONE_S
+    await looked()
+    assert bench.agent._alone.alone
     assert bench.backend.calls["freeze"] == 1 and bench.state("b") is None
 
 
@@ -349,13 +368,12 @@ async def test_a_thaw_that_is_decided_for_what_runs_still_lets_it_run_on(bench: 
     assert bench.agent._stale() == [] and bench.state() is ResidentState.RUNNING
 
 
-async def test_a_checkpoint_that_fails_while_alone_leaves_it_frozen(bench: Bench) -> None:
+async def test_a_checkpoint_that_fails_while_alone_leaves_it_frozen(bench: Bench, sleeper: Clock) -> None:
     await bench.boot()
-    script = MethodScript(latency_s=3 * ALONE_S, failures=(ScriptedFailure(),))
+    script = MethodScript(latency_s=5 * SCAN_S, failures=(ScriptedFailure(),))
     bench.backend.script = SimScript(methods={"checkpoint": script})
-    hear(bench.agent)
     with pytest.raises(Internal):
-        await bench.checkpoint(bench.manifest())
+        await (await alone_during(bench.manifest(), bench, sleeper))
     assert bench.backend.calls["thaw"] == 0 and bench.state() is ResidentState.FROZEN
 
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from greenroom.core.records import FileDigest, Snapshot, SnapshotState
 from greenroom.images.store import DiskImageStore
 from greenroom.sandbox.sim import SNAPSHOT_FILE
 from greenroom.snapshots.bucket import BucketObjects
-from greenroom.snapshots.objects import OnBytes
+from greenroom.snapshots.objects import OnBytes, Stop
 from greenroom.snapshots.store import ObjectSnapshotStore
 from greenroom.testing.contracts.snapshots import RawDirectory, key_of, make_snapshot, stage
 
@@ -430,17 +430,27 @@ async def test_progress_of_a_long_upload(tmp_path: Path) -> None:
 
 
 def _dripping(root: Path) -> ObjectSnapshotStore:
-    import time
+    loop = asyncio.get_running_loop()
+
+    def drip(stop: Stop, seconds: float) -> None:
+        """Each piece takes so long by the clock of those who hear of it, who may be later than this thread."""
+        moved = stop.moved
+
+        def slowly(count: float) -> None:
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(seconds), loop).result()
+            moved(count)
+
+        stop.moved = slowly  # type: ignore[method-assign]
 
     class Dripping(BucketObjects):
-        def put_file(self, prefix, source, staged, name, stop):  # type: ignore[no-untyped-def]
-            moved = stop.moved
-            stop.moved = lambda count: (time.sleep(0.1), moved(count))
+        def put_file(
+            self, prefix: str, source: Path, staged: str, name: Callable[[int, str], str], stop: Stop
+        ) -> tuple[int, str]:
+            drip(stop, 0.1)
             return super().put_file(prefix, source, staged, name, stop)
 
-        def download(self, key, target, stop):  # type: ignore[no-untyped-def]
-            moved = stop.moved
-            stop.moved = lambda count: (time.sleep(0.2), moved(count))
+        def download(self, key: str, target: Path, stop: Stop) -> int | None:
+            drip(stop, 0.2)
             return super().download(key, target, stop)
 
     return ObjectSnapshotStore("", objects=Dripping(LocalStore(prefix=root, mkdir=True), "bucket"))

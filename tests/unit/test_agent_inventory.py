@@ -107,28 +107,38 @@ async def test_t23_a_create_whose_number_is_closed_comes_too_late(bench: Bench) 
         await wake(bench, "b", seq=4)  # it is written down
 
 
-async def test_t20_what_is_just_being_made_is_listed() -> None:
-    script = SimScript(methods={"start": MethodScript(latency_s=0.3)})
-    with short_directory() as root:
-        async with Bench(root, script=script) as bench:
-            waking = asyncio.create_task(wake(bench))
-            await until(lambda: bench.agent._wakes)
-            assert listed(await sync(bench))["op-a-1"].state is Local.INIT
-            await waking
-            assert listed(await sync(bench))["op-a-1"].state is Local.LIVE
+async def being_made(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Task[str], asyncio.Event]:
+    """A wake, and what it waits for."""
+    start, go_on = bench.backend.start, asyncio.Event()
+
+    async def held_up(*args: Any) -> Any:
+        await go_on.wait()
+        return await start(*args)
+
+    monkeypatch.setattr(bench.backend, "start", held_up)
+    waking = asyncio.create_task(wake(bench))
+    await until(lambda: bench.agent._wakes)
+    return waking, go_on
 
 
-async def test_what_is_just_being_made_ends_when_nobody_waits_for_it() -> None:
-    script = SimScript(methods={"start": MethodScript(latency_s=0.3)})
-    with short_directory() as root:
-        async with Bench(root, script=script) as bench:
-            waking = asyncio.create_task(wake(bench))
-            await until(lambda: bench.agent._wakes)
-            await sync(bench, "op-a-1")
-            with pytest.raises(LeaseLost, match="nobody waits for sandbox op-a-1"):
-                await waking
-            assert not bench.backend._sandboxes
-            await until(lambda: not len(bench.agent._inventory._sweeper))
+async def test_t20_what_is_just_being_made_is_listed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    waking, go_on = await being_made(bench, monkeypatch)
+    assert listed(await sync(bench))["op-a-1"].state is Local.INIT
+    go_on.set()
+    await waking
+    assert listed(await sync(bench))["op-a-1"].state is Local.LIVE
+
+
+async def test_what_is_just_being_made_ends_when_nobody_waits_for_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waking, go_on = await being_made(bench, monkeypatch)
+    await sync(bench, "op-a-1")
+    go_on.set()
+    with pytest.raises(LeaseLost, match="nobody waits for sandbox op-a-1"):
+        await waking
+    assert not bench.backend._sandboxes
+    await until(lambda: not len(bench.agent._inventory._sweeper))
 
 
 async def test_it_destroys_what_it_is_told_to(bench: Bench) -> None:

@@ -44,6 +44,17 @@ async def test_what_an_actor_writes_is_kept_by_incarnation(tmp_path: Path, fifo:
     assert await collect(files, "a") == b""
 
 
+async def test_what_was_just_written_is_read(tmp_path: Path, fifo: tuple[Path, int]) -> None:
+    """Before the loop has had its turn, as in an agent that was held up."""
+    files = LogFiles(tmp_path / "logs")
+    files.attach("a", 1, fifo[0])
+    os.write(fifo[1], b"one\n")
+    assert await collect(files, "a") == b"one\n"
+    os.write(fifo[1], b"two\n")
+    assert files.tail("a", 2) == b"one\ntwo"
+    files.close()
+
+
 async def test_a_follower_sees_every_line_once_also_when_the_file_is_shortened(
     tmp_path: Path, fifo: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

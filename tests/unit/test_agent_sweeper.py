@@ -14,7 +14,8 @@ from greenroom.core.errors import Unavailable
 from greenroom.core.gc.records import Entry, Kind, Local
 from greenroom.core.gc.worker import PLACES
 
-LIMITS_S = dict.fromkeys(Kind, 0.2)
+#: None of what ends by itself takes this long.
+LIMITS_S = dict.fromkeys(Kind, 30.0)
 
 
 def entry(handle: str, kind: Kind = Kind.SANDBOX, parent: str = "") -> Entry:

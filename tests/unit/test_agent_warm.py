@@ -56,9 +56,9 @@ async def test_nothing_is_made_during_a_wake_and_for_a_moment_after_it() -> None
             pool.want(sandbox_class("a"))
             await asyncio.sleep(0.02)
             assert not warmer.made
-        ended = time.monotonic()
+            ended = time.monotonic()
         await warmer.until(1)
-        assert warmer.at[0] - ended >= QUIET_S * 0.9
+        assert warmer.at[0] - ended >= QUIET_S * 0.99
     finally:
         await pool.close()
 
@@ -69,12 +69,14 @@ async def test_a_wake_in_the_quiet_moment_begins_it_anew() -> None:
     pool.start()
     try:
         pool.want(sandbox_class("a"))
+        ended = []
         for _ in range(3):
             with pool:
                 await asyncio.sleep(0)
+                ended.append(time.monotonic())
             await asyncio.sleep(QUIET_S / 2)
-        ended = time.monotonic() - QUIET_S / 2
         await warmer.until(2)
-        assert all(at - ended >= QUIET_S * 0.5 for at in warmer.at)
+        for at in warmer.at:  # one that stood still for all of the moment may have made it before the next wake
+            assert at - max(end for end in ended if end < at) >= QUIET_S * 0.99
     finally:
         await pool.close()

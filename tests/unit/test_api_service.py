@@ -16,7 +16,7 @@ from fake_control import FakeControl, serving
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from greenroom.api import convert, errors
+from greenroom.api import convert, errors, service
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
 from greenroom.api._gen.greenroom.v1alpha1 import resources_pb2 as res
 from greenroom.api.client import AioClient, Client
@@ -111,10 +111,11 @@ async def test_a_wait_that_passes_answers_with_the_running_operation(rig: Rig) -
     assert done.state == res.OPERATION_STATE_DONE and done.id == operation.id
 
 
-async def test_the_wait_ends_before_the_deadline_of_the_call(rig: Rig) -> None:
+async def test_the_wait_ends_before_the_deadline_of_the_call(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "DEADLINE_MARGIN_S", 20.0)
     await rig.create("a")
     rig.control.gate.clear()
-    operation = await rig.client.actors.ResumeActor(request(), timeout=1.0)
+    operation = await rig.client.actors.ResumeActor(request(), timeout=20.5)
     assert operation.state == res.OPERATION_STATE_RUNNING
 
 
@@ -310,7 +311,7 @@ async def test_logs(rig: Rig) -> None:
 
     stream = aiter(rig.client.actors.Logs(pb.LogsRequest(name="a", tail_lines=0, follow=True)))
     following = asyncio.ensure_future(anext(stream))
-    await asyncio.sleep(0.1)
+    await rig.control.follows.wait()
     rig.control.log_lines.append(b"new\n")
     rig.control.more_logs.set()
     assert (await following).data == b"new\n"

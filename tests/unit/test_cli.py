@@ -15,6 +15,7 @@ import yaml
 from cli_kit import Shell, Terminal, process
 from click.testing import CliRunner
 
+from greenroom.api import service
 from greenroom.cli.main import COMMANDS, cli
 from greenroom.core.records import Actor, ActorState, Key, Operation, OperationState, Template, Worker
 
@@ -255,6 +256,7 @@ def test_ctrl_c_leaves_the_operation_running(mine: Shell) -> None:
         return actor.operation
 
     operation = mine.server.run(begun())
+    mine.server.pause(3.0)  # a busy server is asked all the same
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=30)
     assert running.returncode == 130 and "Traceback" not in err
@@ -441,9 +443,10 @@ def test_options_before_and_after_the_command(mine: Shell) -> None:
     assert mine("get", "actors", "-n", "default", "--request-timeout=5s").stdout.count("mine") == 1
 
 
-def test_request_timeout(mine: Shell) -> None:
+def test_request_timeout(mine: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "DEADLINE_MARGIN_S", 20.0)
     mine.server.call(mine.control.gate.clear)
-    late = mine("resume", "mine", "--request-timeout=1s", code=124)  # the server answers before it
+    late = mine("resume", "mine", "--request-timeout=20.5s", code=124)  # the server answers before it
     assert "still in phase" in late.stderr
     assert isinstance(mine.server.run(mine.control.store.list(Operation)), list)
     assert mine.actor("mine").state is ActorState.RESUMING

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -156,10 +155,9 @@ async def test_a_hanging_helper_is_ended_with_what_it_started(tmp_path: Path, pr
     helper(programs, "stuck", f"sleep 1000 & echo $! > {tmp_path}/child; wait")
     path = tmp_path / "config.json"
     write(path, {"credsStore": "stuck"})
-    began = time.monotonic()
-    with pytest.raises(FailedPrecondition, match="does not end within"):
-        await CredentialFiles([path], helper_timeout_s=0.5)("r.example", "a")
-    assert time.monotonic() - began < 5
+    async with asyncio.timeout(60):
+        with pytest.raises(FailedPrecondition, match="does not end within"):
+            await CredentialFiles([path], helper_timeout_s=5.0)("r.example", "a")
     await _ended(int((tmp_path / "child").read_text()))
 
 

@@ -51,6 +51,11 @@ class LogPump:
             self._loop.remove_reader(self._fd)
             self._pause = self._loop.call_later(_READ_BYTES / MAX_BYTES_PER_S, self._go_on)
 
+    def catch_up(self) -> None:
+        """Takes what has been written and is due, though the loop has not come to it yet."""
+        if self._pause is None:
+            self._copy()
+
     def _go_on(self) -> None:
         self._pause = None
         self._loop.add_reader(self._fd, self._copy)
@@ -135,14 +140,22 @@ class LogFiles:
         directory = self._root / actor_uid
         return sorted(directory.iterdir()) if directory.is_dir() else []
 
+    def _catch_up(self, actor_uid: str) -> LogPump | None:
+        """Who has an actor's answer finds in its log what it wrote before it."""
+        pump = self._pumps.get(actor_uid)
+        if pump:
+            pump.catch_up()
+        return pump
+
     def tail(self, actor_uid: str, lines: int) -> bytes:
         """The last ``lines`` lines of the latest incarnation."""
+        self._catch_up(actor_uid)
         files = self._files(actor_uid)
         return b"\n".join(files[-1].read_bytes().splitlines()[-lines:]) if files else b""
 
     async def read(self, actor_uid: str, tail_lines: int, follow: bool) -> AsyncIterator[tuple[int, bytes]]:
         """(generation, bytes), oldest first; the last ``tail_lines`` lines (-1: all)."""
-        pump = self._pumps.get(actor_uid)
+        pump = self._catch_up(actor_uid)
         segments = [(int(f.name), f.read_bytes()) for f in self._files(actor_uid)]
         seen = (pump.dropped if pump else 0) + (len(segments[-1][1]) if segments else 0)
         skip = sum(data.count(b"\n") for _, data in segments) - tail_lines if tail_lines >= 0 else 0

@@ -257,7 +257,7 @@ def _interrupted(client: Client, options: Settings, names: list[str]) -> None:
         operation = _attempt(
             lambda name=name: (
                 client.actors.GetActor(  # type: ignore[misc]
-                    pb.GetActorRequest(namespace=options.namespace, name=name), timeout=2.0
+                    pb.GetActorRequest(namespace=options.namespace, name=name), timeout=10.0
                 ).operation
             )
         )

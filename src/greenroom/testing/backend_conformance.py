@@ -655,14 +655,11 @@ def processes(state_dir: Path) -> list[str]:
         if not entry.name.isdecimal() or int(entry.name) == os.getpid():
             continue
         for name in ("cmdline", "environ", "mountinfo"):
-            try:
-                content = (entry / name).read_bytes()
-            except OSError:
-                continue  # ended, or somebody else's
-            if needle in content:
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                found.append(f"process {entry.name} ({name}): {command}")
-                break
+            with contextlib.suppress(OSError):  # ended, or somebody else's
+                if needle in (entry / name).read_bytes():
+                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    found.append(f"process {entry.name} ({name}): {command}")
+                    break
     return found
 
 
@@ -680,7 +677,7 @@ def traces(state_dir: Path, worker: str) -> list[str]:
 
 async def until_nothing(look: Callable[[], list[str]]) -> None:
     """Waits until ``look`` finds nothing; a killed process may take a moment to be gone."""
-    deadline = asyncio.get_running_loop().time() + 5
+    deadline = asyncio.get_running_loop().time() + PATIENCE_S
     while left := look():
         assert asyncio.get_running_loop().time() < deadline, f"left behind: {left}"
         await asyncio.sleep(0.02)

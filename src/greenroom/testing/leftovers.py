@@ -8,7 +8,7 @@ from pathlib import Path
 from greenroom.sandbox.gvisor.backend import scope_name
 from greenroom.sandbox.gvisor.network import NETNS_DIRECTORY
 
-GRACE_S = 2.0
+GRACE_S = 30.0
 
 
 def leftovers(data_dir: Path) -> list[str]:
@@ -19,16 +19,18 @@ def leftovers(data_dir: Path) -> list[str]:
     directory of the worker that they belong to, so the workers' directories must still be there.
     """
     until = time.monotonic() + GRACE_S
-    while (found := _look(data_dir)) and time.monotonic() < until:
+    while (found := look(data_dir)) and time.monotonic() < until:
         time.sleep(0.05)
     return found
 
 
-def _look(data_dir: Path) -> list[str]:
+def look(data_dir: Path) -> list[str]:
+    """What there is of it right now."""
     name = str(data_dir.absolute())
     found = [f"process {pid}: {command}" for pid, command in _processes() if name in command]
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    found += [f"mount {line.split()[4]}" for line in mounts if name in line]
+    # What is mounted as the directory itself is its owner's.
+    found += [f"mount {line.split()[4]}" for line in mounts if name in line and line.split()[4] != name]
     for state_dir in data_dir.glob("workers/*/sandboxes"):
         scope = scope_name(state_dir)
         found += [f"network namespace {scope}"] * (NETNS_DIRECTORY / scope).exists()
@@ -42,7 +44,7 @@ def _processes() -> list[tuple[int, str]]:
         if entry.name.isdigit():
             try:
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-            except (FileNotFoundError, ProcessLookupError):
+            except OSError:  # it has ended
                 continue
             out.append((int(entry.name), command))
     return out

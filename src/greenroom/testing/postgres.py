@@ -11,7 +11,6 @@ import itertools
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import IO
 
 import psycopg
+
+from greenroom.testing.ports import free_port
 
 #: Releases older than this are not supported by the store.
 OLDEST = 15
@@ -89,6 +90,7 @@ class PostgresServer:
         self._tcp = tcp
         self.port = 0
         self.process: subprocess.Popen[bytes] | None = None
+        self._paused: list[int] = []
         self._names = itertools.count(1)
 
     def __enter__(self) -> PostgresServer:
@@ -103,8 +105,7 @@ class PostgresServer:
             self._reach_programs()
             self._initdb()
             if self._tcp:
-                with socket.create_server(("127.0.0.1", 0)) as free:
-                    self.port = free.getsockname()[1]
+                self.port = free_port()
             self.start()
         except BaseException:
             self.__exit__()
@@ -170,20 +171,32 @@ class PostgresServer:
         """At once, without tidying up; it recovers at the next `start`. What was committed is kept."""
         self._end(signal.SIGQUIT)
 
-    def freeze(self, seconds: float) -> None:
-        """All its processes stand still that long, and none answers. Blocks."""
-        assert self.process is not None
-        pids = [self.process.pid, *_children(self.process.pid)]
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-        time.sleep(seconds)
-        for pid in pids:
+    def pause(self) -> None:
+        """From now on all its processes stand still, and none answers."""
+        assert self.process is not None and not self._paused
+        pid = self.process.pid
+        os.kill(pid, signal.SIGSTOP)  # first, that it makes no more of them
+        self._paused = [pid, *_children(pid)]
+        for pid in self._paused:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        for pid in self._paused:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
+        self._paused = []
+
+    def freeze(self, seconds: float) -> None:
+        """It stands still that long. Blocks."""
+        self.pause()
+        time.sleep(seconds)
+        self.resume()
 
     def _end(self, how: signal.Signals) -> None:
         if self.process is None:
             return
+        self.resume()
         process, self.process = self.process, None
         process.send_signal(how)
         try:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from greenroom.snapshots.bucket import BucketObjects
+from greenroom.testing.ports import free_port
 
 #: Until the server answers or has ended, in seconds: three on a quiet machine.
 START_TIMEOUT_S = 60.0
@@ -65,7 +65,7 @@ class S3Server:
         config = self._directory / "s3.json"
         keys = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
         config.write_text(json.dumps({"identities": [{"name": "test", "credentials": keys, "actions": ["Admin"]}]}))
-        ports = _free_ports(2 * len(_PORTS))
+        ports = [free_port() for _ in range(2 * len(_PORTS))]
         listen = [f"-{name}.port={port}" for name, port in zip(_PORTS, ports, strict=False)]
         listen += [f"-{name}.port.grpc={port}" for name, port in zip(_PORTS, ports[len(_PORTS) :], strict=False)]
         listen += [f"-{name}.localSocket={self._directory / name}.sock" for name in ("filer", "s3")]
@@ -139,11 +139,3 @@ class S3Server:
             "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
             "AWS_REGION": REGION,
         }
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as probes:
-        sockets = [probes.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
