@@ -147,7 +147,7 @@ async def test_one_that_does_not_end_is_killed(kubelet: Kubelet) -> None:
     await until(lambda: ready(kubelet))
     pid = kubelet.main_pid("one")
     assert pid and Path(f"/proc/{pid}").exists()
-    kubelet.objects.delete(resource(kubelet, "pods"), "default", "one", grace_s=1)
+    kubelet.objects.delete(resource(kubelet, "pods"), "default", "one", grace_s=5)
     await until(lambda: "asked to end" in kubelet.log("one"))
     assert Path(f"/proc/{pid}").exists()
     await until(lambda: not status(kubelet))

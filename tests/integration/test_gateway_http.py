@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
@@ -386,10 +387,8 @@ async def test_deadlines(tmp_path: Path) -> None:
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
 
-    limits = Limits(head_s=0.1, keep_alive_s=0.1, stall_s=0.1, answer_s=0.1, linger_s=0.1)
+    limits = Limits(head_s=0.1, stall_s=0.1, answer_s=0.1, linger_s=0.1)
     async with running(tmp_path, silent, limits) as (bench, it):
-        async with await bench.connect() as client:
-            assert await client.eof() == b""  # idle
         for request, status in (
             (b"GET / HT", 408),
             (GET[:-2] + b"Content-Length: 5\r\n\r\nab", 408),
@@ -398,6 +397,8 @@ async def test_deadlines(tmp_path: Path) -> None:
             response = await bench.ask(request)
             assert (response.status, bool(response.reason)) == (status, True)
         await until(lambda: it.open == 0)
+    async with gateway(limits=Limits(keep_alive_s=0.1)) as bench, await bench.connect() as client:
+        assert await client.eof() == b""  # idle
 
 
 async def test_close_lets_open_requests_end(tmp_path: Path) -> None:
@@ -502,7 +503,8 @@ async def test_a_post_that_was_sent_whole_is_not_sent_again(tmp_path: Path, piec
         seen.append(await reader.readuntil(b"\r\n\r\n"))
         await reader.readuntil(b"0\r\n\r\n")
 
-    async with running(tmp_path, handler) as (bench, _), await bench.connect() as client:
+    limits = Limits(fresh_enough_s=60, upstream_idle_s=60)
+    async with running(tmp_path, handler, limits) as (bench, _), await bench.connect() as client:
         client.send(GET)
         assert (await client.response()).body == b"ok"
         client.send(b"POST /pay HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n" + pieces[0])
@@ -516,7 +518,7 @@ async def test_a_post_that_was_sent_whole_is_not_sent_again(tmp_path: Path, piec
 
 async def test_a_client_that_is_slow_and_takes_what_it_is_sent_gets_all_of_it(tmp_path: Path) -> None:
     size, loop = 200_000, asyncio.get_running_loop()
-    limits = Limits(keep_alive_s=0.3, head_s=0.3, stall_s=4.0)
+    limits = Limits(stall_s=4.0)
     wire = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + bytes(size)
     async with running(tmp_path, answers(wire), limits) as (bench, _):
         with socket.socket() as client:
@@ -526,6 +528,7 @@ async def test_a_client_that_is_slow_and_takes_what_it_is_sent_gets_all_of_it(tm
             (there,) = await until(lambda: bench.gateway.clients)
             there.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
             await loop.sock_sendall(client, GET)
+            bench.gateway.limits = replace(limits, keep_alive_s=0.3, head_s=0.3)  # not while it connects
             got, whole = 0, wire.partition(b"\r\n\r\n")[0]
             while got < size + len(whole):
                 piece = await loop.sock_recv(client, 4096)

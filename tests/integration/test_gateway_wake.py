@@ -321,7 +321,8 @@ async def test_a_stale_connection_is_replaced(tmp_path: Path) -> None:
         writer.write(OK)
         await reader.readuntil(b"\r\n\r\n")
 
-    async with running(tmp_path, handler) as (bench, it), await bench.connect() as client:
+    limits = Limits(fresh_enough_s=60, upstream_idle_s=60)
+    async with running(tmp_path, handler, limits) as (bench, it), await bench.connect() as client:
         for n in range(4):
             client.send(GET)
             assert (await client.response()).status == 200
@@ -414,7 +415,7 @@ async def test_connections_per_actor_are_bounded(tmp_path: Path) -> None:
 
 async def test_idle_connections_are_bounded_and_the_freshest_kept(tmp_path: Path) -> None:
     """A POST takes no connection that has been idle for long, nor do those keep its own from being kept."""
-    limits = Limits(idle_connections_per_actor=2, fresh_enough_s=1.0)
+    limits = Limits(idle_connections_per_actor=2, fresh_enough_s=60, upstream_idle_s=600)
     async with running(tmp_path, answers(OK), limits) as (bench, it):
         clients = [await bench.connect() for _ in range(4)]
         for client in clients:
@@ -422,7 +423,9 @@ async def test_idle_connections_are_bounded_and_the_freshest_kept(tmp_path: Path
         for client in clients:
             assert [(await client.response()).status for _ in range(20)] == [200] * 20
         await until(lambda: it.open <= 2)
-        await asyncio.sleep(1.1)  # now they are too old for a POST
+        (pool,) = bench.gateway._pools.values()
+        for connection in pool.open:
+            connection.idle_since -= 61  # now they are too old for a POST
         before = it.connections
         post = b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 0\r\n\r\n"
         clients[0].send(post * 10)

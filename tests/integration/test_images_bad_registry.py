@@ -120,8 +120,8 @@ async def test_no_such_name(refused: Check) -> None:
 
 async def test_silent(refused: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     """It accepts connections and says nothing."""
-    monkeypatch.setattr(client, "SILENCE_TIMEOUT_S", 0.1)
-    with socket.socket() as listening:
+    with socket.socket() as listening, monkeypatch.context() as impatient:
+        impatient.setattr(client, "SILENCE_TIMEOUT_S", 0.1)
         listening.bind(("127.0.0.1", 0))
         listening.listen(50)
         host = f"127.0.0.1:{listening.getsockname()[1]}"

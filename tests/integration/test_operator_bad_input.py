@@ -156,10 +156,10 @@ async def test_what_is_edited_by_hand_is_put_right_or_not_believed(there: Settin
     await there.kubectl("annotate", "wp", "default", odd)
 
     async def is_right() -> bool:
-        pods = await there.pods()
-        return sorted(pod["metadata"]["name"] for pod in pods) == names and all(
-            pod["metadata"]["ownerReferences"][0]["uid"] == pod["metadata"]["labels"]["greenroom.dev/pool-uid"]
-            for pod in pods
+        found = [pod["metadata"] for pod in await there.pods()]
+        return sorted(meta["name"] for meta in found) == names and all(
+            (meta.get("ownerReferences") or [{}])[0].get("uid") == meta["labels"]["greenroom.dev/pool-uid"]
+            for meta in found
         )
 
     await until(is_right)

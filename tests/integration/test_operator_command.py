@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
@@ -49,9 +50,13 @@ async def test_the_standby_goes_on_when_the_leader_is_killed(there: Setting) -> 
     assert names < pods.keys()
     (new,) = pods.keys() - names
     assert pods[new]["spec"]["containers"][0]["image"] == "second:1"
+
     # The control plane knows them all, by its own roster: none of these pods runs an agent, so nobody has registered.
-    pools = there.plane.client.pools.ListPools(pb.ListPoolsRequest()).pools
-    assert "default" in {pool.name for pool in pools}
+    async def is_known() -> bool:
+        pools = await asyncio.to_thread(there.plane.client.pools.ListPools, pb.ListPoolsRequest())
+        return "default" in {pool.name for pool in pools.pools}
+
+    await until(is_known)
 
 
 async def test_one_that_ends_gives_its_lease_back(there: Setting) -> None:
@@ -61,6 +66,11 @@ async def test_one_that_ends_gives_its_lease_back(there: Setting) -> None:
     lease = await there.object("lease", "greenroom-operator")
     assert lease["spec"]["holderIdentity"] == ""
     second = there.operator("second")
+
+    async def lives() -> bool:
+        return (await second.get("/livez"))[0] == 200
+
+    await until(lives)
     await until(second.leads, LEASE_S - 5)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -39,7 +40,7 @@ async def is_known(there: Setting, name: str) -> bool:
 
 
 async def test_a_control_plane_that_lost_its_database_is_told_all_again(there: Setting) -> None:
-    there.operator("first")
+    operator = there.operator("first")
     await there.apply("WorkerPool", "one", replicas=1, backend="sim")
     await there.apply("ActorTemplate", "counter", image="none", pool="one")
     await until(lambda: is_known(there, "one"))
@@ -47,8 +48,11 @@ async def test_a_control_plane_that_lost_its_database_is_told_all_again(there: S
     for path in there.plane.data_dir.iterdir():
         if path.name.startswith("greenroom.db"):
             path.unlink()
+    assert operator.process is not None
+    operator.process.send_signal(signal.SIGSTOP)  # or it might be quicker than the look
     await asyncio.to_thread(there.plane.start)
     assert not await is_known(there, "one")
+    operator.process.send_signal(signal.SIGCONT)
     await until(lambda: is_known(there, "one"))
 
 

@@ -58,7 +58,7 @@ async def test_more_logs_than_an_inventory_holds_do_not_make_awake_actors_unreac
             try:
                 await world.crash_control()
                 reached = asyncio.ensure_future(world.request(key))
-                await asyncio.wait({reached}, timeout=30)
+                await asyncio.wait({reached}, timeout=120)
                 done = reached.done() and reached.exception() is None
                 reached.cancel()
                 await asyncio.gather(reached, return_exceptions=True)

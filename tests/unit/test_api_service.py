@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from greenroom.api import convert, errors, service
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
 from greenroom.api._gen.greenroom.v1alpha1 import resources_pb2 as res
+from greenroom.api.access import CONNECT_TIMEOUT_MS
 from greenroom.api.client import AioClient, Client
 from greenroom.api.server import ApiServer
 from greenroom.core.errors import (
@@ -597,3 +599,18 @@ async def test_closing_ends_waits_and_streams_at_once(tmp_path: Path) -> None:
         operation = await control.wait_operation((await control.store.list(Operation))[-1].id)
     assert operation.state is OperationState.DONE
     await control.close()
+
+
+async def test_a_server_that_stands_still_is_waited_for_and_one_that_is_not_there_is_not(tmp_path: Path) -> None:
+    began = asyncio.get_running_loop().time()
+    async with AioClient(f"unix:{tmp_path}/absent.sock") as client:
+        with pytest.raises(Unavailable) as absent:
+            await client.templates.ListTemplates(pb.ListTemplatesRequest())
+    assert absent.value.reason == "SERVER_NOT_RUNNING"
+    assert asyncio.get_running_loop().time() - began < CONNECT_TIMEOUT_MS / 2000
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "still.sock"))
+        listening.listen()
+        async with AioClient(f"unix:{tmp_path}/still.sock") as client:
+            with pytest.raises(DeadlineExceeded):
+                await client.templates.ListTemplates(pb.ListTemplatesRequest(), timeout=1.0)

@@ -14,14 +14,18 @@ from greenroom.core.errors import AlreadyExists, Conflict, GreenroomError, Lease
 from greenroom.core.ledger import naming
 from greenroom.core.ledger.notes import Notes
 from greenroom.core.ledger.records import Effect, Ledger, Release, Repair, Slot, SlotState
+from greenroom.core.records import Key as TemplateKey
+from greenroom.core.records import Template, TemplateSpec, TemplateState
 from greenroom.operator import client
 from greenroom.operator.actuator import Actuator
 from greenroom.operator.client import Kube
 from greenroom.operator.election import LEASE_S, MARGIN_S, Election
 from greenroom.operator.objects import FINALIZER, Meta, PodObject
+from greenroom.operator.plane import Change
 from greenroom.operator.queue import WorkQueue
 from greenroom.operator.reflector import Reflector
 from greenroom.operator.specs import WorkerPoolSpec
+from greenroom.operator.templates import Templates
 from greenroom.operator.transport import EXPIRED, refusal
 from greenroom.testing.fake_kube.api import Api
 from greenroom.testing.fake_kube.errors import KubeError
@@ -322,6 +326,80 @@ async def test_a_lease_that_is_given_back_is_taken_at_once(loop: SimLoop) -> Non
     await two.wait()
     assert loop.time() - at < 5
     second.cancel()
+
+
+@in_virtual_time
+async def test_a_lease_is_also_given_back_when_a_renewal_is_on_its_way(loop: SimLoop) -> None:
+    place = Place(loop)
+    one = electing(place, "one")
+    first = asyncio.ensure_future(one.run())
+    await one.wait()
+    first.cancel()
+    whole, renewals = place.kube.transport, 1
+
+    class Late:
+        async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+            nonlocal renewals
+            if method == "PUT" and renewals:
+                renewals -= 1
+                lease = await place.kube.get_raw(one._path)
+                assert lease is not None
+                later = {**lease["spec"], "renewTime": "2000-01-01T00:00:00.000000Z"}
+                await place.kube.send_raw("PUT", one._path, {**lease, "spec": later})
+            return await whole.call(method, *args, **kwargs)
+
+    one.kube = Kube(Late())  # type: ignore[arg-type]
+    await one.resign()
+    lease = await place.kube.get_raw(one._path)
+    assert lease is not None and lease["spec"]["holderIdentity"] == ""
+
+
+# --- templates --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ends", ["told", "told of the others"])
+def test_an_answer_that_is_late_does_not_bring_a_template_back(ends: str) -> None:
+    async def work(loop: SimLoop) -> None:
+        key, spec = ("default", "t"), TemplateSpec(image="none")
+        template = Template(
+            namespace="default", name="t", uid="u", spec=spec, state=TemplateState.READY, created_at=0, state_since=0
+        )
+        changes: asyncio.Queue[Change] = asyncio.Queue()
+        may_answer, asked = asyncio.Event(), 0
+
+        class Plane:
+            async def apply_template(self, key: TemplateKey, spec: TemplateSpec) -> Template:
+                nonlocal asked
+                asked += 1
+                await may_answer.wait()
+                return template
+
+            async def templates(self) -> AsyncIterator[Change]:
+                while True:
+                    yield await changes.get()
+
+        kube = Place(loop).kube
+        followed = Templates(kube, Plane(), lambda: None, "default", loop.time, random.Random(1))  # type: ignore[arg-type]
+        following = asyncio.ensure_future(followed._follow())
+        changes.put_nowait(Change())
+        await asyncio.sleep(1)
+        first = asyncio.ensure_future(followed._apply(key, spec))
+        await asyncio.sleep(1)
+        if ends == "told":
+            for told in (template, None):
+                changes.put_nowait(Change(key=template.key, template=told))
+        else:
+            changes.put_nowait(Change())
+        await asyncio.sleep(1)
+        may_answer.set()
+        assert await first == template
+        await followed._apply(key, spec)
+        assert asked == 2, "it is made again"
+        await followed._apply(key, spec)
+        assert asked == 2, "and is known then"
+        following.cancel()
+
+    in_virtual_time(work)()
 
 
 # --- actuator ---------------------------------------------------------------------------------------------

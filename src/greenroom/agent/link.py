@@ -51,8 +51,10 @@ MAX_UNANSWERED = 100
 #: Frames that may wait to be sent before no heartbeats are added to them: the peer does not read, and is soon found to
 #: be dead.
 MAX_WAITING = 100
-#: How long what waits to be sent may take when the link is closed.
-FLUSH_S = 1.0
+#: How long what waits to be sent may take when the link is closed: longer than a replica on a busy machine stands
+#: still, and no more than half of what a pod is given to end (`greenroom.operator.worker_pod.KILL_AFTER_S`), which a
+#: peer that is dead takes all of.
+FLUSH_S = 5.0
 
 #: Why a link fails while replicas come and go.
 _PASSING = frozenset({"SERVER_NOT_RUNNING", "CALL_CANCELLED", "CONNECTION_CLOSED", "UNAVAILABLE", "CANCELLED"})
@@ -83,7 +85,7 @@ class AgentLink:
         self.down.set()
         self._agent = agent
         self._access = access or Access()
-        #: Why the last attempt failed (reason).
+        #: Why attempts fail that a person has been told of (reason).
         self._trouble = ""
         self._on_welcome = on_welcome
         self._elsewhere = elsewhere
@@ -140,10 +142,11 @@ class AgentLink:
         return connection.welcomed
 
     def _complain(self, error: GreenroomError) -> None:
-        """Of what a person has to put right it is said once; that nobody answers is nothing unusual."""
-        news = error.reason != self._trouble
-        is_grave = error.reason not in _PASSING and news
-        self._trouble = error.reason
+        """Of what a person has to put right it is said once, also when in between nobody answers, which is nothing
+        unusual."""
+        is_grave = error.reason not in _PASSING and error.reason != self._trouble
+        if is_grave:
+            self._trouble = error.reason
         (log.warning if is_grave else log.debug)(
             "no link to the control plane", target=self.target, error=error.message, reason=error.reason
         )

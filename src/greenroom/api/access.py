@@ -292,9 +292,7 @@ class Access:
 
     def _named(self, options: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
         # What the certificate is held to comes from the address, or is given; not from the name that sockets have.
-        dropped = ("grpc.default_authority", "grpc.min_reconnect_backoff_ms")
-        kept = [option for option in options if option[0] not in dropped]
-        kept.append(("grpc.min_reconnect_backoff_ms", CONNECT_TIMEOUT_MS))
+        kept = [option for option in options if option[0] != "grpc.default_authority"]
         return [*kept, ("grpc.ssl_target_name_override", self.server_name)] if self.server_name else kept
 
 

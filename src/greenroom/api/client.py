@@ -19,13 +19,14 @@ import grpc
 
 from greenroom.api import errors
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2_grpc as pb_grpc
-from greenroom.api.access import Access
+from greenroom.api.access import CONNECT_TIMEOUT_MS, Access
 from greenroom.core.errors import FailedPrecondition, GreenroomError
 
 #: A page of 1000 operations with all their layers stays well below.
 MAX_MESSAGE_BYTES = 32 << 20
 
-#: See `greenroom.api.server` for what keepalive does. A channel to a socket that is not there tries again after these.
+#: See `greenroom.api.server` for what keepalive does. A channel to a socket that is not there tries again after a time
+#: that grows from the initial to the longest of these; the least is how long each try may take (`CONNECT_TIMEOUT_MS`).
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -33,7 +34,7 @@ CHANNEL_OPTIONS = [
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", CONNECT_TIMEOUT_MS),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     # A unix socket has no host name of its own: without this the path would be sent as :authority.
     ("grpc.default_authority", "greenroom"),

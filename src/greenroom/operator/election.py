@@ -24,6 +24,8 @@ from greenroom.operator.client import Kube
 LEASE_S = 15.0
 #: Renewed this often, so that several renewals may fail.
 RENEW_EVERY_S = 3.0
+#: One that resigns may meet a renewal of its own that was on its way, and hardly ever more.
+RESIGN_TRIES = 3
 #: The holder stops this much before its lease ends: for what it sends to arrive.
 MARGIN_S = 3.0
 
@@ -86,12 +88,15 @@ class Election:
         if not self._leads.is_set():
             return
         self._leads.clear()
+        given_back = {"holderIdentity": "", "leaseDurationSeconds": 1}
         with contextlib.suppress(GreenroomError):
-            lease = await self.kube.get_raw(self._path)
-            if lease is not None and lease["spec"].get("holderIdentity") == self.identity:
-                await self.kube.send_raw(
-                    "PUT", self._path, _with(lease, {"holderIdentity": "", "leaseDurationSeconds": 1})
-                )
+            for _ in range(RESIGN_TRIES):
+                lease = await self.kube.get_raw(self._path)
+                if lease is None or lease["spec"].get("holderIdentity") != self.identity:
+                    return
+                with contextlib.suppress(Conflict):  # a renewal that was on its way
+                    await self.kube.send_raw("PUT", self._path, _with(lease, given_back))
+                    return
 
     @property
     def _path(self) -> str:

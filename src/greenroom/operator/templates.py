@@ -75,6 +75,8 @@ class Templates:
         self._queue: WorkQueue[Key] = WorkQueue()
         #: What the control plane has.
         self._known: dict[Key, Template] = {}
+        #: What it is being asked for, and has told nothing of since.
+        self._unheard: set[Key] = set()
         self._told = asyncio.Event()
         self._failures: dict[Key, int] = {}
         self._prepared_again: dict[Key, int] = {}
@@ -111,6 +113,7 @@ class Templates:
                         continue
                     for gone in self._known.keys() - heard:
                         self._hear(gone, None)
+                    self._unheard.clear()  # also of those that are not there it has told by that
                     if self._told.is_set():
                         self._on_return()
                     self._told.set()
@@ -124,6 +127,7 @@ class Templates:
                 await asyncio.sleep(pause)
 
     def _hear(self, key: Key, template: Template | None) -> None:
+        self._unheard.discard(key)
         if template is None:
             self._known.pop(key, None)
         else:
@@ -191,8 +195,13 @@ class Templates:
                 return known
             self._prepared_again[key] = min(times + 1, 16)
         self._may_act()
-        applied = await self._plane.apply_template(TemplateKey(*key), spec)
-        self._known.setdefault(key, applied)  # until it is told of, which may be later
+        self._unheard.add(key)
+        try:
+            applied = await self._plane.apply_template(TemplateKey(*key), spec)
+            if key in self._unheard:  # else what was told since is newer, also that it is gone
+                self._known.setdefault(key, applied)
+        finally:
+            self._unheard.discard(key)
         return applied
 
     def _find(self, key: Key) -> Template | None:
