@@ -142,6 +142,31 @@ async def test_who_removes_what_is_being_prepared_is_told_so(tmp_path: Path) -> 
     await shelf.store.remove(image.digest)
 
 
+@pytest.mark.parametrize("kind", ["many bytes", "a bomb", "many files"])
+async def test_what_does_not_fit_below_the_limit_is_refused(tmp_path: Path, kind: str) -> None:
+    """The disk has room, but it is not the store's to take. What nobody uses goes first."""
+    limit = 8 * MIB
+    store = DiskImageStore(tmp_path / "store", limit_bytes=limit, recent_s=0.0)
+    used = await store.prepare(make_image(tmp_path / "used", {"a": os.urandom(MIB)}))
+    await store.hold(used.digest, "w.1", "uid")
+    unused = await store.prepare(make_image(tmp_path / "unused", {"a": os.urandom(MIB)}))
+    assert (await store.cache()).free_bytes < limit - 4 * MIB
+    files, compression = {
+        "many bytes": ({"b": os.urandom(7 * MIB)}, "none"),
+        "a bomb": ({f"b{n}": bytes(MIB) for n in range(20)}, "zstd"),
+        "many files": ({f"{n}": b"b" for n in range(2000)}, "gzip"),
+    }[kind]
+    large = make_image(tmp_path / "large", files, compression=compression)
+    with pytest.raises(ResourceExhausted, match="images may take") as raised:
+        await store.prepare(large)
+    assert raised.value.reason == "DISK_FULL"
+    assert used.digest in store.digests()
+    assert (await store.cache()).used_bytes < limit
+    fits = await store.prepare(make_image(tmp_path / "fits", {"b": os.urandom(int(2.5 * MIB))}))
+    assert {*store.digests()} == {used.digest, fits.digest}
+    assert unused.digest not in store.digests()
+
+
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A disk of 14 MiB."""

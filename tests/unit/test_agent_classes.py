@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import signal
+import threading
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
 
+from greenroom.agent import classes
 from greenroom.agent.classes import sandbox_class
+from greenroom.agent.images import WorkerImages
+from greenroom.agent.progress import Listener, Reports
+from greenroom.core.agentapi import Warm
 from greenroom.core.errors import FailedPrecondition
 from greenroom.core.records import TemplateSpec
+from greenroom.core.words import MAX_ARGUMENT_BYTES, MAX_ARGUMENTS
 from greenroom.images.config import parse_config, signal_number
 from greenroom.images.port import Image, ImageConfig
+from greenroom.sandbox.port import SandboxClass
 
 
 def image(rootfs: Path, **config: object) -> Image:
@@ -103,6 +111,39 @@ def test_signal_number(text: str, number: int | None) -> None:
 def test_working_directory(said: str | None, meant: str) -> None:
     document = {"config": {"WorkingDir": said}, "rootfs": {"diff_ids": []}}
     assert parse_config("x", msgspec.json.encode(document), 0)[0].workdir == meant
+
+
+@pytest.mark.parametrize("field", ["Entrypoint", "Cmd", "Env", "WorkingDir", "User"])
+def test_a_config_is_held_to_what_a_template_may_say(field: str) -> None:
+    def parsed(value: str, times: int) -> ImageConfig:
+        said = value if field in ("WorkingDir", "User") else [value] * times
+        return parse_config("x", msgspec.json.encode({"config": {field: said}}), 0)[0]
+
+    parsed("PATH=" + ":" * (MAX_ARGUMENT_BYTES - 5), 1)
+    with pytest.raises(FailedPrecondition, match=f"more than {MAX_ARGUMENT_BYTES} bytes in its {field}") as raised:
+        parsed("PATH=" + ":" * MAX_ARGUMENT_BYTES, 1)
+    assert raised.value.reason == "IMAGE_INVALID"
+    parsed("A=1", MAX_ARGUMENTS)
+    if field not in ("WorkingDir", "User"):
+        with pytest.raises(FailedPrecondition, match=f"1001 entries in its {field}; at most {MAX_ARGUMENTS}"):
+            parsed("A=1", MAX_ARGUMENTS + 1)
+
+
+async def test_links_of_an_image_are_followed_beside_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def noted(image: Image, spec: TemplateSpec) -> SandboxClass:
+        threads.append(threading.current_thread())
+        return sandbox_class(image, spec)
+
+    monkeypatch.setattr(classes, "sandbox_class", noted)
+    known = classes.Classes(cast("WorkerImages", None), needs_image=False)
+    call, reports = Warm(spec=TemplateSpec(image="x"), image_digest="sha256:x"), Reports(cast("Listener", None))
+    assert await known.to_warm(call, reports) == await known.to_warm(call, reports)
+    assert len(threads) == 1
+    assert threads != [threading.main_thread()]
 
 
 @pytest.mark.parametrize("field", ["Entrypoint", "Cmd", "Env", "WorkingDir", "User"])

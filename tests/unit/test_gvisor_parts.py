@@ -9,9 +9,11 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -19,11 +21,11 @@ from greenroom.core.errors import FailedPrecondition, Internal
 from greenroom.core.records import Resources
 from greenroom.sandbox import reaper
 from greenroom.sandbox.gvisor import binary, spec, urpc
-from greenroom.sandbox.gvisor.box import Box, BoxRecord, BoxState, finish, read_record
+from greenroom.sandbox.gvisor.box import Box, BoxRecord, BoxState, Factory, finish, read_record
 from greenroom.sandbox.gvisor.cgroups import HOST_TASKS_PER_ACTOR_TASK, SENTRY_MEMORY_BYTES, SENTRY_TASKS, Cgroups
-from greenroom.sandbox.gvisor.control import exit_code
-from greenroom.sandbox.gvisor.network import COUNTER_BLOCK, Counter, base36
-from greenroom.sandbox.gvisor.rootfs import find_command, resolve
+from greenroom.sandbox.gvisor.control import Control, exit_code
+from greenroom.sandbox.gvisor.network import COUNTER_BLOCK, Counter, Network, Slot, base36
+from greenroom.sandbox.gvisor.rootfs import MAX_DIRECTORIES, MAX_NAMES, MAX_PATH_BYTES, find_command, resolve
 from greenroom.sandbox.port import SandboxClass
 
 # --- which runsc ----------------------------------------------------------------------------------------------
@@ -117,6 +119,54 @@ def test_commands_are_found_as_execvp_does(root: Path) -> None:
             find_command(root, command, path, "/")
         assert caught.value.reason == "COMMAND_NOT_FOUND"
         assert repr(command) in caught.value.message
+
+
+def test_a_path_of_an_image_is_looked_through_within_bounds(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = 0
+    real = os.lstat
+
+    def lstat(*args: Any, **kwargs: Any) -> os.stat_result:
+        nonlocal looked
+        looked += 1
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    deep = "/".join(["a"] * 60)
+    (root / deep).mkdir(parents=True)
+    with pytest.raises(FailedPrecondition, match=f"first {MAX_DIRECTORIES} directories of PATH") as caught:
+        find_command(root, "x", ":" * 100_000, f"/{deep}")
+    assert looked <= MAX_DIRECTORIES * 61
+    assert len(caught.value.message) < 500
+    looked = 0
+    (root / "far").symlink_to("a/../" * 800)
+    assert resolve(root, "/far" * 40 + "/bin/tool") is None
+    assert resolve(root, "/" * MAX_PATH_BYTES + "bin/tool") is None
+    assert looked <= MAX_NAMES
+
+
+async def test_a_command_is_looked_for_beside_the_event_loop(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def refuse(*_: object) -> None:
+        threads.append(threading.current_thread())
+        raise FailedPrecondition("the image has no program")
+
+    async def make_slot(*, with_netns: bool) -> Slot:
+        return Slot("", socket.socket())
+
+    monkeypatch.setattr(spec, "config", refuse)
+    control = cast("Control", SimpleNamespace(needs_netns=False))
+    network = cast("Network", SimpleNamespace(make_slot=make_slot))
+    cgroups = cast("Cgroups", SimpleNamespace(processes=lambda sid: [], remove=lambda sid: True))
+    runsc = binary.Runsc(path="/a", version="1", platform="ptrace", cpu="x")
+    with pytest.raises(FailedPrecondition, match="no program"):
+        await Factory(runsc, control, network, cgroups, tmp_path).create(
+            SandboxClass(rootfs=root, image_digest="x", argv=("tool",), env=())
+        )
+    assert threads != [threading.main_thread()]
+    assert [*tmp_path.iterdir()] == [root]
 
 
 def test_specification(root: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ssl
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -11,7 +13,9 @@ from yarl import URL
 
 from greenroom.core.errors import GreenroomError
 from greenroom.images import client
-from greenroom.images.client import authority
+from greenroom.images.client import Client, authority
+from greenroom.images.download import Interrupted
+from greenroom.images.registries import Registries
 
 FIRST = URL("https://r.example:5000/v2/a/manifests/1")
 
@@ -68,3 +72,22 @@ def test_any_redirect(location: str) -> None:
 )
 def test_authority(url: str, expected: str) -> None:
     assert authority(URL(url)) == expected
+
+
+async def test_hosts_without_certificates_share_a_context(tmp_path: Path) -> None:
+    """A registry may redirect each piece to another name: what is kept for it must not grow with them."""
+    own = "127.0.0.1:1"
+    (tmp_path / own).mkdir()
+    made: list[str] = []
+
+    class Counting(Registries):
+        def tls(self, host: str) -> ssl.SSLContext:
+            made.append(host)
+            return super().tls(host)
+
+    async with Client(Counting(certificates=[tmp_path])) as web:
+        for host in (own, *(f"127.0.0.{n}:1" for n in range(2, 12)), own, "a" * 300):
+            with pytest.raises(Interrupted):
+                async with web.request("GET", URL(f"https://{host}/v2/"), headers={}):
+                    pass
+    assert made == [own, ""]

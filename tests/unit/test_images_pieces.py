@@ -6,14 +6,17 @@ import hashlib
 import os
 import random
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from greenroom.images import pieces
+from greenroom.images.blobs import BlobStore, hex_of
 from greenroom.images.config import Descriptor
-from greenroom.images.pieces import Partial, done_bytes
+from greenroom.images.download import BlobSource, new_budget
+from greenroom.images.pieces import TOLD_PIECES, Partial, done_bytes
 
 PIECE = 64
 
@@ -119,3 +122,36 @@ def test_a_link_in_its_place_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         Partial(tmp_path / "partial", describe(b"data")).open()
     assert (tmp_path / "elsewhere").read_text() == "untouched"
+
+
+def test_what_is_read_again_for_the_digest_is_told(tmp_path: Path) -> None:
+    """Of gigabytes that takes minutes: who hears of nothing that moves gives the download up, each time anew."""
+    data = os.urandom(5 * TOLD_PIECES * PIECE + 7)
+    told: list[int] = []
+    partial = Partial(tmp_path / "partial", describe(data), told.append)
+    partial.open()
+    last = 5 * TOLD_PIECES
+    for number in [*range(3), *range(4, last), 3]:  # one piece comes much later than those behind it
+        start, end = partial.bounds(number)
+        partial.write(number, data[start:end])
+    step = TOLD_PIECES * PIECE
+    assert told == [3 * PIECE + n * step for n in range(1, 5)]
+    partial.close()
+    told.clear()
+    partial = Partial(tmp_path / "partial", describe(data), told.append)
+    partial.open()
+    assert told == [n * step for n in range(1, 6)]
+    partial.write(last, data[last * PIECE :])
+    assert partial.wrong_digest() is None
+    partial.close()
+
+
+async def test_a_fetch_that_goes_on_tells_what_is_read_again(tmp_path: Path) -> None:
+    data = os.urandom(3 * TOLD_PIECES * PIECE)
+    store, descriptor = BlobStore(tmp_path / "store"), describe(data)
+    (tmp_path / "store/partial" / hex_of(descriptor.digest)).write_bytes(data)
+    told: list[int] = []
+    source = cast("BlobSource", None)  # nothing is missing
+    await store.fetch(descriptor, [source], new_budget(), told.append)
+    assert told == [n * TOLD_PIECES * PIECE for n in (1, 2, 3)]
+    assert store.has(descriptor)

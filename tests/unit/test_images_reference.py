@@ -263,3 +263,13 @@ def test_resolve_user_stays_inside(rootfs: Path, tmp_path: Path) -> None:
     passwd.unlink()
     passwd.symlink_to("passwd")  # a loop
     assert resolve_user(rootfs, "12") == (12, 0, "/")
+
+
+@pytest.mark.parametrize("target", ["etc", "e" * 300, "loop"])
+def test_links_that_lead_nowhere_are_the_fault_of_the_image(tmp_path: Path, target: str) -> None:
+    """What is raised otherwise counts against the worker, which is quarantined for it."""
+    (tmp_path / "loop").symlink_to("loop/loop")
+    (tmp_path / "etc").symlink_to(target)
+    with pytest.raises(FailedPrecondition, match=r"the image's /etc/passwd can't be read") as raised:
+        resolve_user(tmp_path, "12")
+    assert raised.value.reason == "IMAGE_INVALID"

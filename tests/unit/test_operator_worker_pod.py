@@ -63,6 +63,17 @@ def test_it_can_do_nothing_to_the_node(backend: str) -> None:
     assert ("SYS_ADMIN" in context["capabilities"].get("add", ())) is context["allowPrivilegeEscalation"]
 
 
+def test_images_keep_well_below_what_the_volume_may_take() -> None:
+    """The kubelet ends a pod that takes more at once, and the node's disk has room long after that."""
+    told = environment(make(worker=WorkerPodSpec(storage_bytes=20 << 30)))
+    command = agent.make_context("agent", [], resilient_parsing=True)
+    high, limit = (
+        next(p for p in agent.params if p.name == name).type_cast_value(command, told[f"GREENROOM_{name.upper()}"])
+        for name in ("images_high", "images_limit")
+    )
+    assert (high, limit) == (10 << 30, 15 << 30)
+
+
 def test_of_the_secrets_it_gets_only_what_is_for_it() -> None:
     volumes = {v["name"]: v for v in make()["spec"]["volumes"]}
     assert volumes["tls"]["secret"]["items"] == [{"key": "ca.crt", "path": "ca.crt"}]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import uvloop
 from click.testing import CliRunner
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from greenroom.cli import logs, process
 from greenroom.cli.main import cli
 from greenroom.cli.server import ServerOptions
+from greenroom.cli.up_options import check_marks
 from greenroom.core.records import OperationKind
 
 PG = "postgresql://greenroom:hunter2@db.example.org/greenroom"
@@ -157,3 +159,12 @@ def test_peers_are_told_an_address_that_they_can_ask(address: str) -> None:
     result = CliRunner().invoke(cli, ["up", f"--peers={address}"])
     assert result.exit_code == 2
     assert "each would ask itself" in result.output
+
+
+@pytest.mark.parametrize(("marks", "wrong"), [((5, 5, 0), "--images-low"), ((5, 4, 4), "--images-limit")])
+def test_marks_of_images_are_in_order(marks: tuple[int, int, int], wrong: str) -> None:
+    check_marks(5, 4, 5)
+    check_marks(5, 0, 0)
+    check_marks(0, 0, 5)
+    with pytest.raises(click.UsageError, match=wrong):
+        check_marks(*marks)

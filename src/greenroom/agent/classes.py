@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from pathlib import Path
 
@@ -39,20 +40,20 @@ class Classes:
         image = None
         if self._needs_image:
             image = await self._images.hold(call, _telling(reports, WAITS_FOR_IMAGE))
-        return self._of(call.image_digest, call.spec, image)
+        return await self._of(call.image_digest, call.spec, image)
 
     async def to_warm(self, call: Warm, reports: Reports) -> SandboxClass:
         """For sandboxes that are to be kept ready; the image is prepared, and not held."""
         image = None
         if self._needs_image:
             image = await self._images.prepare(call.spec.image, _telling(reports), call.image_digest, call.peers)
-        return self._of(call.image_digest, call.spec, image)
+        return await self._of(call.image_digest, call.spec, image)
 
-    def _of(self, image_digest: str, spec: TemplateSpec, image: Image | None) -> SandboxClass:
+    async def _of(self, image_digest: str, spec: TemplateSpec, image: Image | None) -> SandboxClass:
         key = image_digest.encode() + msgspec.json.encode(spec)
         cls = self._known.get(key)
         if cls is None:
-            cls = sandbox_class(image or _no_image(spec.image), spec)
+            cls = await asyncio.to_thread(sandbox_class, image or _no_image(spec.image), spec)
             if len(self._known) >= MAX_CLASSES:
                 self._known.clear()
             self._known[key] = cls
@@ -79,11 +80,12 @@ def _telling(reports: Reports, prefix: str = "") -> OnProgress:
 
 def sandbox_class(image: Image, spec: TemplateSpec) -> SandboxClass:
     """Image and template merged, as Kubernetes does: a command replaces entrypoint and arguments of the image. Whatever
-    else the template says replaces what the image says of it; environments are merged by name.
+    else the template says replaces what the image says of it; environments are merged by name. Blocks, for as long as
+    the image's links take (`resolve_user`).
 
     Raises:
         FailedPrecondition: there is nothing to run (reason ``COMMAND_NOT_FOUND``); the image has no such user or group
-            (``USER_NOT_FOUND``); its stop signal is none (``IMAGE_INVALID``).
+            (``USER_NOT_FOUND``); its stop signal is none, or its list of users can't be read (``IMAGE_INVALID``).
     """
     config = image.config
     argv = (*spec.command, *spec.args) if spec.command else (*config.entrypoint, *(spec.args or config.cmd))

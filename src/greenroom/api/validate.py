@@ -13,6 +13,7 @@ from typing import NamedTuple
 from greenroom.core.errors import GreenroomError, InvalidArgument
 from greenroom.core.names import check_label
 from greenroom.core.records import IMAGE_PORTS, PoolSpec, TemplateSpec
+from greenroom.core.words import MAX_ARGUMENT_BYTES, MAX_ARGUMENTS, is_too_long
 from greenroom.images import reference
 from greenroom.images.config import signal_number
 
@@ -29,9 +30,6 @@ MAX_PIDS = 1 << 22  # the kernel's own limit
 #: Snapshots of one actor: what it needs, and what one can still look through.
 MIN_KEPT, MAX_KEPT = 2, 1000
 MAX_DURATION_S = 10 * 365 * 86400.0
-#: Linux takes no longer single argument (MAX_ARG_STRLEN).
-MAX_ARGUMENT_BYTES = 128 << 10
-MAX_ARGUMENTS = 1000
 MAX_LABELS = 64
 MAX_REQUEST_ID_CHARS = 128
 
@@ -156,7 +154,7 @@ def _directory(field: str, given: str) -> Iterator[Violation]:
 def _argument(path: tuple[str | int, ...], value: str) -> Iterator[Violation]:
     if "\0" in value:
         yield Violation(path, "may not hold a NUL character")
-    if len(value.encode(errors="surrogatepass")) > MAX_ARGUMENT_BYTES:
+    if is_too_long(value):
         yield Violation(path, f"at most {MAX_ARGUMENT_BYTES} bytes")
 
 

@@ -15,7 +15,7 @@ import click
 
 from greenroom.cli.app import pair
 from greenroom.cli.tcp import addresses, host_port, told_host
-from greenroom.cli.up_options import check_marks, image_options, seconds
+from greenroom.cli.up_options import check_marks, image_options, seconds, size_bytes
 
 if TYPE_CHECKING:
     from greenroom.agent.agent import Agent
@@ -56,6 +56,14 @@ def option(name: str, **more: Any) -> Callable[[F], F]:
 @option("--state-dir", type=click.Path(path_type=Path), required=True, help="The worker's own directory.")
 @option("--images", type=click.Path(path_type=Path), required=True, help="Image store; agents may share one.")
 @image_options
+@option(
+    "--images-limit",
+    type=size_bytes,
+    metavar="SIZE",
+    default=0,
+    help="An image that would make it more than this is refused, where the disk has room that is not the worker's  "
+    "[default: no limit].",
+)
 @option("--snapshots", required=True, help="Snapshot store: a directory or a URL.")
 @option(
     "--control",
@@ -129,6 +137,7 @@ async def _serve(
     images: Path,
     images_high: int,
     images_low: int,
+    images_limit: int,
     peers: tuple[str, int] | None,
     snapshots: str,
     control: Sequence[str],
@@ -173,7 +182,7 @@ async def _serve(
     )
     access = replace(Access.from_environment(), ca=ca, token_file=token_file)
     told = told_host(serve, "--serve") if serve else ""
-    check_marks(images_high, images_low)
+    check_marks(images_high, images_low, images_limit)
     peers = None if erase else peers
     token = os.environ.get(PEER_TOKEN_VARIABLE, "")
     server = PeerServer(images, token=token) if peers else None
@@ -193,6 +202,7 @@ async def _serve(
             peer_token=token,
             high_bytes=images_high,
             low_bytes=images_low,
+            limit_bytes=images_limit,
         )
         worker_agent = Agent(config, registry.load(backend), image_store, ObjectSnapshotStore(snapshots))
         await worker_agent.open()

@@ -86,8 +86,13 @@ def size_bytes(value: str | int) -> int:
     return size
 
 
-def check_marks(high: int, low: int) -> None:
-    """Raises `click.UsageError` when the low mark is not below the high one."""
+def check_marks(high: int, low: int, limit: int = 0) -> None:
+    """Raises `click.UsageError` when the low mark is not below the high one, or that not below the limit."""
+    if limit and high > limit:
+        raise click.UsageError(
+            f"--images-high ({high} bytes) has to be at most --images-limit ({limit} bytes): what is above the limit "
+            "never comes"
+        )
     if low and low >= high:
         raise click.UsageError(
             f"--images-low ({low} bytes) has to be less than --images-high ({high} bytes): images are evicted from the "
@@ -126,6 +131,8 @@ def image_options(command: F) -> F:
     """What ``up`` and ``agent`` let one say of the images of a worker."""
     high = click.option(
         "--images-high",
+        envvar="GREENROOM_IMAGES_HIGH",
+        show_envvar=True,
         type=size_bytes,
         metavar="SIZE",
         default=0,
@@ -134,6 +141,8 @@ def image_options(command: F) -> F:
     )
     low = click.option(
         "--images-low",
+        envvar="GREENROOM_IMAGES_LOW",
+        show_envvar=True,
         type=size_bytes,
         metavar="SIZE",
         default=0,

@@ -144,7 +144,8 @@ class BlobStore:
         Args:
             sources: asked in this order; what the first brings the next goes on with. The last one's error counts.
             budget: pieces that may be under way, of all blobs that are fetched with it.
-            progress: called with the bytes that are here, often.
+            progress: called with the bytes that are here, often; while what is here is read again for the digest, with
+                those that were.
 
         Raises:
             DataLoss: the bytes are not what the digest says (reason ``DIGEST_MISMATCH``); they are discarded. Or the
@@ -156,7 +157,12 @@ class BlobStore:
             if self.has(descriptor):
                 progress(descriptor.size)
                 return
-            partial = Partial(self._partial / hex_of(descriptor.digest), descriptor)
+            loop = asyncio.get_running_loop()
+
+            def hashed(done: int) -> None:  # in the thread that reads
+                loop.call_soon_threadsafe(progress, done)
+
+            partial = Partial(self._partial / hex_of(descriptor.digest), descriptor, hashed)
             try:
                 await to_the_end(partial.open)
                 if self._lacking(partial) > 0:  # better said now than after half of it

@@ -20,6 +20,7 @@ from pathlib import Path
 import structlog
 
 from greenroom.core.records import CachedImage, Evicted, Record
+from greenroom.images import space
 from greenroom.images.blobs import BlobStore, try_lock
 from greenroom.images.catalog import Catalog, ImageRecord, disk_bytes
 from greenroom.images.uses import PIN, Uses, is_warm
@@ -37,10 +38,12 @@ MAX_NAMED = 3
 
 
 class Marks(Record, frozen=True, kw_only=True):
-    """Bytes: above ``high`` images are evicted, until there are ``low`` or less. ``high`` 0: never."""
+    """Bytes: above ``high`` images are evicted, until there are ``low`` or less. ``high`` 0: never. An image that would
+    make it more than ``limit`` is refused, where the disk has more room than this store may take. 0: there is none."""
 
     high: int = 0
     low: int = 0
+    limit: int = 0
 
 
 class Cache:
@@ -65,9 +68,13 @@ class Cache:
         return trees + self._blobs.disk_bytes() + disk_bytes(self._catalog.unpacking)
 
     def free_bytes(self) -> int:
-        """What the file system still has for us."""
-        info = os.statvfs(self._root)
-        return info.f_bavail * info.f_frsize
+        """What the file system still has for us, as far as the limit lets us."""
+        free, room = space.free_bytes(self._root), self.room_bytes()
+        return free if room is None else min(free, room)
+
+    def room_bytes(self) -> int | None:
+        """What the limit leaves; None without one."""
+        return max(0, self.marks.limit - self.used_bytes()) if self.marks.limit else None
 
     def listed(self) -> list[CachedImage]:
         """Whole and half images, the one that was unused longest first."""

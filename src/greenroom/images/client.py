@@ -51,6 +51,8 @@ class Client:
     def __init__(self, registries: Registries) -> None:
         self._registries = registries
         self._session: aiohttp.ClientSession | None = None
+        #: By host, of those that have certificates of their own; all others share that of "". One takes a megabyte, and
+        #: a registry may redirect to as many hosts as it likes.
         self._contexts: dict[str, ssl.SSLContext] = {}
 
     async def __aenter__(self) -> Client:
@@ -114,18 +116,24 @@ class Client:
         self, method: str, url: URL, headers: Mapping[str, str], data: Mapping[str, str] | None
     ) -> aiohttp.ClientResponse:
         assert self._session is not None
-        host = authority(url)
-        if url.scheme == "https" and host not in self._contexts:
-            self._contexts[host] = await asyncio.to_thread(self._registries.tls, host)
-        return await self._session.request(
-            method,
-            url,
-            headers=headers,
-            data=data,
-            ssl=self._contexts.get(host, True),
-            proxy=self._registries.proxy(url),
-            allow_redirects=False,
-        )
+        try:
+            return await self._session.request(
+                method,
+                url,
+                headers=headers,
+                data=data,
+                ssl=await self._context(authority(url)) if url.scheme == "https" else True,
+                proxy=self._registries.proxy(url),
+                allow_redirects=False,
+            )
+        except UnicodeError as error:
+            raise Interrupted(f"{authority(url)} is no name that a host can have") from error
+
+    async def _context(self, host: str) -> ssl.SSLContext:
+        key = host if self._registries.has_certificates(host) else ""
+        if key not in self._contexts:
+            self._contexts[key] = await asyncio.to_thread(self._registries.tls, key)
+        return self._contexts[key]
 
     async def _wait(self, url: URL) -> None:
         pause_s = self._registries.not_before.get(authority(url), 0.0) - asyncio.get_running_loop().time()

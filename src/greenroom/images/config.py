@@ -5,6 +5,7 @@ Source: OCI image spec v1.1 (manifest, image index, config, descriptor); Docker 
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import posixpath
@@ -18,8 +19,9 @@ import msgspec
 
 from greenroom.core.errors import FailedPrecondition
 from greenroom.core.records import Record
+from greenroom.core.words import MAX_ARGUMENT_BYTES, MAX_ARGUMENTS, is_too_long
 from greenroom.images.port import ImageConfig
-from greenroom.images.tree import Tree
+from greenroom.images.tree import Refused, Tree
 
 INDEX_TYPES = (
     "application/vnd.oci.image.index.v1+json",
@@ -50,6 +52,8 @@ MAX_BLOB_BYTES = 1 << 40
 MAX_LAYERS = 500
 #: No user data base of an image is larger.
 _MAX_PASSWD_BYTES = 1 << 20
+#: What comes of names, links and modes, which an image brings; anything else is the disk's.
+_IMAGES_FAULT = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES)
 #: Source: Linux: (uid_t)-1 means "no change" to chown and setuid.
 _MAX_ID = 2**32 - 2
 
@@ -192,7 +196,8 @@ def parse_config(name: str, data: bytes, layers: int) -> tuple[ImageConfig, tupl
     """Decodes an image config; returns it and the diff_ids (digests of the unpacked layers, lowest first).
 
     Raises:
-        FailedPrecondition: it can't be read, is for another platform, or does not fit the manifest's ``layers``.
+        FailedPrecondition: it can't be read, is for another platform, does not fit the manifest's ``layers``, or has a
+            command that no template could have.
     """
     config = decode(f"the config of image {name}", data, _Config)
     here = this_platform()
@@ -202,9 +207,7 @@ def parse_config(name: str, data: bytes, layers: int) -> tuple[ImageConfig, tupl
     if len(config.rootfs.diff_ids) != layers:
         raise invalid(f"image {name} has {layers} layers but {len(config.rootfs.diff_ids)} diff_ids")
     run = config.config or _Run()
-    texts = (*(run.entrypoint or ()), *(run.cmd or ()), *(run.env or ()), run.working_dir or "", run.user or "")
-    if any("\0" in text for text in texts):
-        raise invalid(f"the config of image {name} has a NUL character where none can be")
+    _check_words(name, run)
     return (
         ImageConfig(
             entrypoint=run.entrypoint or (),
@@ -260,8 +263,11 @@ def resolve_user(rootfs: Path, user: str) -> User:
     ``rootfs`` and only when they are plain files. Without a group it is the user's own, or 0 for a bare unknown uid.
     The home of an unknown uid is ``/``, or ``/root`` for 0.
 
+    Blocks: links may lead a long way through the image.
+
     Raises:
-        FailedPrecondition: no such user or group in the image (reason ``USER_NOT_FOUND``).
+        FailedPrecondition: no such user or group in the image (reason ``USER_NOT_FOUND``); its links lead nowhere
+            (``IMAGE_INVALID``).
     """
     name, colon, group = user.partition(":")
     accounts = _read_accounts(rootfs, "etc/passwd", fields=7)
@@ -301,6 +307,21 @@ def _check_manifest(name: str, manifest: Manifest) -> None:
             raise invalid(f"image {name}: layer {layer.digest} has the unknown media type {_shown(layer.media_type)}")
 
 
+def _check_words(name: str, run: _Run) -> None:
+    words = {"Entrypoint": run.entrypoint or (), "Cmd": run.cmd or (), "Env": run.env or ()}
+    words |= {"WorkingDir": (run.working_dir or "",), "User": (run.user or "",)}
+    for field, texts in words.items():
+        if len(texts) > MAX_ARGUMENTS:
+            raise invalid(
+                f"image {name} has {len(texts)} entries in its {field}; at most {MAX_ARGUMENTS} are supported"
+            )
+        for text in texts:
+            if "\0" in text:
+                raise invalid(f"the config of image {name} has a NUL character where none can be, in its {field}")
+            if is_too_long(text):
+                raise invalid(f"image {name} has an entry of more than {MAX_ARGUMENT_BYTES} bytes in its {field}")
+
+
 def _shown(text: str) -> str:
     """What an image says, for an error: bounded, and without what moves a terminal's cursor."""
     return repr(text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}...")
@@ -329,7 +350,14 @@ def _tcp_ports(name: str, exposed: dict[str, Any]) -> tuple[int, ...]:
 
 def _read_accounts(rootfs: Path, path: str, fields: int) -> list[list[str]]:
     with Tree(rootfs) as tree:
-        fd = tree.open_file(path)
+        try:
+            fd = tree.open_file(path)
+        except Refused as error:
+            raise invalid(f"the image's /{path} can't be read: {error}") from error
+        except OSError as error:
+            if error.errno not in _IMAGES_FAULT:
+                raise
+            raise invalid(f"the image's /{path} can't be read: {error.strerror}") from error
         if fd is None:
             return []
         with os.fdopen(fd, "rb") as file:

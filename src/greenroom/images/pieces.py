@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from greenroom.images.config import Descriptor
@@ -25,6 +26,10 @@ PIECE_BYTES = 1 << 20
 #: Mbit/s and 400 ms (0.5 MB on the way) pieces side by side hide the round trips; a faster one as long carries 10 MB/s.
 MAX_IN_FLIGHT_BYTES = 4 << 20
 
+#: Pieces of which it is told that they were read again: every 0.1 s or so. More than are under way at a time, so it is
+#: not told of the few that came before their turn.
+TOLD_PIECES = 16
+
 _HERE = b"\1"
 
 
@@ -34,10 +39,15 @@ class Partial:
 
     The digest is computed while pieces come: of a piece that continues what was hashed at once, of one that is ahead
     when those before it are there.
+
+    Args:
+        hashed: called, from whichever thread, while many pieces are read again for the digest, with the bytes up to
+            there. With gigabytes that takes longer than anybody waits without hearing of something that moves.
     """
 
-    def __init__(self, path: Path, descriptor: Descriptor) -> None:
+    def __init__(self, path: Path, descriptor: Descriptor, hashed: Callable[[int], None] = lambda done: None) -> None:
         self.descriptor = descriptor
+        self._tell_hashed = hashed
         self.done_bytes = 0
         self._path = path
         self._count = _count(descriptor.size)
@@ -116,11 +126,14 @@ class Partial:
         return min(PIECE_BYTES, self.descriptor.size - number * PIECE_BYTES)
 
     def _hash_on(self, number: int, data: bytes | bytearray) -> None:
+        first = self._hashed
         while self._hashed < self._count and self._marks[self._hashed]:
             # What is not at hand was written a moment ago, so it comes from the page cache.
             start, end = self.bounds(self._hashed)
             self._hash.update(data if self._hashed == number else _read(self._fd, end - start, start))
             self._hashed += 1
+            if (self._hashed - first) % TOLD_PIECES == 0:
+                self._tell_hashed(end)
 
 
 def done_bytes(path: Path, descriptor: Descriptor) -> int:

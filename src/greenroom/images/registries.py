@@ -17,6 +17,7 @@ Source: containers-registries.conf(5), containers-certs.d(5), OpenSSL SSL_CTX_se
 
 from __future__ import annotations
 
+import contextlib
 import os
 import ssl
 import tomllib
@@ -141,7 +142,8 @@ class Registries:
         return [*found, self._endpoint((entry.location or name[: len(name) - len(rest)]) + rest, entry.insecure)]
 
     def tls(self, host: str) -> ssl.SSLContext:
-        """How ``host[:port]`` is known to be itself, from the files as they are now. Blocks for some 20 ms.
+        """How ``host[:port]`` is known to be itself, from the files as they are now; for "" as any that has no
+        certificates of its own. Blocks for some 20 ms.
 
         Raises:
             FailedPrecondition: a certificate can't be read (reason ``REGISTRY_CONFIG``).
@@ -160,6 +162,9 @@ class Registries:
             raise _config_error(f"certificate {path} of registry {host} can't be read: {error}") from error
         return context
 
+    def has_certificates(self, host: str) -> bool:
+        return self._directory(host) is not None
+
     def proxy(self, url: URL) -> str | None:
         """The proxy that ``url`` is to be reached through."""
         host = url.host or ""
@@ -173,7 +178,11 @@ class Registries:
         return Endpoint(host=host, repository=repository, plain=plain, is_mirror=is_mirror)
 
     def _directory(self, host: str) -> Path | None:
-        return next((root / host for root in self._certificates if (root / host).is_dir()), None)
+        if not host:
+            return None
+        with contextlib.suppress(OSError):  # a redirect may name what no file can be called
+            return next((root / host for root in self._certificates if (root / host).is_dir()), None)
+        return None
 
 
 def read_conf(path: Path) -> tuple[Registry, ...]:

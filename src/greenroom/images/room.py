@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 import structlog
 
 from greenroom.core.errors import ResourceExhausted
+from greenroom.images import space
 from greenroom.images.blobs import BlobStore
 from greenroom.images.cache import Cache
 from greenroom.images.config import Descriptor
@@ -103,8 +104,12 @@ class Room:
 
     def _full(self, guest: Guest, why: str, missing: int, freed: int) -> ResourceExhausted:
         already = f"{_mib(freed)} of unused images were removed already; " if freed else ""
+        limit, free = self._cache.marks.limit, self._cache.free_bytes()
+        where = f"the disk of {self._root} is full"
+        if limit and free < space.free_bytes(self._root):
+            where = f"images may take {_mib(limit)} in {self._root} (--images-limit)"
         return ResourceExhausted(
-            f"the disk of {self._root} is full: image {guest.reference} does not fit, {why}. {already}Remove what "
+            f"{where}: image {guest.reference} does not fit, {why}. {already}Remove what "
             "nobody needs (`greenroom images list`, `greenroom images rm`), or add space",
             reason="DISK_FULL",
             metadata={"missing_bytes": str(missing)},

@@ -53,19 +53,24 @@ def free_bytes(directory: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
-def disk_full(what: str, directory: Path, needed_bytes: int) -> ResourceExhausted:
+def disk_full(what: str, directory: Path, needed_bytes: int, room_bytes: int | None = None) -> ResourceExhausted:
     """The error of a disk that is full, or would be.
 
     Args:
         what: was or was to be done.
         directory: on the disk that is meant.
         needed_bytes: that are still to be written, at least.
+        room_bytes: what a limit of the images leaves, if there is one.
     """
     found = os.statvfs(directory)
     free = found.f_bavail * found.f_frsize
+    limited = room_bytes is not None and room_bytes < free
+    free = min(free, free if room_bytes is None else room_bytes)
     missing = max(needed_bytes - free, 1)
     facts = {"missing_bytes": str(missing), "needed_bytes": str(needed_bytes), "free_bytes": str(free)}
-    if found.f_files and not found.f_favail:
+    if limited:
+        why = f"at least {_megabytes(needed_bytes)} are still to be written, images may take {_megabytes(free)} more"
+    elif found.f_files and not found.f_favail:
         why = "it can hold no more files"
     else:
         why = f"at least {_megabytes(needed_bytes)} are still to be written, {_megabytes(free)} are free"

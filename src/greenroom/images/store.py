@@ -84,6 +84,8 @@ class DiskImageStore:
         max_entries, max_unpacked_bytes: what one image may unpack to.
         high_bytes, low_bytes: when there is more than ``high_bytes`` of images, those that have been unused longest are
             evicted until there are ``low_bytes`` (0: `LOW_PART` of ``high_bytes``). 0: never.
+        limit_bytes: there are never more of images than this: one that does not fit is refused. For where the disk has
+            more room than the store may take of it. What is unpacked at the same time does not count. 0: none.
         recent_s: what was used in the last so many seconds is not evicted.
     """
 
@@ -98,6 +100,7 @@ class DiskImageStore:
         max_unpacked_bytes: int = MAX_UNPACKED_BYTES,
         high_bytes: int = 0,
         low_bytes: int = 0,
+        limit_bytes: int = 0,
         recent_s: float = RECENT_S,
     ) -> None:
         self._root = root.absolute()
@@ -110,7 +113,7 @@ class DiskImageStore:
         self._catalog = Catalog(self._root)
         self._blobs = BlobStore(self._root)
         self._uses = Uses(self._root)
-        marks = Marks(high=high_bytes, low=low_bytes or int(high_bytes * LOW_PART))
+        marks = Marks(high=high_bytes, low=low_bytes or int(high_bytes * LOW_PART), limit=limit_bytes)
         self._cache = Cache(self._root, self._catalog, self._blobs, self._uses, marks, recent_s=recent_s)
         self._room = Room(self._root, self._cache, self._blobs, recent_s)
         self._shared = SharedProgress(self._root)
@@ -383,6 +386,7 @@ class DiskImageStore:
     async def _unpack(
         self, record: ImageRecord, manifest: Manifest, diff_ids: Sequence[str], progress: Progress, lock_fd: int
     ) -> None:
+        room = await asyncio.to_thread(self._cache.room_bytes)
         staged = self._catalog.staged(record.digest)
         await to_the_end(_make_empty, staged)
         job = Job(
@@ -393,6 +397,7 @@ class DiskImageStore:
             ),
             max_entries=self._max_entries,
             max_unpacked_bytes=self._max_unpacked_bytes,
+            room_bytes=room,
         )
         try:
             await run_unpacker(

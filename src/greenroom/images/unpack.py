@@ -54,6 +54,8 @@ _MAX_SHOWN = 200
 _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+#: What each entry takes on disk beside its bytes, which are rounded up to whole blocks.
+_BLOCK_BYTES = 4096
 
 
 class JobLayer(Record, frozen=True, kw_only=True):
@@ -65,12 +67,14 @@ class JobLayer(Record, frozen=True, kw_only=True):
 
 
 class Job(Record, frozen=True, kw_only=True):
-    """What to unpack (lowest layer first), where to, and how much at most."""
+    """What to unpack (lowest layer first), where to, and how much at most: of any image, and, where it is known, that
+    the store has room for."""
 
     target: str
     layers: tuple[JobLayer, ...]
     max_entries: int = MAX_ENTRIES
     max_unpacked_bytes: int = MAX_UNPACKED_BYTES
+    room_bytes: int | None = None
 
 
 class Report(Record, frozen=True, kw_only=True):
@@ -120,18 +124,30 @@ class _Budget:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._entries = job.max_entries
+        self._entries = 0
         self.unpacked_bytes = 0
 
     def entries(self, count: int) -> None:
-        self._entries -= count
-        if self._entries < 0:
+        self._entries += count
+        if self._entries > self._job.max_entries:
             raise Refused(f"the image has more than {self._job.max_entries} files")
+        self._check_room()
 
     def data(self, count: int) -> None:
         self.unpacked_bytes += count
         if self.unpacked_bytes > self._job.max_unpacked_bytes:
             raise Refused(f"the image unpacks to more than {self._job.max_unpacked_bytes} bytes")
+        self._check_room()
+
+    def room_bytes(self) -> int | None:
+        """What is left; None when only the disk knows."""
+        if self._job.room_bytes is None:
+            return None
+        return max(0, self._job.room_bytes - self.unpacked_bytes - self._entries * _BLOCK_BYTES)
+
+    def _check_room(self) -> None:
+        if self.room_bytes() == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def unpack(job: Job, report: BinaryIO) -> None:
@@ -140,8 +156,8 @@ def unpack(job: Job, report: BinaryIO) -> None:
     Raises:
         FailedPrecondition: an archive can't be used; names the entry (reason ``IMAGE_INVALID``).
         DataLoss: a layer unpacks to other bytes than the config says (reason ``DIGEST_MISMATCH``).
-        ResourceExhausted: the disk is full, or too small from the start (reason ``DISK_FULL``; says how much is needed
-            and free).
+        ResourceExhausted: the disk, or what the store may take of it, is full, or too small from the start (reason
+            ``DISK_FULL``; says how much is needed and free).
     """
     budget = _Budget(job)
     target = Path(job.target)
@@ -154,8 +170,9 @@ def unpack(job: Job, report: BinaryIO) -> None:
                 f"{job.max_unpacked_bytes} bytes",
                 reason="IMAGE_INVALID",
             )
-    if expected > space.free_bytes(target):
-        raise space.disk_full("unpacking the image", target, expected)
+    free = space.free_bytes(target)
+    if expected > (free if job.room_bytes is None else min(free, job.room_bytes)):
+        raise space.disk_full("unpacking the image", target, expected, job.room_bytes)
     with Tree(target) as tree:
         for number, layer in enumerate(job.layers):
             tree.start_layer(lowest=number == 0)
@@ -163,7 +180,8 @@ def unpack(job: Job, report: BinaryIO) -> None:
                 _apply_layer(tree, number, layer, budget, report)
             except _Full as full:
                 missing = max(full.left_bytes, expected - budget.unpacked_bytes)
-                raise space.disk_full(f"unpacking {_shown(full.name)}", target, missing) from full
+                what = f"unpacking {_shown(full.name)}"
+                raise space.disk_full(what, target, missing, budget.room_bytes()) from full
         try:
             tree.finish()
             _sync_file_system(job.target)

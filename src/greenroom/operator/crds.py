@@ -18,6 +18,7 @@ from greenroom.api import validate
 from greenroom.core.assets import Asset
 from greenroom.core.quantity import format_bytes, format_cpus, format_duration
 from greenroom.core.records import IMAGE_PORTS, Probe, Record, Resources, Retention, TemplateSpec
+from greenroom.core.words import MAX_ARGUMENTS
 from greenroom.operator import forms
 from greenroom.operator.objects import GROUP, VERSION
 from greenroom.operator.specs import MAX_REPLICAS, SandboxConfigSpec, WorkerPodSpec, WorkerPoolSpec
@@ -25,7 +26,7 @@ from greenroom.operator.specs import MAX_REPLICAS, SandboxConfigSpec, WorkerPodS
 _LABEL = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 _LABEL_OR_NONE = f"^$|{_LABEL}"
 _COUNT = {"minimum": 0, "maximum": MAX_REPLICAS}
-_WORDS = {"maxItems": validate.MAX_ARGUMENTS}
+_WORDS = {"maxItems": MAX_ARGUMENTS}
 #: An argument or a variable. Shorter than what Linux takes: the cost of comparing two specs, which the API server
 #: estimates from the longest that they may be, has to stay below its limit.
 MAX_WORD_CHARS = 16_384

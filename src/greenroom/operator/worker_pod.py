@@ -37,6 +37,10 @@ SECRETS = "/etc/greenroom"
 ACTORS_PORT, HEALTH_PORT = 7435, 9090
 #: What the image's PATH is otherwise.
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+#: Parts of the volume: above the first what nobody uses of images goes, and they never take more than the second. The
+#: rest is for runtimes, for snapshots on their way, and for what the agent notes. A pod that takes more than its volume
+#: may is ended by the kubelet at once, and what was awake is lost; the node's disk has room long after that.
+IMAGES_HIGH, IMAGES_LIMIT = 0.5, 0.75
 ASSETS_VARIABLE = "GREENROOM_ASSETS"
 
 
@@ -142,6 +146,7 @@ def _environment(
 ) -> list[dict[str, Any]]:
     own = {"NAME": "metadata.name", "UID": "metadata.uid", "IP": "status.podIP"}
     fields = {f"GREENROOM_POD_{key}": path for key, path in own.items()}
+    worker = spec.worker
     plain = {
         "GREENROOM_WORKER": "$(GREENROOM_POD_NAME)",
         "GREENROOM_POOL": pool.name,
@@ -152,6 +157,8 @@ def _environment(
         "GREENROOM_SLOTS": str(spec.slots),
         "GREENROOM_STATE_DIR": f"{DATA}/worker",
         "GREENROOM_IMAGES": f"{DATA}/images",
+        "GREENROOM_IMAGES_HIGH": str(int(worker.storage_bytes * IMAGES_HIGH)),
+        "GREENROOM_IMAGES_LIMIT": str(int(worker.storage_bytes * IMAGES_LIMIT)),
         "GREENROOM_SNAPSHOTS": installation.snapshots,
         "GREENROOM_CONTROL": ",".join(installation.control),
         "GREENROOM_CA": f"{SECRETS}/tls/ca.crt" if installation.tls_secret else "",

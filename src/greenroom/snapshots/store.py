@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import msgspec
-from obstore.store import from_url
 
 from greenroom.core.errors import Conflict, DataLoss, InvalidArgument, NotFound, Unavailable
 from greenroom.core.gc import blobs
@@ -38,6 +37,7 @@ from greenroom.snapshots.local import LocalObjects, digest_file
 from greenroom.snapshots.objects import Meter, Objects, OnBytes, Stop, disk_full
 from greenroom.snapshots.port import StoredObject
 from greenroom.snapshots.threads import all_of, in_thread
+from greenroom.snapshots.transfers import open_bucket
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -403,7 +403,7 @@ def _open(location: str | Path) -> Objects:
     if text.startswith("file://"):
         return LocalObjects(Path(text.removeprefix("file://")))
     if "://" in text:
-        return BucketObjects(from_url(text), text)
+        return BucketObjects(open_bucket(text), text)
     return LocalObjects(Path(location))
 
 

@@ -249,7 +249,7 @@ class Factory:
         os.mkfifo(box.log, 0o600)
         box.slot = await self._network.make_slot(with_netns=self.control.needs_netns)
         netns = f"/proc/{os.getpid()}/fd/{box.slot.netns}" if box.slot.netns >= 0 else ""
-        config = spec.config(cls, box.identity, netns)
+        config = await asyncio.to_thread(spec.config, cls, box.identity, netns)  # looks for the command in the image
         (box.directory / "config.json").write_bytes(msgspec.json.encode(config))
         box.group = self._cgroups.make(box.sid, cls.resources)
         box.save(BoxState.CREATING, device=box.slot.device)

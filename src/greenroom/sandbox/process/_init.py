@@ -53,6 +53,8 @@ KEPT_CAPABILITIES = frozenset({0, 1, 3, 4, 5, 6, 7, 8, 10, 18, 29, 31})
 #: Where a process that is root outside, too, could change the machine; as container engines have it.
 READ_ONLY_PROC = ("sys", "sysrq-trigger", "irq", "bus", "fs")
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+#: Of a command and its PATH, that an error quotes.
+MAX_SHOWN = 100
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 IDENTITY_DIR = "/run/greenroom"
 
@@ -313,8 +315,12 @@ def find_program(command: str, env: dict[str, str], cwd: str) -> str:
     for path in candidates:
         if os.path.isfile(path) and os.stat(path).st_mode & 0o111:
             return path
-    where = "" if "/" in command else f" on PATH ({env.get('PATH', DEFAULT_PATH)})"
-    raise Refused("COMMAND_NOT_FOUND", f"the image has no program {command!r}{where}")
+    where = "" if "/" in command else f" on PATH ({shown(env.get('PATH', DEFAULT_PATH))})"
+    raise Refused("COMMAND_NOT_FOUND", f"the image has no program {shown(command)!r}{where}")
+
+
+def shown(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def explain_exec(error: BaseException, program: str) -> BaseException:
