@@ -201,10 +201,35 @@ async def test_t30_gone_then_forgotten_then_back(world: SimWorld) -> None:
     assert away.backend._sandboxes, "not destroyed"
     assert {s.owner.uid for s in away.backend._sandboxes.values()} == {actor.uid}
     assert (await world.actor(actor.key)).worker != actor.worker, "and not alive twice: it is frozen there"
+    await world.engine.reconciler.compare(actor.worker, anew=True)  # what it has seen is known only then
     await world.engine.acknowledge_worker(actor.worker)
     await world.settle()
     assert not (await record(world, actor.worker)).distrust
     assert (await world.request(actor.key)).count == 3
+
+
+async def test_an_acknowledgement_is_not_undone_by_a_comparison_that_read_before_it(world: SimWorld) -> None:
+    actor = await saved_and_awake(world)
+    away = Partition(world, actor.worker)
+    await forget(world, actor.worker, accept_loss=True)
+    await world.engine.forget_worker(actor.worker)
+    registered, looks, acknowledged = world.engine.inventories._registered, 0, asyncio.Event()
+
+    async def between(worker: str) -> Worker:
+        nonlocal looks
+        found = await registered(worker)
+        if worker == actor.worker and found.distrust:
+            looks += 1
+            if looks == 2:  # it was asked, and its answer is about to be judged by this record
+                await world.engine.acknowledge_worker(worker)
+                acknowledged.set()
+        return found
+
+    world.engine.inventories._registered = between  # type: ignore[method-assign]
+    away.heal()
+    await acknowledged.wait()
+    await world.settle()
+    assert not (await record(world, actor.worker)).distrust
 
 
 async def test_a_fresh_disk_takes_the_name_of_a_tombstone(world: SimWorld) -> None:

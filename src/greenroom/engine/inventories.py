@@ -118,9 +118,11 @@ class Inventories:
         record = await self._registered(worker)  # only now comparable with what the worker knows
         generations = {pk: actor.generation for pk, actor in owners.items()}
         decision = control.sync(member_of(record), rows, said.report, generations=generations)
-        if decision.alarm or decision.member.seq > record.seq:
+        if decision.alarm:
             why = decision.member.quarantined
-            await self._engine.members.distrust(worker, why, control.alarm(worker, why), decision.member.seq)
+            await self._engine.members.distrust(worker, why, decision.alarm, decision.member.seq)
+        elif decision.member.seq > record.seq:
+            await self._engine.members.raise_seq(worker, decision.member.seq)
         if not isinstance(decision.answer, gc.Orders):
             raise Unavailable(f"worker {worker} has registered anew meanwhile", reason="WORKER_NOT_REGISTERED")
         self._note_gone(worker, entries, lambda kind: kind is gc.Kind.SANDBOX)

@@ -144,15 +144,19 @@ class Members:
             self._enrolled.pop(worker, None)
 
     async def distrust(self, worker: str, why: str, alarm: str, seen: int) -> None:
-        """Nothing is destroyed or given up there from now on, until somebody has looked. ``seen``: the highest number
-        that was ever given out, as far as is known; what is placed there gets higher ones, or it would be refused."""
+        """Nothing is destroyed or given up there from now on, until somebody has looked. ``seen``: as `raise_seq`."""
         log.error("a worker's records are not trusted", worker=worker, why=alarm)
 
         def change(record: Worker) -> Worker:
-            base = max(record.seq_base, seen - record.version)
-            return replace(record, distrust=record.distrust or why, message=alarm, seq_base=base)
+            return replace(_raised(record, seen), distrust=record.distrust or why, message=alarm)
 
         await self.change(worker, change)
+
+    async def raise_seq(self, worker: str, seen: int) -> None:
+        """``seen``: the highest number that was ever given out, as far as is known; what is placed there gets higher
+        ones, or it would be refused. (Of one that is not trusted that is no news: somebody may have acknowledged it
+        since its record was read.)"""
+        await self.change(worker, lambda record: _raised(record, seen))
 
     async def find(self, worker: str) -> Worker | None:
         try:
@@ -209,6 +213,10 @@ class Members:
             except NotFound:
                 return None
         raise Conflict(f"worker {name} keeps changing")
+
+
+def _raised(record: Worker, seen: int) -> Worker:
+    return replace(record, seq_base=max(record.seq_base, seen - record.version))
 
 
 def member_of(worker: Worker) -> gc.Member:
