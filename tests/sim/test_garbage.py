@@ -84,7 +84,8 @@ async def test_a_round_says_what_it_destroyed_and_what_it_could_not(world: SimWo
     assert not failed.removed and any("the bucket refuses" in line and doomed in line for line in failed.failures)
     position = world.engine.removals.position
     again()
-    await world.engine.garbage.collect()
+    report = await world.engine.garbage.collect()
+    assert [r.id for r in report.removed if r.kind == "snapshot"] == [doomed], "whoever asks does not wait for a pause"
     await world.settle()
     done = [r for r in world.engine.removals.since(position) if not r.failure]
     assert [(r.kind, r.id) for r in done if r.kind == "snapshot"] == [("snapshot", doomed)]

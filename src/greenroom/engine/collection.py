@@ -85,14 +85,15 @@ class Collection:
 
     # --- sweep --------------------------------------------------------------------------------------------
 
-    async def sweep(self) -> None:
-        """Removes every condemned snapshot: its objects, then its row. One that can't be removed holds up nobody."""
+    async def sweep(self, *, again: bool = False) -> None:
+        """Removes every condemned snapshot: its objects, then its row. One that can't be removed holds up nobody, and
+        is tried again after a pause (``again``: now)."""
         self._silent.clear()
         condemned = await self._engine.census.all(Snapshot, state=SnapshotState.CONDEMNED)
         known = {s.id for s in condemned}
         self._failed = {i: failed for i, failed in self._failed.items() if i in known}
         now = clock.monotonic()
-        due = [s for s in condemned if self._failed.get(s.id, (0, now))[1] <= now]
+        due = [s for s in condemned if again or self._failed.get(s.id, (0, now))[1] <= now]
         due.sort(key=attrgetter("actor_uid", "id"))
         await asyncio.gather(*(self._sweep_actor([*of]) for _, of in groupby(due, attrgetter("actor_uid"))))
 

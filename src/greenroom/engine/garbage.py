@@ -91,7 +91,7 @@ class Garbage:
         self.rounds = [
             Round("uploads", lambda: engine.uploads.sweep()),
             Round("retention", lambda: engine.collection.mark()),
-            Round("snapshots", lambda: engine.collection.sweep()),
+            Round("snapshots", lambda: engine.collection.sweep(again=True)),
             Round("objects", lambda: engine.collection.scrub()),
             Round("operations", engine.store.trim),
         ]
