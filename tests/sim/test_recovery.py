@@ -281,6 +281,22 @@ async def test_a_sandbox_that_ends_is_told(world: SimWorld) -> None:
     assert binding.revoked
 
 
+async def test_how_it_ended_is_said_also_when_it_is_missed_at_that_moment(world: SimWorld) -> None:
+    key, _ = await running(world, "a")
+    lives = world.engine.reconciler._lives
+
+    async def asked_in_between(actor: Actor) -> bool:
+        await world.engine.reconciler.compare(actor.worker, anew=True)
+        return await lives(actor)
+
+    world.engine.reconciler._lives = asked_in_between  # type: ignore[method-assign]
+    world.end_program(key, 7)
+    crashed = await reached(world, key, ActorState.CRASHED)
+    assert crashed.reason == "Exited" and "status 7" in crashed.message
+    assert not world.engine.reconciler._exiting
+    await world.settle()
+
+
 async def test_a_sandbox_that_ended_while_the_worker_was_away(world: SimWorld) -> None:
     key, actor = await running(world, "a")
     world.hub.disconnect(actor.worker)

@@ -9,6 +9,7 @@ What a lost message would have told is found by asking again, every ``reconcile_
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,8 @@ class Reconciler:
         self._engine = engine
         self._ops = engine.ops
         self._comparing: dict[str, asyncio.Task[list[str]]] = {}
+        #: Actors (uid) whose sandbox has just said how it ended: nobody says in the meantime only that it is gone.
+        self._exiting: Counter[str] = Counter()
 
     async def keep(self, hello: api.Hello) -> None:
         """Asks a worker from time to time, as long as this connection of it is there."""
@@ -116,7 +119,7 @@ class Reconciler:
             resident = there.residents.get(handle)
             if resident is not None and resident.endpoint is not None:
                 await self._one(str(actor.key), self._reunite(actor, resident, there.alone_epoch))
-            elif handle in there.missing:
+            elif handle in there.missing and actor.uid not in self._exiting:
                 text = f"its sandbox was no longer there when worker {worker} was asked"
                 await self._one(str(actor.key), self.crash(actor, actor.generation, "SandboxLost", text))
         running = {(a.uid, a.generation) for a in there.actors if a.state is ActorState.RUNNING}
@@ -197,9 +200,14 @@ class Reconciler:
     async def exited(self, worker: str, event: api.SandboxExited) -> None:
         """A sandbox has ended by itself. An operation that holds the actor just now may have had its answer before
         that; so the actor is looked at again when it has ended."""
-        while operation := await self._ops.insist(lambda: self._record_exit(worker, event)):
-            await self._ops.ended(operation)
-            await asyncio.sleep(self._engine.config.retry_s)  # its driver may have given up; until it has a new one
+        self._exiting[event.actor_uid] += 1
+        try:
+            while operation := await self._ops.insist(lambda: self._record_exit(worker, event)):
+                await self._ops.ended(operation)
+                await asyncio.sleep(self._engine.config.retry_s)  # its driver may have given up; until it has a new one
+        finally:
+            self._exiting[event.actor_uid] -= 1
+            self._exiting += Counter()  # without those at 0
 
     async def _record_exit(self, worker: str, event: api.SandboxExited) -> str:
         """Returns the operation that has to end first; "" when the exit is recorded, or does not matter any more."""
