@@ -37,6 +37,7 @@ from greenroom.core.errors import (
     ResourceExhausted,
 )
 from greenroom.sandbox.gvisor import GvisorBackend
+from greenroom.sandbox.gvisor import backend as gvisor_backend
 from greenroom.sandbox.gvisor.box import BoxState, read_record
 from greenroom.sandbox.port import ExecSpec, SandboxClass
 
@@ -215,9 +216,10 @@ async def test_killed_warm_sandbox_is_not_used(backend: GvisorBackend, counter: 
 @pytest.mark.parametrize("recorded", [BoxState.FREEZING, BoxState.THAWING])
 @pytest.mark.parametrize("frozen", [False, True])
 async def test_agent_that_died_while_freezing_or_thawing(
-    rootfs: Path, tmp_path: Path, recorded: BoxState, frozen: bool
+    rootfs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: BoxState, frozen: bool
 ) -> None:
-    """Whichever happened before the death, the sandbox is found as it is and goes on."""
+    """Whichever happened before the death, the sandbox is found as it is and goes on; also on a machine that stands
+    still for long, and with a program of the actor's own where ours was."""
     old = GvisorBackend()
     await old.open(tmp_path, "test")
     await old.reconcile()
@@ -227,6 +229,10 @@ async def test_agent_that_died_while_freezing_or_thawing(
         await old.freeze(running.sid)
     old._boxes[running.sid].save(recorded)
 
+    async def late(*_: object) -> None:
+        raise TimeoutError("the machine stood still")
+
+    monkeypatch.setattr(gvisor_backend, "set_hostname", late)
     new = GvisorBackend()
     await new.open(tmp_path, "test")
     (found,) = await new.reconcile()

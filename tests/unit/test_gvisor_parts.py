@@ -24,6 +24,7 @@ from greenroom.sandbox.gvisor.cgroups import HOST_TASKS_PER_ACTOR_TASK, SENTRY_M
 from greenroom.sandbox.gvisor.control import exit_code
 from greenroom.sandbox.gvisor.network import COUNTER_BLOCK, Counter, base36
 from greenroom.sandbox.gvisor.rootfs import find_command, resolve
+from greenroom.sandbox.gvisor.stacks import is_changing, is_frozen
 from greenroom.sandbox.port import SandboxClass
 
 # --- which runsc ----------------------------------------------------------------------------------------------
@@ -495,6 +496,23 @@ asyncio.run(main())
 """
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", source)
     assert await process.wait() == 0
+
+
+# --- frozen or not ------------------------------------------------------------------------------------------------
+
+
+def stacks(*calls: str) -> str:
+    """As Go prints goroutines: the innermost call first."""
+    return "\n\n".join(f"goroutine {n} [select]:\n{call.replace(' ', chr(10))}" for n, call in enumerate(calls))
+
+
+def test_frozen_is_what_all_threads_of_are_stopped() -> None:
+    kernel = "gvisor.dev/gvisor/pkg/sentry/kernel"
+    runs, stopped = f"{kernel}.(*Task).run(0xc0, 0x1)", f"{kernel}.(*Task).doStop(0xc0) {kernel}.(*Task).run(0xc0, 0x1)"
+    other, pauses = "main.main()", "gvisor.dev/gvisor/runsc/boot.(*containerManager).Pause(0xc0, 0x1, 0x2)"
+    said = [stacks(other, *threads) for threads in ([], [runs], [stopped], [stopped, runs], [stopped, stopped])]
+    assert [is_frozen(s) for s in said] == [False, False, True, False, True]
+    assert is_changing(stacks(stopped, pauses)) and not is_changing(stacks(stopped, runs))
 
 
 # --- the record ---------------------------------------------------------------------------------------------------

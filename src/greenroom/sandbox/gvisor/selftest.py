@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 from greenroom.core.agentapi import Identity
-from greenroom.core.errors import FailedPrecondition, GreenroomError
+from greenroom.core.errors import FailedPrecondition, GreenroomError, Internal
 from greenroom.core.records import Resources
 from greenroom.sandbox.gvisor import hostname
 from greenroom.sandbox.gvisor.box import Box, Factory, finish
+from greenroom.sandbox.gvisor.control import Control, Target
 from greenroom.sandbox.gvisor.naming import set_hostname
+from greenroom.sandbox.gvisor.stacks import is_frozen
 from greenroom.sandbox.gvisor.urpc import UrpcError
 from greenroom.sandbox.port import SandboxClass
 
@@ -42,7 +44,9 @@ async def self_test(factory: Factory, home: Path) -> None:
             step = "start"
             await control.start(first.target)
             step = "freeze"
+            await _expect(control, first.target, frozen=False)
             await control.pause(first.target)
+            await _expect(control, first.target, frozen=True)
             step = "checkpoint"
             await control.checkpoint(first.target, image)
             step = "thaw"
@@ -58,6 +62,11 @@ async def self_test(factory: Factory, home: Path) -> None:
         ) from e
     finally:
         await finish(_clean_up(factory, boxes, home))
+
+
+async def _expect(control: Control, target: Target, *, frozen: bool) -> None:
+    if is_frozen(await control.stacks(target)) is not frozen:
+        raise Internal(f"a sandbox that is {'frozen' if frozen else 'running'} does not look so")
 
 
 def _make_image(home: Path) -> SandboxClass:
