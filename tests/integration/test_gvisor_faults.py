@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import signal
@@ -243,6 +244,64 @@ async def test_agent_that_died_while_freezing_or_thawing(
     await new.thaw(running.sid)
     assert (await get(running.endpoint, "/inc"))["ram"] == 3
     await new.close(keep_running=False)
+
+
+#: Puts a program of its own wherever it can where the one is that gives sandboxes their names.
+_IMPOSTOR = """
+import contextlib, os, signal, sys
+for path in ("/run", "/dev", "/dev/.greenroom"):
+    with contextlib.suppress(OSError):
+        (os.unlink if os.path.islink(path) else lambda p: os.rename(p, "/away"))(path)
+    for place in (path, path + "/greenroom", path + "/.greenroom"):
+        with contextlib.suppress(OSError):
+            os.makedirs(place, exist_ok=True)
+            with open(place + "/init", "w") as file:
+                file.write(f"#!{sys.executable}\\nopen('/taken-over', 'w')\\n")
+            os.chmod(place + "/init", 0o777)
+print("ready", flush=True)
+while True: signal.pause()
+"""
+
+
+@pytest.mark.parametrize("linked", [False, True])
+async def test_an_actor_can_not_replace_the_program_that_names_it(
+    tmp_path: Path, image: Path, rootfs: Path, linked: bool
+) -> None:
+    """It runs with more rights than the actor has, whenever one is woken from another's snapshot."""
+    if linked:
+        rootfs = make_rootfs(tmp_path / "linked")
+        with contextlib.suppress(FileNotFoundError):
+            (rootfs / "run").rmdir()
+        (rootfs / "opt" / "x").mkdir(parents=True)
+        (rootfs / "run").symlink_to("/opt/x")
+    cls = python_class(rootfs, "-c", _IMPOSTOR)
+    async with opened(tmp_path / "state") as backend:
+        golden = await backend.start(cls, identity("golden"))
+        assert golden.log_fifo is not None
+        async with asyncio.timeout(READY_TIMEOUT_S):
+            assert await asyncio.to_thread(read_line, golden.log_fifo) == "ready\n"
+        await backend.checkpoint(golden.sid, image)
+        woken = await backend.restore(cls, identity("woken"), image, "golden")
+        look = "import os; print(os.uname().nodename, os.path.exists('/taken-over'))"
+        session = await backend.exec(woken.sid, ExecSpec(argv=("python3", "-c", look)))
+        assert await run(session) == (0, b"woken False\n", b"")
+
+
+async def test_an_image_in_which_that_program_could_be_replaced_is_refused(tmp_path: Path) -> None:
+    rootfs = make_rootfs(tmp_path / "linked")
+    with contextlib.suppress(FileNotFoundError):
+        (rootfs / "dev").rmdir()
+    (rootfs / "opt").mkdir()
+    (rootfs / "dev").symlink_to("/opt")
+    async with opened(tmp_path / "state") as backend:
+        with pytest.raises(FailedPrecondition, match="/dev is a link") as caught:
+            await backend.start(python_class(rootfs), identity("odd"))
+        assert caught.value.reason == "IMAGE_INVALID"
+
+
+def read_line(fifo: Path) -> str:
+    with fifo.open() as log:
+        return log.readline()
 
 
 async def test_half_made_sandboxes_are_removed(rootfs: Path, tmp_path: Path) -> None:

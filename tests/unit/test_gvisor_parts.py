@@ -126,12 +126,12 @@ def test_specification(root: Path, tmp_path: Path) -> None:
     )
     config = spec.config(cls, tmp_path)
     args = config["process"]["args"]
-    assert args == ["/run/greenroom/init", "/run/greenroom/hostname", "/usr/bin/tool", "-v"]
+    assert args == ["/dev/.greenroom/init", "/dev/.greenroom/hostname", "/usr/bin/tool", "-v"]
     assert "A=b=c" in config["process"]["env"]
     assert config["process"]["noNewPrivileges"] is True
-    (identity,) = (m for m in config["mounts"] if m["type"] == "bind")
-    assert identity["destination"] == "/run/greenroom"
-    assert "ro" in identity["options"]
+    bound = [m for m in config["mounts"] if m["type"] == "bind"]
+    assert [m["destination"] for m in bound] == ["/run/greenroom", "/dev/.greenroom"]
+    assert all("ro" in m["options"] for m in bound)
     assert spec.mask(("CAP_CHOWN", "CAP_SYS_ADMIN")) == 1 | 1 << 21
     assert spec.mask(spec.CAPABILITIES) & spec.mask(("CAP_SYS_ADMIN", "CAP_SETPCAP")) == 0
     with pytest.raises(FailedPrecondition, match="set the template's command"):
