@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,39 @@ async def test_full_disk_leaves_the_actor_running(
         await backend.destroy(running.sid)
         woken = await backend.restore(counter, identity("unlucky"), image, "unlucky")
         assert (await get(woken.endpoint, "/inc"))["ram"] == 2
+
+
+async def test_an_agent_that_comes_on_a_full_disk_takes_over_what_runs(rootfs: Path, tmp_path: Path) -> None:
+    """And does not, where nothing runs: then it may be gVisor that does not work."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount_tmpfs(disk, "16m")
+    try:
+        old = GvisorBackend()
+        await old.open(disk / "state", "test")
+        await old.reconcile()
+        running = await old.start(python_class(rootfs), identity("patient"))
+        await get(running.endpoint, "/inc")
+        with (disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(1 << 16)):
+                pass
+        new = GvisorBackend()
+        began = time.monotonic()
+        probe = await new.open(disk / "state", "test")
+        assert time.monotonic() - began < 5
+        assert [c.detail for c in probe.checks if c.name == "self-test" and "not done" in c.detail]
+        (found,) = await new.reconcile()
+        await new.freeze(found.sid)
+        await new.thaw(found.sid)
+        assert (await get(running.endpoint, "/inc"))["ram"] == 2
+        await new.close(keep_running=False)
+        with (disk / "filler").open("ab", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(1 << 16)):
+                pass
+        with pytest.raises(FailedPrecondition, match="no room"):
+            await GvisorBackend().open(disk / "state", "test")
+    finally:
+        unmount(disk)
 
 
 async def test_cancelled_checkpoint_leaves_the_actor_running(

@@ -25,6 +25,7 @@ from greenroom.core.errors import (
     DataLoss,
     FailedPrecondition,
     InvalidArgument,
+    ResourceExhausted,
     Unavailable,
 )
 from greenroom.core.records import Endpoint, PhaseTime, SnapshotScope
@@ -127,6 +128,14 @@ class GvisorBackend:
             except FailedPrecondition as e:
                 failures.append(f"by {way}: {e.message}")
                 continue
+            except ResourceExhausted as e:
+                if not self._has_actors():
+                    failures.append(f"by {way}: {e.message}")
+                    continue
+                # They run, so it works; without an agent they would soon count as lost.
+                log.error("gVisor is not tested: the disk is full, and actors are here", worker=worker, error=e.message)
+                skipped = Check(name="self-test", ok=True, detail=f"by {way}, not done: {e.message}")
+                return msgspec.structs.replace(probe, checks=(*checks, skipped))
             detail = "; ".join([f"by {way}, {time.monotonic() - started:.2f} s", *failures])
             ready = Check(name="self-test", ok=True, detail=detail)
             return msgspec.structs.replace(probe, checks=(*checks, ready))
@@ -134,6 +143,10 @@ class GvisorBackend:
         self._cgroups.remove_worker()
         self._cgroups.close()
         raise FailedPrecondition("; ".join(failures), reason="SELF_TEST_FAILED")
+
+    def _has_actors(self) -> bool:
+        records = map(read_record, (self._state_dir / "sandboxes").iterdir())
+        return any(record is not None and record.owner is not None for record in records)
 
     async def reconcile(self) -> list[Found]:
         found, boxes = [], []
