@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import shutil
@@ -411,8 +412,16 @@ def test_a_full_disk_loses_nothing(small_disk: Path, counter_image: str) -> None
             assert kit.actor("b").state == "Suspended"
             shell("delete", "actor", "c").ok()
 
+        with filled(small_disk, leave=0):  # an agent that comes takes over what runs
+            (before,) = kit.live.pids()[1:]
+            assert kit.live.kill_agent("default-0")
+            until(kit.live.pids, lambda pids: len(pids) == 2 and pids[1] != before)
+            ask = functools.partial(shell, "exec", "a", "--", "python3", "-c", "print(7)")
+            until(lambda: ask().out, lambda said: said == "7\n")
+            assert (kit.actor("a").state, kit.get("a")["ram"]) == ("Running", 5)
+
         shell("suspend", "a").ok()
-        assert (kit.get("a")["ram"], kit.get("b")["ram"]) == (5, 2)
+        assert (kit.get("a")["ram"], kit.get("b")["ram"]) == (6, 2)
         shell("create", "actor", "d", "--template=counter").ok()
 
         with filled(small_disk, leave=LITTLE_ROOM):  # what can't be suspended does not end with the server
@@ -420,7 +429,7 @@ def test_a_full_disk_loses_nothing(small_disk: Path, counter_image: str) -> None
             assert "could not be suspended: default/a, default/b" in kit.live.log_tail()
         kit.live.start()
         until(kit.workers, lambda workers: [w.state for w in workers] == ["Active"])
-        assert (kit.get("a")["ram"], kit.get("b")["ram"]) == (6, 3), "the very processes"
+        assert (kit.get("a")["ram"], kit.get("b")["ram"]) == (7, 3), "the very processes"
 
 
 @pytest.mark.gvisor

@@ -20,7 +20,7 @@ from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2, link_pb2_grpc
 from greenroom.api.link import NO_HEARTBEAT
 from greenroom.core import agentapi as api
 from greenroom.core.agentapi import ResidentState
-from greenroom.core.errors import Internal, Unavailable
+from greenroom.core.errors import FailedPrecondition, GreenroomError, Internal, InvalidArgument, Unavailable
 from greenroom.core.records import SnapshotState
 
 
@@ -431,6 +431,57 @@ async def test_an_answer_that_nobody_can_read_is_an_error_of_that_call_alone(
                 (outcome,) = await asyncio.gather(calling, return_exceptions=True)
             assert isinstance(outcome, expected), outcome
         stream.cancel()
+
+
+@pytest.mark.parametrize(
+    "said, reason",
+    [
+        (api.Prepared(image_digest="x" * (5 << 20), size_bytes=0), "ANSWER_TOO_LARGE"),
+        (FailedPrecondition("\0" * (5 << 20), reason="ODD", metadata={"long": "x" * (5 << 20), "short": "y"}), "ODD"),
+        (FailedPrecondition("no file \udcff", reason="ODD", metadata={"short": "y"}), "ODD"),
+    ],
+    ids=["answer", "error", "no text"],
+)
+async def test_whatever_an_answer_holds_it_ends_its_own_call_alone(
+    site: Site, monkeypatch: pytest.MonkeyPatch, said: Any, reason: str
+) -> None:
+    """gRPC takes no message of 4 MiB, and ends the stream with all the calls of this worker."""
+    one = site.replicas[0]
+    await one.start()
+    await site.link(one.address)
+    await site.connected(0)
+
+    async def handle(call: Any, reporter: Any) -> Any:
+        if isinstance(said, Exception):
+            raise said
+        return said
+
+    with monkeypatch.context() as patch, pytest.raises(GreenroomError) as caught:
+        patch.setattr(site.bench.agent, "handle", handle)
+        async with asyncio.timeout(20):
+            await one.hub.call("w", api.ListResident())
+    assert caught.value.reason == reason
+    assert len(caught.value.message) < 20_000 and (reason != "ODD" or caught.value.metadata == {"short": "y"})
+    await one.hub.call("w", api.ListResident())
+    assert not one.gone
+
+
+async def test_what_is_too_long_to_be_asked_is_refused(site: Site) -> None:
+    one = site.replicas[0]
+    await one.start()
+    await site.link(one.address)
+    await site.connected(0)
+    with pytest.raises(InvalidArgument) as caught:
+        await one.hub.call("w", api.Prepare(image="x" * (5 << 20)))
+    assert caught.value.reason == "CALL_TOO_LARGE"
+    stream = one.hub.open("w", api.ImportImage(name="x", tag="y"))
+    async with asyncio.timeout(20):
+        await stream.send(bytes(5 << 20))  # in frames that fit
+        await stream.send(b"")
+        with pytest.raises(GreenroomError):
+            await stream.result()
+    await one.hub.call("w", api.ListResident())
+    assert not one.gone
 
 
 async def test_heartbeats_are_spread_and_bounded(site: Site) -> None:

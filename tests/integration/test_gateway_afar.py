@@ -286,7 +286,7 @@ async def test_one_actor_has_so_many_places_and_no_more(tmp_path: Path, monkeypa
     monkeypatch.setattr(agent_entrance, "MAX_TO_ONE", 1)
     async with afar(tmp_path, Reluctant()) as it, visit(it, 1):
         line = f"GREENROOM/1 {it.entrance.ticket} {UID} 1 0\n".encode()
-        assert await it.line(line) == b"NO 1 connections to that actor are open\n"
+        assert await it.line(line) == b"NO 1 connections to that actor are open, 2 in all\n"
 
 
 async def test_what_a_gateway_that_has_gone_has_sent_is_closed_with_its_actor(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import signal
@@ -37,6 +38,7 @@ from greenroom.core.errors import (
     ResourceExhausted,
 )
 from greenroom.sandbox.gvisor import GvisorBackend
+from greenroom.sandbox.gvisor import backend as gvisor_backend
 from greenroom.sandbox.gvisor.box import BoxState, read_record
 from greenroom.sandbox.port import ExecSpec, SandboxClass
 
@@ -97,6 +99,40 @@ async def test_full_disk_leaves_the_actor_running(
         await backend.destroy(running.sid)
         woken = await backend.restore(counter, identity("unlucky"), image, "unlucky")
         assert (await get(woken.endpoint, "/inc"))["ram"] == 2
+
+
+async def test_an_agent_that_comes_on_a_full_disk_takes_over_what_runs(rootfs: Path, tmp_path: Path) -> None:
+    """And does not, where nothing runs: then it may be gVisor that does not work."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount_tmpfs(disk, "16m")
+    old = GvisorBackend()
+    try:
+        await old.open(disk / "state", "test")
+        await old.reconcile()
+        running = await old.start(python_class(rootfs), identity("patient"))
+        await get(running.endpoint, "/inc")
+        with (disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(1 << 16)):
+                pass
+        new = GvisorBackend()
+        probe = await new.open(disk / "state", "test")
+        assert [c.detail for c in probe.checks if c.name == "self-test" and "not done" in c.detail]
+        (found,) = await new.reconcile()
+        await new.freeze(found.sid)
+        await new.thaw(found.sid)
+        assert (await get(running.endpoint, "/inc"))["ram"] == 2
+        await new.close(keep_running=False)
+        with (disk / "filler").open("ab", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(1 << 16)):
+                pass
+        with pytest.raises(FailedPrecondition, match="no room"):
+            await GvisorBackend().open(disk / "state", "test")
+    except BaseException:
+        await old.close(keep_running=False)
+        raise
+    finally:
+        unmount(disk)
 
 
 async def test_cancelled_checkpoint_leaves_the_actor_running(
@@ -215,9 +251,10 @@ async def test_killed_warm_sandbox_is_not_used(backend: GvisorBackend, counter: 
 @pytest.mark.parametrize("recorded", [BoxState.FREEZING, BoxState.THAWING])
 @pytest.mark.parametrize("frozen", [False, True])
 async def test_agent_that_died_while_freezing_or_thawing(
-    rootfs: Path, tmp_path: Path, recorded: BoxState, frozen: bool
+    rootfs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: BoxState, frozen: bool
 ) -> None:
-    """Whichever happened before the death, the sandbox is found as it is and goes on."""
+    """Whichever happened before the death, the sandbox is found as it is and goes on; also on a machine that stands
+    still for long, and with a program of the actor's own where ours was."""
     old = GvisorBackend()
     await old.open(tmp_path, "test")
     await old.reconcile()
@@ -227,6 +264,10 @@ async def test_agent_that_died_while_freezing_or_thawing(
         await old.freeze(running.sid)
     old._boxes[running.sid].save(recorded)
 
+    async def late(*_: object) -> None:
+        raise TimeoutError("the machine stood still")
+
+    monkeypatch.setattr(gvisor_backend, "set_hostname", late)
     new = GvisorBackend()
     await new.open(tmp_path, "test")
     (found,) = await new.reconcile()
@@ -237,6 +278,64 @@ async def test_agent_that_died_while_freezing_or_thawing(
     await new.thaw(running.sid)
     assert (await get(running.endpoint, "/inc"))["ram"] == 3
     await new.close(keep_running=False)
+
+
+#: Puts a program of its own wherever it can where the one is that gives sandboxes their names.
+_IMPOSTOR = """
+import contextlib, os, signal, sys
+for path in ("/run", "/dev", "/dev/.greenroom"):
+    with contextlib.suppress(OSError):
+        (os.unlink if os.path.islink(path) else lambda p: os.rename(p, "/away"))(path)
+    for place in (path, path + "/greenroom", path + "/.greenroom"):
+        with contextlib.suppress(OSError):
+            os.makedirs(place, exist_ok=True)
+            with open(place + "/init", "w") as file:
+                file.write(f"#!{sys.executable}\\nopen('/taken-over', 'w')\\n")
+            os.chmod(place + "/init", 0o777)
+print("ready", flush=True)
+while True: signal.pause()
+"""
+
+
+@pytest.mark.parametrize("linked", [False, True])
+async def test_an_actor_can_not_replace_the_program_that_names_it(
+    tmp_path: Path, image: Path, rootfs: Path, linked: bool
+) -> None:
+    """It runs with more rights than the actor has, whenever one is woken from another's snapshot."""
+    if linked:
+        rootfs = make_rootfs(tmp_path / "linked")
+        with contextlib.suppress(FileNotFoundError):
+            (rootfs / "run").rmdir()
+        (rootfs / "opt" / "x").mkdir(parents=True)
+        (rootfs / "run").symlink_to("/opt/x")
+    cls = python_class(rootfs, "-c", _IMPOSTOR)
+    async with opened(tmp_path / "state") as backend:
+        golden = await backend.start(cls, identity("golden"))
+        assert golden.log_fifo is not None
+        async with asyncio.timeout(READY_TIMEOUT_S):
+            assert await asyncio.to_thread(read_line, golden.log_fifo) == "ready\n"
+        await backend.checkpoint(golden.sid, image)
+        woken = await backend.restore(cls, identity("woken"), image, "golden")
+        look = "import os; print(os.uname().nodename, os.path.exists('/taken-over'))"
+        session = await backend.exec(woken.sid, ExecSpec(argv=("python3", "-c", look)))
+        assert await run(session) == (0, b"woken False\n", b"")
+
+
+async def test_an_image_in_which_that_program_could_be_replaced_is_refused(tmp_path: Path) -> None:
+    rootfs = make_rootfs(tmp_path / "linked")
+    with contextlib.suppress(FileNotFoundError):
+        (rootfs / "dev").rmdir()
+    (rootfs / "opt").mkdir()
+    (rootfs / "dev").symlink_to("/opt")
+    async with opened(tmp_path / "state") as backend:
+        with pytest.raises(FailedPrecondition, match="/dev is a link") as caught:
+            await backend.start(python_class(rootfs), identity("odd"))
+        assert caught.value.reason == "IMAGE_INVALID"
+
+
+def read_line(fifo: Path) -> str:
+    with fifo.open() as log:
+        return log.readline()
 
 
 async def test_half_made_sandboxes_are_removed(rootfs: Path, tmp_path: Path) -> None:

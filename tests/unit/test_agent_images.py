@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ from greenroom.agent.images import WorkerImages
 from greenroom.core import agentapi as api
 from greenroom.core.errors import FailedPrecondition, NotFound
 from greenroom.core.records import TemplateSpec
+from greenroom.images import uses as uses_module
 from greenroom.images.store import DiskImageStore
-from greenroom.images.uses import WARM, Uses
+from greenroom.images.uses import WARM, Uses, user_of
 from greenroom.testing.contracts.images import make_image
 
 
@@ -137,3 +140,21 @@ async def test_a_wake_that_is_cancelled_leaves_no_use(shop: Shop, monkeypatch: p
     assert await asyncio.to_thread(go.wait, 10)
     await asyncio.get_running_loop().shutdown_default_executor()
     assert Uses(shop.root / "store").users(shop.digest) == []
+
+
+def test_an_agent_that_comes_on_a_full_disk_finds_its_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uses, digest, place = Uses(tmp_path / "store"), "sha256:" + "ab" * 32, tmp_path / "w"
+    uses.open(digest)
+    uses.add(digest, user_of("w", "a"))
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(uses_module, "write_atomically", full)
+        assert uses.keep_only("w", ["a"], place) == {"a": (digest,)}, "it could not be noted, and is another time"
+    uses.keep_only("w", ["a"], place)
+    (noted,) = (tmp_path / "store" / "holders").iterdir()
+    written = noted.stat()
+    uses.keep_only("w", ["a"], place)
+    assert noted.stat() == written, "it says so already"

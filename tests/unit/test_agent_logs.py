@@ -39,7 +39,7 @@ async def test_what_an_actor_writes_is_kept_by_incarnation(tmp_path: Path, fifo:
         files.detach("a")
     assert await collect(files, "a") == b"one 1\ntwo 1\none 2\ntwo 2\n"
     assert await collect(files, "a", tail=3) == b"two 1\none 2\ntwo 2\n"
-    assert files.tail("a", 1) == b"two 2"
+    assert files.last_words("a") == "one 2\ntwo 2"
     await files.forget("a")
     assert await collect(files, "a") == b""
 
@@ -51,8 +51,26 @@ async def test_what_was_just_written_is_read(tmp_path: Path, fifo: tuple[Path, i
     os.write(fifo[1], b"one\n")
     assert await collect(files, "a") == b"one\n"
     os.write(fifo[1], b"two\n")
-    assert files.tail("a", 2) == b"one\ntwo"
+    assert files.last_words("a") == "one\ntwo"
     files.close()
+
+
+@pytest.mark.parametrize(
+    "written, quoted",
+    [
+        (b"", ""),
+        (b"one\r\ntwo\n", "one\ntwo"),
+        (b"\n".join(b"%d" % n for n in range(50)), "\n".join(map(str, range(30, 50)))),
+        (b"\x1b]0;mine\x07 \xff\tgr\xc3\xbcn\0\n", "\ufffd]0;mine\ufffd \ufffd\tgr\u00fcn\ufffd"),
+        (bytes(1_000_000), "..." + "\ufffd" * module.QUOTED_BYTES),
+        ("\u20ac".encode() * 100_000, "..." + "\u20ac" * (module.QUOTED_BYTES // 3)),
+    ],
+    ids=["nothing", "little", "many lines", "no text", "one line", "characters"],
+)
+def test_what_is_quoted_is_short_and_readable(tmp_path: Path, written: bytes, quoted: str) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "000000000001").write_bytes(written)
+    assert LogFiles(tmp_path).last_words("a") == quoted
 
 
 async def test_a_follower_sees_every_line_once_also_when_the_file_is_shortened(
@@ -103,7 +121,7 @@ async def test_what_is_written_to_is_not_tidied_away(tmp_path: Path, fifo: tuple
     files.attach("a", 1, fifo[0])
     os.write(fifo[1], b"said long ago\n")
     files.attach("b", 1, None)
-    await until(lambda: files.tail("a", 1))
+    await until(lambda: files.last_words("a"))
     (old,) = (tmp_path / "logs" / "a").iterdir()
     os.utime(old, (0, 0))
     gone = tmp_path / "logs" / "gone" / "000000000001"

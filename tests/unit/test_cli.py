@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from greenroom.api import service
 from greenroom.cli.main import COMMANDS, cli
+from greenroom.core.errors import FailedPrecondition
 from greenroom.core.records import Actor, ActorState, Key, Operation, OperationState, Template, Worker
 
 TEMPLATE = """\
@@ -210,7 +211,11 @@ def test_a_crash_is_explained(mine: Shell) -> None:
 
 def test_a_sandbox_can_not_steer_the_terminal(mine: Shell) -> None:
     mine.fail_next("DATA_LOSS", "X", "bad \x1b[2J\x07 bytes\nnext")
-    mine("resume", "mine", code=1)
+    said = mine("resume", "mine", code=1).stderr
+    assert said == "error: actor/mine: bad ?[2J? bytes\nnext\n", "its lines stay lines"
+    mine.control.refuse = FailedPrecondition("\x1b]0;mine\x07 of a call\nnext")
+    assert mine("suspend", "mine", code=4).stderr == "error: ?]0;mine? of a call\nnext\n"
+    assert "\x1b" not in mine("describe", "actor", "a\x1b[2J", code=3).stderr
     shown = mine("describe", "actor", "mine").stdout + mine("get", "actors", "-o", "wide").stdout
     assert "\x1b" not in shown and "bad ?[2J? bytes next" in shown
 

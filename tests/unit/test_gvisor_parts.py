@@ -26,6 +26,7 @@ from greenroom.sandbox.gvisor.cgroups import HOST_TASKS_PER_ACTOR_TASK, SENTRY_M
 from greenroom.sandbox.gvisor.control import Control, exit_code
 from greenroom.sandbox.gvisor.network import COUNTER_BLOCK, Counter, Network, Slot, base36
 from greenroom.sandbox.gvisor.rootfs import MAX_DIRECTORIES, MAX_NAMES, MAX_PATH_BYTES, find_command, resolve
+from greenroom.sandbox.gvisor.stacks import is_changing, is_frozen
 from greenroom.sandbox.port import SandboxClass
 
 # --- which runsc ----------------------------------------------------------------------------------------------
@@ -175,12 +176,12 @@ def test_specification(root: Path, tmp_path: Path) -> None:
     )
     config = spec.config(cls, tmp_path)
     args = config["process"]["args"]
-    assert args == ["/run/greenroom/init", "/run/greenroom/hostname", "/usr/bin/tool", "-v"]
+    assert args == ["/dev/.greenroom/init", "/dev/.greenroom/hostname", "/usr/bin/tool", "-v"]
     assert "A=b=c" in config["process"]["env"]
     assert config["process"]["noNewPrivileges"] is True
-    (identity,) = (m for m in config["mounts"] if m["type"] == "bind")
-    assert identity["destination"] == "/run/greenroom"
-    assert "ro" in identity["options"]
+    bound = [m for m in config["mounts"] if m["type"] == "bind"]
+    assert [m["destination"] for m in bound] == ["/run/greenroom", "/dev/.greenroom"]
+    assert all("ro" in m["options"] for m in bound)
     assert spec.mask(("CAP_CHOWN", "CAP_SYS_ADMIN")) == 1 | 1 << 21
     assert spec.mask(spec.CAPABILITIES) & spec.mask(("CAP_SYS_ADMIN", "CAP_SETPCAP")) == 0
     with pytest.raises(FailedPrecondition, match="set the template's command"):
@@ -545,6 +546,23 @@ asyncio.run(main())
 """
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", source)
     assert await process.wait() == 0
+
+
+# --- frozen or not ------------------------------------------------------------------------------------------------
+
+
+def stacks(*calls: str) -> str:
+    """As Go prints goroutines: the innermost call first."""
+    return "\n\n".join(f"goroutine {n} [select]:\n{call.replace(' ', chr(10))}" for n, call in enumerate(calls))
+
+
+def test_frozen_is_what_all_threads_of_are_stopped() -> None:
+    kernel = "gvisor.dev/gvisor/pkg/sentry/kernel"
+    runs, stopped = f"{kernel}.(*Task).run(0xc0, 0x1)", f"{kernel}.(*Task).doStop(0xc0) {kernel}.(*Task).run(0xc0, 0x1)"
+    other, pauses = "main.main()", "gvisor.dev/gvisor/runsc/boot.(*containerManager).Pause(0xc0, 0x1, 0x2)"
+    said = [stacks(other, *threads) for threads in ([], [runs], [stopped], [stopped, runs], [stopped, stopped])]
+    assert [is_frozen(s) for s in said] == [False, False, True, False, True]
+    assert is_changing(stacks(stopped, pauses)) and not is_changing(stacks(stopped, runs))
 
 
 # --- the record ---------------------------------------------------------------------------------------------------

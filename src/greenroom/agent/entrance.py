@@ -44,7 +44,8 @@ MAX_LINE_BYTES = 512
 CONNECT_TIMEOUT_S = 5.0
 #: Connections at a time, with those that have not said their line; further ones are closed at once.
 MAX_CONNECTIONS = 4096
-#: Of these to one actor, whatever it does with them; more than a gateway makes (`connections_per_actor`).
+#: Of these to one actor, whatever it does with them; more than a gateway makes (`connections_per_actor`). And no more
+#: than are free: when several take all that they get, as many are left for others as each of them has.
 MAX_TO_ONE = 1024
 #: An actor that takes nothing for so long is cut off; its gateway has given up by then (`greenroom.gateway.limits`).
 STALL_S = 150.0
@@ -119,8 +120,8 @@ class EntranceServer:
         if not (generation.isdecimal() and port.isdecimal() and int(port) <= 65535):
             raise Refused("generation and port are numbers")
         lodger = self._find(uid)
-        if lodger is not None and len(lodger.doors) >= MAX_TO_ONE:
-            raise Refused(f"{MAX_TO_ONE} connections to that actor are open")
+        if lodger is not None and len(lodger.doors) >= min(MAX_TO_ONE, MAX_CONNECTIONS - len(self.open)):
+            raise Refused(f"{len(lodger.doors)} connections to that actor are open, {len(self.open)} in all")
         if lodger is None or lodger.shut or lodger.state is not ResidentState.RUNNING:
             raise Refused("that actor is not awake here")
         if int(generation) < max(self._seen(uid), lodger.identity.generation):

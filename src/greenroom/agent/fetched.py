@@ -34,8 +34,10 @@ class Fetched:
     async def clear(self) -> None:
         """Removes what an earlier process left; no sandbox that runs needs it."""
         self._kept.clear()
-        await asyncio.to_thread(shutil.rmtree, self._root, ignore_errors=True)
+        # The directory itself stays: on a full disk there might be no room to make it again.
         self._root.mkdir(parents=True, exist_ok=True)
+        for left in [*self._root.iterdir()]:
+            await asyncio.to_thread(shutil.rmtree, left, ignore_errors=True)
 
     def kept(self) -> frozenset[str]:
         """Ids of snapshots that nobody reads now."""

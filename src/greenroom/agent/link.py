@@ -21,9 +21,9 @@ from greenroom.agent.agent import Agent
 from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2, link_pb2_grpc
 from greenroom.api.access import Access
 from greenroom.api.errors import from_rpc_error
-from greenroom.api.frames import WINDOW, gather_frames
+from greenroom.api.frames import MAX_BODY_BYTES, WINDOW, cut, gather_frames
 from greenroom.core import agentapi as api
-from greenroom.core.errors import GreenroomError
+from greenroom.core.errors import GreenroomError, Internal
 from greenroom.core.records import Failure
 
 log = structlog.get_logger(__name__)
@@ -262,7 +262,13 @@ class _Connection:
     async def _serve(self, number: int, call: api.AgentCall, reporter: _Reporter) -> None:
         try:
             answer = await self._agent.handle(call, reporter)
-            self.send(Frame(kind=Frame.RESULT, id=number, body=_encode(answer)))
+            body = _encode(answer)
+            if len(body) > MAX_BODY_BYTES:
+                raise Internal(
+                    f"the answer to {type(call).__name__} has {len(body)} bytes; at most {MAX_BODY_BYTES} are sent",
+                    reason="ANSWER_TOO_LARGE",
+                )
+            self.send(Frame(kind=Frame.RESULT, id=number, body=body))
         except asyncio.CancelledError:
             self._fail(number, "CANCELLED", "CANCELLED", "the call was cancelled")
             raise
@@ -276,7 +282,7 @@ class _Connection:
 
     def _fail(self, number: int, code: str, reason: str, message: str, metadata: dict[str, str] | None = None) -> None:
         failure = Failure(code=code, reason=reason, message=message, metadata=metadata or {})
-        self.send(Frame(kind=Frame.ERROR, id=number, body=_encode(failure)))
+        self.send(Frame(kind=Frame.ERROR, id=number, body=_encode(cut(failure))))
 
 
 class _Reporter:

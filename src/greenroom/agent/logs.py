@@ -22,6 +22,9 @@ TIDY_EVERY = 100
 #: Ten times what a talkative server logs; a flood at full speed would be hundreds of MB/s of disk.
 MAX_BYTES_PER_S = 2 << 20
 _READ_BYTES = 1 << 16
+#: Of what an actor wrote last, that an error or a crash report quotes: whatever it writes, a message stays short.
+QUOTED_LINES = 20
+QUOTED_BYTES = 4 << 10
 
 
 class LogPump:
@@ -147,11 +150,17 @@ class LogFiles:
             pump.catch_up()
         return pump
 
-    def tail(self, actor_uid: str, lines: int) -> bytes:
-        """The last ``lines`` lines of the latest incarnation."""
+    def last_words(self, actor_uid: str) -> str:
+        """The last lines of the latest incarnation, as a text to be shown; "" for none."""
         self._catch_up(actor_uid)
         files = self._files(actor_uid)
-        return b"\n".join(files[-1].read_bytes().splitlines()[-lines:]) if files else b""
+        if not files:
+            return ""
+        with files[-1].open("rb") as file:
+            file.seek(-min(QUOTED_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
+            is_cut = file.tell() > 0
+            data = file.read(QUOTED_BYTES)
+        return quote(data, is_cut)
 
     async def read(self, actor_uid: str, tail_lines: int, follow: bool) -> AsyncIterator[tuple[int, bytes]]:
         """(generation, bytes), oldest first; the last ``tail_lines`` lines (-1: all)."""
@@ -175,6 +184,16 @@ class LogFiles:
             if pump is not self._pumps.get(actor_uid):
                 return
             await grown.wait()
+
+
+def quote(data: bytes, is_cut: bool) -> str:
+    """The last lines of an output. ``is_cut``: ``data`` begins somewhere in it, perhaps within a character."""
+    if is_cut:
+        data = data.lstrip(bytes(range(0x80, 0xC0)))
+    lines = data.splitlines()
+    shown = b"\n".join(lines[-QUOTED_LINES:]).decode(errors="replace")
+    readable = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in shown)
+    return f"...{readable}" if is_cut and len(lines) <= QUOTED_LINES else readable
 
 
 def tidy(root: Path, max_bytes: int, spared: Collection[Path] = ()) -> None:

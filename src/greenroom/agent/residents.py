@@ -20,9 +20,6 @@ from greenroom.sandbox.port import Backend, Found, Running
 
 log = structlog.get_logger(__name__)
 
-#: Lines of output that an error or a crash report quotes.
-QUOTED_LINES = 20
-
 
 @dataclass(slots=True)
 class Lodger:
@@ -158,7 +155,7 @@ class Residents:
         del self._lodgers[uid]
         lodger.shut_out()
         self._logs.detach(uid)
-        last = self._logs.tail(uid, QUOTED_LINES).decode(errors="replace")
+        last = self._logs.last_words(uid)
         log.warning("actor ended by itself", actor=lodger.identity.name, code=code)
         if lodger.state is not ResidentState.STARTING:
             generation = max(lodger.identity.generation, self._seen(uid))

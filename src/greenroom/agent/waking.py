@@ -20,7 +20,7 @@ from greenroom.agent.held import Held
 from greenroom.agent.images import WorkerImages
 from greenroom.agent.logs import LogFiles
 from greenroom.agent.progress import Marks, Reports
-from greenroom.agent.residents import QUOTED_LINES, Residents
+from greenroom.agent.residents import Residents
 from greenroom.agent.warm import WarmPool
 from greenroom.core import agentapi as api
 from greenroom.core.agentapi import ResidentState
@@ -216,5 +216,5 @@ class Waker:
             await asyncio.gather(ready, exited, return_exceptions=True)
 
     def _quote(self, actor_uid: str) -> str:
-        lines = self._logs.tail(actor_uid, QUOTED_LINES).decode(errors="replace").strip()
+        lines = self._logs.last_words(actor_uid).strip()
         return f"; its last lines:\n{lines}" if lines else "; it wrote nothing"

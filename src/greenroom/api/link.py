@@ -19,7 +19,7 @@ import msgspec
 import structlog
 
 from greenroom.api._gen.greenroom.link.v1alpha1 import link_pb2, link_pb2_grpc
-from greenroom.api.frames import WINDOW, gather_frames
+from greenroom.api.frames import MAX_BODY_BYTES, MAX_DATA_BYTES, WINDOW, gather_frames
 from greenroom.core import agentapi
 from greenroom.core.agentapi import (
     AgentCall,
@@ -31,7 +31,7 @@ from greenroom.core.agentapi import (
     StreamingCall,
     Welcome,
 )
-from greenroom.core.errors import GreenroomError, Internal, ResourceExhausted, Unavailable, rebuild
+from greenroom.core.errors import GreenroomError, Internal, InvalidArgument, ResourceExhausted, Unavailable, rebuild
 from greenroom.core.records import Failure, Record
 from greenroom.engine.workers import CallStream, OnProgress, WorkerListener
 
@@ -93,12 +93,19 @@ class _Peer:
             ) from None
 
     def begin(self, call: AgentCall, *, on_progress: OnProgress | None = None, stream: bool = False) -> int:
+        body = _encode(call)
+        if len(body) > MAX_BODY_BYTES:
+            raise InvalidArgument(
+                f"{type(call).__name__} for worker {self.hello.worker} has {len(body)} bytes; at most {MAX_BODY_BYTES} "
+                "are sent",
+                reason="CALL_TOO_LARGE",
+            )
         number = next(self.ids)
         pending = _Pending(type(call).__name__, asyncio.get_running_loop().create_future(), on_progress)
         if stream:
             pending.chunks = asyncio.Queue()
             pending.credit = asyncio.Semaphore(WINDOW)
-        self.send(Frame(kind=Frame.CALL, id=number, body=_encode(call)))
+        self.send(Frame(kind=Frame.CALL, id=number, body=body))
         self.calls[number] = pending
         return number
 
@@ -300,9 +307,13 @@ class _Stream:
 
     async def send(self, data: bytes) -> None:
         assert self._pending.credit is not None
-        await self._pending.credit.acquire()
-        if not self._pending.answer.done():
-            self._peer.send(Frame(kind=Frame.DATA, id=self._number, channel=0, data=data))
+        for start in range(0, max(1, len(data)), MAX_DATA_BYTES):
+            await self._pending.credit.acquire()
+            if self._pending.answer.done():
+                self._pending.credit.release()  # who sends next need not wait either
+                return
+            chunk = data[start : start + MAX_DATA_BYTES]
+            self._peer.send(Frame(kind=Frame.DATA, id=self._number, channel=0, data=chunk))
 
     async def chunks(self) -> AsyncIterator[tuple[int, bytes]]:
         assert self._pending.chunks is not None

@@ -15,7 +15,7 @@ from greenroom.cli import kinds
 from greenroom.cli.app import INTERRUPTED, Settings, common, duration, pair, settings
 from greenroom.cli.follow import Patience
 from greenroom.cli.kinds import Kind
-from greenroom.cli.output import clean
+from greenroom.cli.output import complain
 from greenroom.core.errors import GreenroomError, rebuild
 from greenroom.core.records import Operation, OperationState
 
@@ -216,7 +216,7 @@ def _change(
             if error.reason == "STILL_WAITING" and not wait:
                 click.echo(f"actor/{name} begun")
             else:
-                click.echo(f"error: {error.message}", err=True)
+                complain(f"error: {error.message}")
                 code = code or error.exit_code
                 if error.reason == "SERVER_NOT_RUNNING":
                     raise SystemExit(code) from None
@@ -227,7 +227,7 @@ def _change(
 def _report(operation: Operation, ref: str, done: str, already: str, wait: bool) -> int:
     if operation.error is not None:
         failure = operation.error
-        click.echo(f"error: {ref}: {failure.message}", err=True)
+        complain(f"error: {ref}: {failure.message}")
         return rebuild(failure.code, failure.reason, failure.message, failure.metadata).exit_code
     if operation.state is OperationState.RUNNING:
         how = f"`greenroom wait operation {operation.id}`"
@@ -248,7 +248,7 @@ def _say_if_gone_back(client: Client, options: Settings, name: str) -> None:
     """A snapshot that was corrupt costs what the actor did since the one before: whoever wakes it is told."""
     actor = kinds.ACTORS.fetch(client, options.namespace, name, options.read_timeout_s)
     if actor.reason == "SnapshotCorrupt":
-        click.echo(f"actor/{name}: {clean(actor.message)}", err=True)
+        complain(f"actor/{name}: {actor.message}")
 
 
 def _interrupted(client: Client, options: Settings, names: list[str]) -> None:

@@ -212,6 +212,9 @@ async def _serve(
     except GreenroomError as error:
         log.error("the worker can't start", error=error.message, reason=error.reason)
         return error.exit_code
+    except OSError as error:
+        log.error("the worker can't start: free some space, or look at its disk", error=str(error))
+        return FailedPrecondition.exit_code
     links = Links(worker_agent, addresses(control), access)
     healthy = HealthServer(lambda: worker_agent.unready() or ("" if links.is_up else "no replica is connected"))
     try:

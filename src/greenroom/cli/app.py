@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from greenroom.cli.output import complain
 from greenroom.cli.paths import default_server
 from greenroom.core.errors import GreenroomError, InvalidArgument, Unavailable
 
@@ -220,13 +221,13 @@ class LazyGroup(click.Group):
         except click.exceptions.Exit as exit_:
             code = exit_.exit_code
         except click.ClickException as error:
-            click.echo(f"error: {error.format_message()}", err=True)
+            complain(f"error: {error.format_message()}")
             if isinstance(error, click.UsageError) and error.ctx is not None:
                 click.echo(f"try: {error.ctx.command_path} --help", err=True)
             code = error.exit_code
         except GreenroomError as error:
             error = shared.explain(error)
-            click.echo(f"error: {error.message}", err=True)
+            complain(f"error: {error.message}")
             code = error.exit_code
         except (
             UnicodeEncodeError

@@ -15,6 +15,7 @@ from greenroom.cli import kinds
 from greenroom.cli.app import INTERRUPTED, Settings, common, duration, settings
 from greenroom.cli.follow import POLL_S, follow, running
 from greenroom.cli.kinds import Kind
+from greenroom.cli.output import complain
 from greenroom.cli.progress import Several, live, on_terminal
 from greenroom.core.errors import Cancelled, DeadlineExceeded, FailedPrecondition, NotFound
 from greenroom.core.records import Operation, OperationState, Snapshot, SnapshotState, Worker, WorkerState
@@ -85,7 +86,7 @@ def _cancel(client: Client, options: Settings, operation_id: str, wait: bool, ti
         click.echo(f"{ref} cancelled ({operation.kind} of {operation.key}{left})")
         return 0
     how = f"has failed: {operation.error.message}" if operation.error else "was done before it could be cancelled"
-    click.echo(f"{ref} ({operation.kind} of {operation.key}) {how}", err=True)
+    complain(f"{ref} ({operation.kind} of {operation.key}) {how}")
     return FailedPrecondition.exit_code
 
 

@@ -8,6 +8,7 @@ from importlib.metadata import version as installed
 import click
 
 from greenroom.cli.app import common, program_name, settings, with_output
+from greenroom.cli.output import complain
 from greenroom.core.errors import GreenroomError
 
 #: `version` is also asked where no server runs: it does not wait for one.
@@ -30,7 +31,7 @@ def version(output: str, client_only: bool) -> None:
                 found["server"] = info.version
             except GreenroomError as error:
                 if output == "text":
-                    click.echo(f"server: {error.message}", err=True)
+                    complain(f"server: {error.message}")
     if output == "json":
         click.echo(json.dumps(found))
     else:

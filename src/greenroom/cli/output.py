@@ -17,6 +17,11 @@ def clean(text: str) -> str:
     return _CONTROL.sub("?", text.replace("\n", " ").replace("\t", " "))
 
 
+def complain(message: str) -> None:
+    """Says on stderr what is wrong; lines stay lines."""
+    click.echo("\n".join(map(clean, message.split("\n"))), err=True)
+
+
 class Table:
     """Aligned columns. Rows that come later (`row`) keep the widths of the first ones where they fit."""
 

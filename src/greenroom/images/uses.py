@@ -27,9 +27,12 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 import msgspec
+import structlog
 
 from greenroom.core.records import Record
 from greenroom.images.blobs import hex_of, write_atomically
+
+log = structlog.get_logger(__name__)
 
 #: The user that stands for a person's wish to keep the image.
 PIN = "pin"
@@ -38,6 +41,7 @@ _SEPARATOR = "~"
 #: The place of an actor's uid for sandboxes that are kept ready for actors to come.
 WARM = "warm"
 _WARM_SANDBOXES = "warm sandboxes"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -109,7 +113,7 @@ class Uses:
         try:
             os.write(fd, data)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in _DISK_FULL:
                 raise
             # Its name is what counts: an actor whose image is here wakes also when the disk is full.
         finally:
@@ -161,7 +165,7 @@ class Uses:
         Returns: for each of them the digests that it uses.
         """
         if state_dir is not None:
-            write_atomically(self._holders / holder, os.fsencode(state_dir.absolute()))
+            self._note_holder(holder, os.fsencode(state_dir.absolute()))
         elif not actor_uids:
             (self._holders / holder).unlink(missing_ok=True)
         held: dict[str, list[str]] = {uid: [] for uid in actor_uids}
@@ -176,6 +180,17 @@ class Uses:
         for uid in [uid for uid, found in held.items() if not found]:
             held[uid] = [digest for digest in digests if self.add(digest, user_of(holder, uid))]
         return {uid: tuple(found) for uid, found in held.items()}
+
+    def _note_holder(self, holder: str, place: bytes) -> None:
+        """Where it is not noted, its uses only live longer than their worker: no reason for an agent not to begin."""
+        path = self._holders / holder
+        try:
+            if not path.exists() or path.read_bytes() != place:
+                write_atomically(path, place)
+        except OSError as error:
+            if error.errno not in _DISK_FULL:
+                raise
+            log.warning("the disk is full: where a worker is could not be noted", holder=holder)
 
     def drop_stale(self) -> None:
         """Drops the uses from before the machine was started, and those of workers that are gone for good; pins

@@ -127,7 +127,8 @@ class Found(Record, frozen=True, kw_only=True):
 
 
 class ExecSpec(Record, frozen=True, kw_only=True):
-    """``timeout_s`` 0 means none. ``env`` is added to the class's."""
+    """``timeout_s``: the command is ended then, and `ExecSession.output` with it, whoever it leaves; 0 means never.
+    ``env`` is added to the class's."""
 
     argv: tuple[str, ...]
     env: tuple[tuple[str, str], ...] = ()

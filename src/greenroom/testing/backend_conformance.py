@@ -119,12 +119,16 @@ class BackendTools:
 
     def command(self, what: str, *args: str) -> tuple[str, ...]:
         """A command line that does ``what``: ``cat`` copies stdin to stdout, ``exit`` ends with status args[0],
-        ``sleep`` takes args[0] seconds, ``complain`` writes args[0] to stderr (an empty tuple: can't be done here)."""
+        ``sleep`` takes args[0] seconds, ``complain`` writes args[0] to stderr, ``linger`` says "begun" and waits for
+        a child that takes args[0] seconds (an empty tuple: can't be done here)."""
         script = {
             "cat": "import shutil, sys; shutil.copyfileobj(sys.stdin.buffer, sys.stdout.buffer)",
             "exit": "import sys; sys.exit(int(sys.argv[1]))",
             "sleep": "import sys, time; time.sleep(float(sys.argv[1]))",
             "complain": "import sys; sys.stderr.write(sys.argv[1])",
+            "linger": "import os, sys, time\n"
+            "if os.fork() == 0: time.sleep(float(sys.argv[1]))\n"
+            "else: print('begun', flush=True); os.wait()",
         }[what]
         return ("python3", "-c", script, *args)
 
@@ -524,6 +528,9 @@ class BackendConformance(BackendTools):
             assert (await self.run(session))[0] == 137
             session = await backend.exec(running.sid, ExecSpec(argv=sleep, timeout_s=0.2))
             assert (await self.run(session))[0] == 137
+            if linger := self.command("linger", "1000"):
+                session = await backend.exec(running.sid, ExecSpec(argv=linger, timeout_s=2.0))
+                assert await self.run(session) == (137, b"begun\n", b"")
             session = await backend.exec(running.sid, ExecSpec(argv=sleep))
             await backend.destroy(running.sid)
             async with asyncio.timeout(PATIENCE_S):

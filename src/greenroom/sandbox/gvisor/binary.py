@@ -18,7 +18,7 @@ from greenroom.core.records import Record
 OLDEST_RELEASE = 20240729
 #: What a snapshot depends on beside runsc and the CPU: mounts, network and command line of a sandbox. Count up when
 #: they change.
-LAYOUT = 1
+LAYOUT = 2
 PLATFORMS = ("ptrace", "systrap")
 #: `runsc --version` takes 20 ms.
 VERSION_TIMEOUT_S = 10.0

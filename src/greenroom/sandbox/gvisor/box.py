@@ -6,7 +6,7 @@ removing the directory removes everything that runsc knows of it:
     record.json     what it is and whose: `BoxRecord`
     config.json     the OCI specification
     log             named pipe: standard output and error
-    identity/       mounted at /run/greenroom: name, namespace, uid, generation, hostname, init
+    identity/       mounted at /run/greenroom and /dev/.greenroom: name, namespace, uid, generation, hostname, init
     runsc-<sid>.sock, *.state, *.lock, runsc.log     runsc's own
 """
 

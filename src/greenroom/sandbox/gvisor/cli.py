@@ -121,6 +121,9 @@ class CliControl:
         data = json.loads(await self._run(target, "events", "--stats", target.sid))["data"]
         return int(data["memory"]["usage"].get("usage", 0)), int(data["pids"].get("current", 0))
 
+    async def stacks(self, target: Target) -> str:
+        return (await self._run(target, "debug", "--stacks", target.sid)).decode(errors="replace")
+
     async def _run(
         self, target: Target, *arguments: str, network: bool = False, timeout_s: float | None = urpc.CALL_TIMEOUT_S
     ) -> bytes:

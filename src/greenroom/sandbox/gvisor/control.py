@@ -92,6 +92,9 @@ class Control(Protocol):
     async def usage(self, target: Target) -> tuple[int, int]:
         """Memory of the actor in bytes, and how many processes it has."""
 
+    async def stacks(self, target: Target) -> str:
+        """Of all goroutines of the sandbox's kernel, as Go prints them. Also while it is paused."""
+
 
 class SocketControl:
     needs_netns = False
@@ -161,6 +164,9 @@ class SocketControl:
             urpc.call(target.socket, "containerManager.Event", target.sid),
         )
         return int(memory["Total"]), int(event["event"]["data"]["pids"].get("current", 0))
+
+    async def stacks(self, target: Target) -> str:
+        return str(await urpc.call(target.socket, "debug.Stacks"))
 
 
 class _Started:

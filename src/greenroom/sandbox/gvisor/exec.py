@@ -15,6 +15,9 @@ CHUNK_BYTES = 1 << 16
 #: Chunks that wait for the reader of `PipeSession.output`; then the command itself has to wait.
 MAX_CHUNKS = 16
 KILLED = 137
+#: What a command that took too long has written may still be read for so long: children that it left behind keep its
+#: pipes open, perhaps for ever.
+LAST_OUTPUT_S = 1.0
 
 
 class PipeSession:
@@ -25,7 +28,11 @@ class PipeSession:
         self._stdin = stdin
         self._chunks: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue(MAX_CHUNKS)
         self._pumps = [asyncio.ensure_future(self._pump(stream, fd)) for stream, fd in outputs.items()]
-        self._code = asyncio.ensure_future(self._wait(timeout_s))
+        self._code = asyncio.ensure_future(started.wait())
+        self._everything = asyncio.gather(self._code, *self._pumps, return_exceptions=True)
+        if timeout_s:
+            limit = asyncio.ensure_future(self._end_in_time(timeout_s))
+            self._everything.add_done_callback(lambda _: limit.cancel())
 
     @property
     def running(self) -> bool:
@@ -76,20 +83,21 @@ class PipeSession:
 
     def when_done(self, callback: Callable[[], object]) -> None:
         """Calls back once the command has ended and its output is read, or the session is aborted."""
-        everything = asyncio.gather(self._code, *self._pumps, return_exceptions=True)
 
         def done(_: object) -> None:
             self._close_stdin()
             callback()
 
-        everything.add_done_callback(done)
+        self._everything.add_done_callback(done)
 
-    async def _wait(self, timeout_s: float) -> int:
-        wait = asyncio.ensure_future(self._started.wait())
-        done, _ = await asyncio.wait({wait}, timeout=timeout_s or None)
-        if not done:
-            await self._started.kill()
-        return await wait
+    async def _end_in_time(self, timeout_s: float) -> None:
+        await asyncio.sleep(timeout_s)
+        try:
+            await self.kill()
+            await asyncio.wait(self._pumps, timeout=LAST_OUTPUT_S)
+        finally:
+            for pump in self._pumps:
+                pump.cancel()
 
     async def _pump(self, stream: int, fd: int) -> None:
         try:

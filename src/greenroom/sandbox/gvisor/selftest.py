@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import shutil
 from pathlib import Path
 
 from greenroom.core.agentapi import Identity
-from greenroom.core.errors import FailedPrecondition, GreenroomError
+from greenroom.core.errors import FailedPrecondition, GreenroomError, Internal, ResourceExhausted
 from greenroom.core.records import Resources
 from greenroom.sandbox.gvisor import hostname
 from greenroom.sandbox.gvisor.box import Box, Factory, finish
+from greenroom.sandbox.gvisor.control import Control, Target
+from greenroom.sandbox.gvisor.failures import disk_is_full
 from greenroom.sandbox.gvisor.naming import set_hostname
+from greenroom.sandbox.gvisor.stacks import is_frozen
 from greenroom.sandbox.gvisor.urpc import UrpcError
 from greenroom.sandbox.port import SandboxClass
 
@@ -25,6 +29,7 @@ async def self_test(factory: Factory, home: Path) -> None:
 
     Raises:
         FailedPrecondition: naming the step that failed (reason ``SELF_TEST_FAILED``).
+        ResourceExhausted: the disk is full (reason ``DISK_FULL``), which tells nothing about gVisor.
     """
     step = "create"
     boxes: list[Box] = []
@@ -42,7 +47,9 @@ async def self_test(factory: Factory, home: Path) -> None:
             step = "start"
             await control.start(first.target)
             step = "freeze"
+            await _expect(control, first.target, frozen=False)
             await control.pause(first.target)
+            await _expect(control, first.target, frozen=True)
             step = "checkpoint"
             await control.checkpoint(first.target, image)
             step = "thaw"
@@ -52,12 +59,26 @@ async def self_test(factory: Factory, home: Path) -> None:
             step = "set the host name"
             await set_hostname(control, second.target, "self-test")
     except (GreenroomError, UrpcError, TimeoutError, OSError) as e:
+        if is_full(e, home.parent):
+            raise ResourceExhausted(f"no room for step {step!r} of gVisor's self-test: {e}", reason="DISK_FULL") from e
         log = f"; runsc says: {factory.log_of(boxes[-1])}" if boxes else ""
         raise FailedPrecondition(
             f"gVisor's self-test failed at step {step!r}: {e or 'no answer in time'}{log}", reason="SELF_TEST_FAILED"
         ) from e
     finally:
         await finish(_clean_up(factory, boxes, home))
+
+
+async def _expect(control: Control, target: Target, *, frozen: bool) -> None:
+    if is_frozen(await control.stacks(target)) is not frozen:
+        raise Internal(f"a sandbox that is {'frozen' if frozen else 'running'} does not look so")
+
+
+def is_full(error: Exception, disk: Path) -> bool:
+    """Whether a step failed because the disk is full; runsc does not always say so."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return (isinstance(error, GreenroomError) and error.reason == "DISK_FULL") or disk_is_full(disk)
 
 
 def _make_image(home: Path) -> SandboxClass:

@@ -13,7 +13,10 @@ from greenroom.sandbox.port import SandboxClass
 #: Where a sandbox finds who it is: the files name, namespace, uid, generation and hostname. The mount point is the one
 #: thing that is ever added to an image's tree: gVisor's file server makes the empty directory if it is not there.
 IDENTITY_MOUNT = "/run/greenroom"
-INIT = f"{IDENTITY_MOUNT}/init"
+#: The same once more, for our own program, which runs with rights that the actor must not get (`naming`): nothing on
+#: this path can be moved away or replaced from inside, because both parts are mount points. ``/run`` is the image's.
+INIT_MOUNT = "/dev/.greenroom"
+INIT = f"{INIT_MOUNT}/init"
 #: What root inside a sandbox may do there: file ownership, other users, low ports. Less than Docker's set.
 CAPABILITIES = (
     "CAP_CHOWN",
@@ -60,7 +63,8 @@ def config(cls: SandboxClass, identity: Path, netns: str = "") -> dict[str, Any]
     namespace, for the command line; otherwise the network comes over the control socket.
 
     Raises:
-        FailedPrecondition: the image lacks the command (reason ``COMMAND_NOT_FOUND``).
+        FailedPrecondition: the image lacks the command (reason ``COMMAND_NOT_FOUND``), or has a link for ``/dev``
+            (``IMAGE_INVALID``).
     """
     env = environment(cls)
     if not cls.argv:
@@ -69,6 +73,8 @@ def config(cls: SandboxClass, identity: Path, netns: str = "") -> dict[str, Any]
             reason="COMMAND_NOT_FOUND",
         )
     command = find_command(cls.rootfs, cls.argv[0], env["PATH"], cls.cwd)
+    if (cls.rootfs / "dev").is_symlink():
+        raise FailedPrecondition("the image's /dev is a link; make it a directory there", reason="IMAGE_INVALID")
     caps = sorted({*CAPABILITIES, *hostname.CAPABILITIES})
     network = {"type": "network", "path": netns} if netns else {"type": "network"}
     return {
@@ -77,7 +83,7 @@ def config(cls: SandboxClass, identity: Path, netns: str = "") -> dict[str, Any]
         # Writable: writes go to an overlay in the sandbox's own memory.
         "root": {"path": str(cls.rootfs), "readonly": False},
         "process": {
-            "args": [INIT, f"{IDENTITY_MOUNT}/hostname", command, *cls.argv[1:]],
+            "args": [INIT, f"{INIT_MOUNT}/hostname", command, *cls.argv[1:]],
             "cwd": cls.cwd or "/",
             "env": [f"{k}={v}" for k, v in env.items()],
             "user": {"uid": 0, "gid": 0},  # until it becomes the actor's command, as the actor's user
@@ -91,12 +97,15 @@ def config(cls: SandboxClass, identity: Path, netns: str = "") -> dict[str, Any]
             {"destination": "/dev/pts", "type": "devpts", "source": "devpts"},
             {"destination": "/dev/shm", "type": "tmpfs", "source": "tmpfs"},
             {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["ro", "nosuid", "nodev"]},
-            {
-                "destination": IDENTITY_MOUNT,
-                "type": "bind",
-                "source": str(identity),
-                "options": ["rbind", "ro", "nosuid", "nodev"],
-            },
+            *(
+                {
+                    "destination": destination,
+                    "type": "bind",
+                    "source": str(identity),
+                    "options": ["rbind", "ro", "nosuid", "nodev"],
+                }
+                for destination in (IDENTITY_MOUNT, INIT_MOUNT)
+            ),
         ],
         "linux": {"namespaces": [*({"type": t} for t in ("pid", "ipc", "uts", "mount")), network]},
     }
