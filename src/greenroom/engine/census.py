@@ -94,6 +94,8 @@ class Census:
         self._differed: dict[str, frozenset[tuple[str, int]]] = {}
         #: By worker: what it said last of its images.
         self._stock: dict[str, Stock] = {}
+        #: The agents (boot id) that have said that they are to end; each says it once, maybe before it is registered.
+        self._farewells: dict[str, str] = {}
         self._leaving: set[str] = set()
         self._emptying: set[str] = set()
         self._abandoning: dict[str, asyncio.Task[None]] = {}
@@ -177,6 +179,7 @@ class Census:
 
     def worker_leaving(self, worker: str, boot_id: str) -> None:
         """Its agent was asked to end: its actors are suspended first, then it may go."""
+        self._farewells[worker] = boot_id
         if not self._ops.closed and worker not in self._leaving:
             self._leaving.add(worker)
             self._engine.spawn(self._see_off(worker, boot_id), f"see-off-{worker}")
@@ -185,6 +188,7 @@ class Census:
         self._welcomed.discard(worker)
         self._kept.pop(worker, None)
         self._stock.pop(worker, None)
+        self._farewells.pop(worker, None)
         self._engine.inventories.forget(worker)
         self._engine.members.gone(worker)
         if not self._ops.closed:
@@ -202,6 +206,8 @@ class Census:
             try:
                 self._backed[hello.worker] = await self._engine.members.register(hello)
                 waits = ""
+                if self._farewells.get(hello.worker) == hello.boot_id:  # of one that was not registered nothing came
+                    self.worker_leaving(hello.worker, hello.boot_id)
                 self._engine.hub.acknowledge(hello.worker)
                 under_way = await self._engine.reconciler.compare(hello.worker, anew=True)
             except NotOnRoster as error:
@@ -465,7 +471,8 @@ class Census:
         def change(record: Worker) -> Worker | None:
             if record.boot_id != boot_id or record.state is WorkerState.GONE or record.cordon == RETIRING:
                 return None
-            return replace(record, state=state_of(LEAVING), cordon=LEAVING)
+            # Somebody's drain outlives this agent: the next one does not end it.
+            return record if record.cordon == ASKED else replace(record, state=state_of(LEAVING), cordon=LEAVING)
 
         return await self._engine.members.change(worker, change) is not None
 
@@ -533,12 +540,12 @@ class Census:
                     await self._engine.decommission.settle(worker)
                 elif worker.name in connected:
                     # Who began to empty it has died, or did not get it done.
-                    if worker.cordon == ASKED and worker.used:
-                        self.empty(worker.name)
-                    elif worker.cordon == LEAVING:
-                        self.worker_leaving(worker.name, worker.boot_id)
-                    elif worker.cordon == RETIRING:
+                    if worker.cordon == RETIRING:
                         self._engine.decommission.begin(worker.name)
+                    elif worker.cordon == LEAVING or self._farewells.get(worker.name) == worker.boot_id:
+                        self.worker_leaving(worker.name, worker.boot_id)
+                    elif worker.cordon == ASKED and worker.used:
+                        self.empty(worker.name)
                 elif worker.name not in self._away:
                     await self._abandon_if_lost(worker.name)
                     await self._engine.decommission.give_up(worker)

@@ -171,7 +171,7 @@ class Members:
 
     async def cordon(self, name: str, why: str) -> Worker | None:
         """No actor is woken there from now on (``why``: `ASKED`, `LEAVING`, `RETIRING`), or again (""). Returns None
-        when there is no such worker.
+        when there is no such worker. `LEAVING` goes with its agent, so it takes the place of no other reason.
 
         Raises:
             FailedPrecondition: it is gone (reason ``WORKER_GONE``).
@@ -184,6 +184,8 @@ class Members:
                     f"{name}` removes its tombstone, and an agent with an empty disk takes its name",
                     reason="WORKER_GONE",
                 )
+            if why == LEAVING and worker.cordon:
+                return worker
             return replace(worker, cordon=why, state=worker.state if worker.state in AWAY else state_of(why))
 
         return await self.change(name, change)
