@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -758,4 +760,24 @@ async def test_a_worker_that_refuses_is_changed_for_another(world: SimWorld) -> 
     assert moved.worker not in ("", actor.worker)
     operation = [o for o in await list_all(world.store, Operation) if o.kind is OperationKind.RESUME][-1]
     assert (operation.attempts, operation.worker) == (2, moved.worker)
+    await world.settle()
+
+
+async def test_a_worker_whose_disk_fails_is_changed_for_another_and_gets_no_more(world: SimWorld) -> None:
+    await world.engine.drain_worker("w1")
+    keys = [(await running(world, name))[0] for name in "abcd"]
+    for key in keys:
+        await world.engine.suspend(key)
+    await world.engine.drain_worker("w1", undo=True)
+
+    async def read_only(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    world.agents["w0"]._waker.wake = read_only  # type: ignore[assignment,method-assign]
+    woken = await asyncio.gather(*map(world.request, keys))
+    assert [said.count for said in woken] == [3] * len(keys)
+    assert {(await world.actor(key)).worker for key in keys} == {"w1"}
+    async with asyncio.timeout(60):
+        while (await world.store.get(Worker, "w0")).quarantined_until <= world.engine.now():
+            await asyncio.sleep(0.002)
     await world.settle()
