@@ -208,7 +208,7 @@ class Census:
                 waits = ""
                 if self._farewells.get(hello.worker) == hello.boot_id:  # of one that was not registered nothing came
                     self.worker_leaving(hello.worker, hello.boot_id)
-                self._engine.hub.acknowledge(hello.worker)
+                self._engine.hub.acknowledge(hello)
                 under_way = await self._engine.reconciler.compare(hello.worker, anew=True)
             except NotOnRoster as error:
                 if waits != error.message:  # it may take long, and is said once
