@@ -107,9 +107,7 @@ async def test_a_replica_that_has_just_begun_waits_for_the_link_of_a_worker(
         ("10.0.0.7:7071", "a clone", False),  # a container that was started again has another place, and its address
     ],
 )
-async def test_a_name_is_free_again_only_where_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str, place: str, taken: bool
-) -> None:
+async def test_a_name_is_free_again_only_where_it_was(tmp_path: Path, link: str, place: str, taken: bool) -> None:
     store = MemoryStore()
     mine = link if link.startswith("10.") else "unix:/data/run/agents.sock"
     config = replace(QUICK, owner="r/2", replica="r", link=mine, place="here", exclusive=False)

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from greenroom.agent.enrolment import Enrolment
+from greenroom.core import agentapi as api
 from greenroom.core.errors import FailedPrecondition, Unavailable
 from greenroom.core.gc.records import Papers, Registered
 from greenroom.core.records import Actor, Worker
@@ -58,6 +59,20 @@ async def test_the_epoch_grows_with_each_process_and_not_with_each_connection(wo
     await world.settle()
     second = await record(world)
     assert (second.incarnation, second.epoch) == (first.incarnation, 2) and second.claim != first.claim
+
+
+async def test_a_worker_is_asked_by_the_name_of_its_disk(world: SimWorld) -> None:
+    asked: list[api.Sync] = []
+    call = world.engine.hub.call
+
+    async def listening(worker: str, what: api.AgentCall, *more: Any) -> Any:
+        if isinstance(what, api.Sync):
+            asked.append(what)
+        return await call(worker, what, *more)
+
+    world.engine.hub.call = listening  # type: ignore[method-assign]
+    await world.engine.reconciler.compare("w0", anew=True)
+    assert {what.incarnation for what in asked} == {(await record(world)).incarnation}
 
 
 async def test_t24_an_empty_disk_is_another_incarnation(world: SimWorld) -> None:

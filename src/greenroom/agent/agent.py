@@ -422,7 +422,7 @@ class Agent:
     async def _give_up(self, call: api.Shutdown) -> None:
         """This worker ends for good. Nothing is made here from the look at what there is on."""
         if self._ending is None:
-            self._enrolment.check_epoch(call.epoch)
+            self._enrolment.check_epoch(call.epoch, call.incarnation)
             if newer := self._inventory.made_after(call.closed_seq):
                 raise FailedPrecondition(
                     f"worker {self._config.worker} has {newer}, which was made after it was told to erase its disk",
