@@ -413,7 +413,10 @@ class Agent:
                     log.warning("not registered: this worker is not on its pool's roster; waits until it is")
                 self._waits_for_roster = True
             elif call.refused is not None and self._enrolment.is_taken(call.refused) and not self.shutdown.done():
-                log.error("another worker of this name lives, with another disk: give one of them another name")
+                log.error(
+                    "another worker of this name lives, or may come back, with another disk: give one of them another "
+                    "name; if its disk is no more, wait until it counts as lost"
+                )
                 self.shutdown.set_result(False)
         except OSError as error:
             raise from_os(error) from error

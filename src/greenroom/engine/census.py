@@ -292,8 +292,11 @@ class Census:
         return self.unheard_s(record) < self._engine.replicas.longest_return_s
 
     def is_alive(self, record: Worker | None) -> bool:
-        """Whether the process that is registered under that name may be heard by somebody."""
-        return record is not None and record.state not in AWAY and self._is_fresh(record)
+        """Whether the process that is registered under that name may be heard by somebody, or come back before it
+        counts as lost. (Who is alone with the store writes at once that one is away, however short its link breaks.)"""
+        if record is None or record.state is WorkerState.GONE:
+            return False
+        return (self._engine.config.exclusive or record.state not in AWAY) and self._is_fresh(record)
 
     def unheard_s(self, record: Worker) -> float:
         """For how long this process has watched a worker's record without a gap and seen no sign of it."""
