@@ -78,7 +78,7 @@ class Replica:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         if self.answers:
-            self.hub.acknowledge(hello.worker)
+            self.hub.acknowledge(hello)
 
     async def _enrol(self, worker: str) -> None:
         with contextlib.suppress(Unavailable):  # it has gone again

@@ -184,3 +184,20 @@ async def test_a_name_alone_does_not_cut_off_the_pod_that_has_it(site: Site) -> 
     assert refused is not None and refused.code() is StatusCode.ALREADY_EXISTS
     assert one.hub.connected()["w"] == real and not one.gone
     assert await claim(real.berth) is None, "but the same pod's agent, which has restarted, takes its own place"
+
+
+async def test_who_took_a_name_while_its_worker_was_registered_is_not_taken_for_it(site: Site) -> None:
+    """Until it is registered anybody with a token may replace it; its registration then vouches for nobody else."""
+    one = site.replicas[0]
+    one.answers = False
+    site.link(site.named(0))
+    await until(lambda: one.connected)
+    real = one.hub.connected()["w"]
+    access = Access(ca=site.authority.ca, token_file=site.root / "token")
+    async with access.aio_channel(site.named(0), ()) as channel:
+        stream = link_pb2_grpc.AgentLinkStub(channel).Connect()
+        body = msgspec.json.encode(replace(real, boot_id="x", berth=Berth(pool_uid="u", epoch=1, pod_uid="another")))
+        await stream.write(link_pb2.Frames(frames=[link_pb2.Frame(kind=link_pb2.Frame.HELLO, body=body)]))
+        await until(lambda: one.hub.connected()["w"].boot_id == "x")
+        one.hub.acknowledge(real)
+        await until(lambda: one.hub.connected()["w"].boot_id == real.boot_id)

@@ -256,3 +256,55 @@ async def test_a_worker_says_what_it_made_and_not_whose_it_is(world: SimWorld) -
     assert (made.actor, made.actor_uid) == ("mine", (await world.actor(mine)).uid)
     assert (made.tags, made.worker) == ((), where) and made.created_at < 1e11
     assert (await world.request(mine)).count == 2
+
+
+async def uploads_hang_on_w0(world: SimWorld) -> list[str]:
+    """Ten wait there. Returns those that w0 has been asked for."""
+    await world.apply(durability=Durability.LOCAL)
+    await world.engine.drain_worker("w1")
+    call, asked = world.engine.hub.call, list[str]()
+
+    async def hangs(worker: str, what: Any, *more: Any) -> Any:
+        if worker == "w0" and isinstance(what, api.Upload):
+            asked.append(what.snapshot_id)
+            await asyncio.Event().wait()
+        return await call(worker, what, *more)
+
+    world.engine.hub.call = hangs  # type: ignore[method-assign]
+    for n in range(10):
+        key = await world.create(f"a{n}")
+        await world.request(key)
+        assert (await slept(world, key)).worker == "w0"
+    await world.engine.drain_worker("w1", undo=True)
+    return asked
+
+
+async def test_a_worker_that_can_not_upload_keeps_no_other_from_it(make_world: Callable[..., Any]) -> None:
+    async with make_world(slots=16, config=replace(QUICK, stall_s=30.0)) as world:
+        asked = await uploads_hang_on_w0(world)
+        await world.engine.drain_worker("w0")
+        key = await world.create("b")
+        await world.request(key)
+        made = await slept(world, key)
+
+        async def uploaded() -> bool:
+            return (await world.store.get(Snapshot, made.id)).state is SnapshotState.PRESENT
+
+        await until(uploaded)
+        assert made.worker == "w1" and len(asked) == 2, "it waits for none of those that hang"
+
+
+async def test_a_worker_from_which_nothing_moved_is_left_out_for_a_while(make_world: Callable[..., Any]) -> None:
+    async with make_world(slots=16, config=replace(QUICK, stall_s=1.0)) as world:
+        asked = await uploads_hang_on_w0(world)
+
+        async def rests() -> bool:
+            return "w0" in world.engine.uploads._silent
+
+        await until(rests)
+        assert len(asked) == 2, "not one after the other"
+
+        async def asked_again() -> bool:
+            return len(asked) > 2
+
+        await until(asked_again)

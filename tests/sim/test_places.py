@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from greenroom.core.errors import Unavailable
+from greenroom.core.errors import FailedPrecondition, Unavailable
+from greenroom.core.records import Replica
 from greenroom.engine import census
 from greenroom.engine.bindings import Binding
 from greenroom.engine.engine import Engine
 from greenroom.sandbox import dial
+from greenroom.snapshots.store import ObjectSnapshotStore
+from greenroom.store.memory import MemoryStore
 from greenroom.testing.local_hub import LocalHub
 from greenroom.testing.world import QUICK, SimWorld
 
@@ -91,6 +95,31 @@ async def test_a_replica_that_has_just_begun_waits_for_the_link_of_a_worker(
         finally:
             hub.disconnect("w0")
             await other.close()
+
+
+@pytest.mark.parametrize(
+    ("link", "place", "taken"),
+    [
+        ("unix:/data/run/agents.sock", "here", False),
+        ("unix:/data/run/agents.sock", "", False),  # it is older than places
+        ("unix:/data/run/agents.sock", "a clone", True),
+        ("unix:/other/run/agents.sock", "here", True),
+        ("10.0.0.7:7071", "a clone", False),  # a container that was started again has another place, and its address
+    ],
+)
+async def test_a_name_is_free_again_only_where_it_was(tmp_path: Path, link: str, place: str, taken: bool) -> None:
+    store = MemoryStore()
+    mine = link if link.startswith("10.") else "unix:/data/run/agents.sock"
+    config = replace(QUICK, owner="r/2", replica="r", link=mine, place="here", exclusive=False)
+    replicas = Engine(store, LocalHub(), ObjectSnapshotStore(tmp_path), config).replicas
+    await store.put(Replica(name="r", incarnation="r/1", link=link, place=place, seen_at=store.clock()))
+    if taken:
+        with pytest.raises(FailedPrecondition, match="another replica of the control plane is called 'r'"):
+            await replicas.check_name()
+    else:
+        await replicas.check_name()
+    await replicas._write(store.clock(), {})
+    assert (await store.get(Replica, "r")).place == "here"
 
 
 def test_a_place_is_the_same_for_who_shares_it() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -175,6 +177,57 @@ async def test_a_worker_that_does_not_come_back(make_world: Callable[..., Any]) 
         await world.settle()
         assert not away.hello().residents and (await world.request(key)).count == 3
         assert (await world.actor(key)).generation == moved.generation
+
+
+async def test_a_worker_that_is_back_and_can_not_be_registered_is_lost_all_the_same(
+    make_world: Callable[..., Any],
+) -> None:
+    """Its disk takes no papers. What runs there is frozen before its actor is anybody else's."""
+    async with make_world(config=replace(QUICK, worker_return_s=1.0)) as world:
+        await world.apply()
+        key, actor = await running(world, "a")
+        bad = world.agents[actor.worker]
+        present = bad._enrolment.present
+        del world.agents[actor.worker]
+
+        def read_only(_: int) -> None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        bad._enrolment.present = read_only  # type: ignore[assignment,method-assign]
+        world.hub.disconnect(actor.worker)
+        world.hub.connect(bad)
+        assert (await reached(world, key, ActorState.CRASHED)).reason == "WorkerLost"
+        assert actor.worker in world.hub.connected()
+        assert [r.state for r in bad.hello().residents] == [ResidentState.FROZEN]
+        await world.engine.resume(key)
+        assert (await world.request(key)).count == 2, "from what was saved"
+        assert (await world.actor(key)).worker != actor.worker
+        bad._enrolment.present = present  # type: ignore[method-assign]
+        world.agents[actor.worker] = bad
+        await world.settle()
+        assert not bad.hello().residents and (await world.request(key)).count == 3
+
+
+async def test_a_worker_that_is_slow_to_register_loses_nothing(make_world: Callable[..., Any]) -> None:
+    """A control plane that has just begun gives all of them the time to."""
+    async with make_world(config=replace(QUICK, worker_return_s=2.0)) as world:
+        await world.apply()
+        key, _ = await running(world, "a")
+        await world.crash_control(restart=False)
+        handlers = {agent: agent.handle for agent in world.agents.values()}
+        for agent, handle in handlers.items():
+
+            async def slow(call: Any, reporter: Any, handle: Any = handle) -> Record:
+                if isinstance(call, api.Present):
+                    await asyncio.sleep(0.5)
+                return await handle(call, reporter)  # type: ignore[no-any-return]
+
+            agent.handle = slow  # type: ignore[method-assign]
+        await world.start_control()
+        for _ in range(3):
+            await world.engine.census._sweep()
+        await world.settle()
+        assert (await world.request(key)).count == 3
 
 
 async def test_a_revenant_on_the_worker_of_its_successor(make_world: Callable[..., Any]) -> None:
@@ -774,4 +827,24 @@ async def test_a_worker_that_refuses_is_changed_for_another(world: SimWorld) -> 
     assert moved.worker not in ("", actor.worker)
     operation = [o for o in await list_all(world.store, Operation) if o.kind is OperationKind.RESUME][-1]
     assert (operation.attempts, operation.worker) == (2, moved.worker)
+    await world.settle()
+
+
+async def test_a_worker_whose_disk_fails_is_changed_for_another_and_gets_no_more(world: SimWorld) -> None:
+    await world.engine.drain_worker("w1")
+    keys = [(await running(world, name))[0] for name in "abcd"]
+    for key in keys:
+        await world.engine.suspend(key)
+    await world.engine.drain_worker("w1", undo=True)
+
+    async def read_only(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    world.agents["w0"]._waker.wake = read_only  # type: ignore[assignment,method-assign]
+    woken = await asyncio.gather(*map(world.request, keys))
+    assert [said.count for said in woken] == [3] * len(keys)
+    assert {(await world.actor(key)).worker for key in keys} == {"w1"}
+    async with asyncio.timeout(60):
+        while (await world.store.get(Worker, "w0")).quarantined_until <= world.engine.now():
+            await asyncio.sleep(0.002)
     await world.settle()

@@ -13,9 +13,10 @@ import msgspec
 import pytest
 
 from greenroom.agent.enrolment import Enrolment
+from greenroom.core import agentapi as api
 from greenroom.core.errors import FailedPrecondition, Unavailable
 from greenroom.core.gc.records import Papers, Registered
-from greenroom.core.records import Actor, Worker
+from greenroom.core.records import Actor, Worker, WorkerState
 from greenroom.store.memory import MemoryStore
 from greenroom.testing.world import SimWorld
 
@@ -60,6 +61,20 @@ async def test_the_epoch_grows_with_each_process_and_not_with_each_connection(wo
     assert (second.incarnation, second.epoch) == (first.incarnation, 2) and second.claim != first.claim
 
 
+async def test_a_worker_is_asked_by_the_name_of_its_disk(world: SimWorld) -> None:
+    asked: list[api.Sync] = []
+    call = world.engine.hub.call
+
+    async def listening(worker: str, what: api.AgentCall, *more: Any) -> Any:
+        if isinstance(what, api.Sync):
+            asked.append(what)
+        return await call(worker, what, *more)
+
+    world.engine.hub.call = listening  # type: ignore[method-assign]
+    await world.engine.reconciler.compare("w0", anew=True)
+    assert {what.incarnation for what in asked} == {(await record(world)).incarnation}
+
+
 async def test_t24_an_empty_disk_is_another_incarnation(world: SimWorld) -> None:
     first = await record(world)
     actor = await awake(world, "a")
@@ -94,6 +109,29 @@ async def test_t25_a_revenant_empties_itself(world: SimWorld) -> None:
     world.hub.disconnect("w0")
     await old.close(wipe=True)
     world.hub.connect(new)
+
+
+async def test_an_empty_disk_does_not_take_the_name_of_a_worker_that_may_come_back(world: SimWorld) -> None:
+    """A cloned machine, and a link that breaks for a moment: who is back first does not cost the other its actors."""
+    actor = await awake(world, "a")
+    incarnation = (await record(world)).incarnation
+    real, backend = world.agents["w0"], world.backends["w0"]
+    world.hub.disconnect("w0")
+    async with asyncio.timeout(60):
+        while (await record(world)).state is not WorkerState.STALLED:
+            await asyncio.sleep(0.001)
+    root, world.root = world.root, world.root / "clone"
+    await world.start_agent("w0")
+    clone, world.root = world.agents["w0"], root
+    assert not await asyncio.wait_for(clone.shutdown, 60), "it ends, and wipes nothing"
+    world.hub.disconnect("w0")
+    world.agents["w0"], world.backends["w0"] = real, backend
+    world.hub.connect(real)
+    await clone.close(wipe=True)
+    await world.settle()
+    assert (await record(world)).incarnation == incarnation
+    assert (await world.request(actor.key)).count == 2
+    assert (await world.actor(actor.key)).generation == actor.generation
 
 
 async def test_a_copied_disk_goes_on_once(world: SimWorld) -> None:

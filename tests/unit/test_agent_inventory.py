@@ -97,6 +97,22 @@ async def test_another_epoch_is_refused_and_nothing_is_destroyed(bench: Bench) -
     assert handle in listed(said) and said.report.closed_seq == 0
 
 
+async def test_a_late_call_for_a_disk_that_was_retired_is_refused_on_the_next_one_of_its_name(bench: Bench) -> None:
+    """Both are in epoch 1: the name's record was removed in between."""
+    handle = await wake(bench)
+    for late in (
+        api.Sync(epoch=1, incarnation="the disk before", closed_seq=500, destroy=(handle,)),
+        api.Shutdown(wipe=True, erase=True, epoch=1, incarnation="the disk before", closed_seq=500),
+    ):
+        with pytest.raises(Conflict, match="the disk before") as refused:
+            await bench.call(late)
+        assert refused.value.reason == "WRONG_EPOCH"
+    mine = bench.agent._enrolment.papers.incarnation
+    for said in ("", mine):
+        assert (await bench.call(api.Sync(epoch=1, incarnation=said, closed_seq=0))).report.closed_seq == 0
+    assert bench.state() and not bench.agent.shutdown.done()
+
+
 async def test_t23_a_create_whose_number_is_closed_comes_too_late(bench: Bench) -> None:
     await sync(bench, closed=4)
     with pytest.raises(Unavailable, match="nobody waits for it any more"):

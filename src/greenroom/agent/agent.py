@@ -415,7 +415,10 @@ class Agent:
                     log.warning("not registered: this worker is not on its pool's roster; waits until it is")
                 self._waits_for_roster = True
             elif call.refused is not None and self._enrolment.is_taken(call.refused) and not self.shutdown.done():
-                log.error("another worker of this name lives, with another disk: give one of them another name")
+                log.error(
+                    "another worker of this name lives, or may come back, with another disk: give one of them another "
+                    "name; if its disk is no more, wait until it counts as lost"
+                )
                 self.shutdown.set_result(False)
         except OSError as error:
             raise from_os(error) from error
@@ -424,7 +427,7 @@ class Agent:
     async def _give_up(self, call: api.Shutdown) -> None:
         """This worker ends for good. Nothing is made here from the look at what there is on."""
         if self._ending is None:
-            self._enrolment.check_epoch(call.epoch)
+            self._enrolment.check_epoch(call.epoch, call.incarnation)
             if newer := self._inventory.made_after(call.closed_seq):
                 raise FailedPrecondition(
                     f"worker {self._config.worker} has {newer}, which was made after it was told to erase its disk",

@@ -93,22 +93,28 @@ class Enrolment:
                 f"worker {self._worker} is not registered by any replica yet; try again", reason="WORKER_NOT_REGISTERED"
             )
 
-    def check_epoch(self, epoch: int) -> None:
-        """Raises `Conflict` (reason ``WRONG_EPOCH``) when it is not that of this worker's registration."""
+    def check_epoch(self, epoch: int, incarnation: str) -> None:
+        """Raises `Conflict` (reason ``WRONG_EPOCH``) when they are not those of this worker's registration.
+        ``incarnation``: "" when it was not said."""
         if not self.papers.answered or epoch != self.papers.epoch:
             raise Conflict(
                 f"worker {self._worker} is in epoch {self.papers.epoch}, not {epoch}; register it again",
                 reason="WRONG_EPOCH",
             )
+        if incarnation and incarnation != self.papers.incarnation:
+            raise Conflict(
+                f"worker {self._worker} has disk {self.papers.incarnation}, not {incarnation}; register it again",
+                reason="WRONG_EPOCH",
+            )
 
-    def close(self, epoch: int, closed_seq: int) -> None:
+    def close(self, epoch: int, closed_seq: int, incarnation: str = "") -> None:
         """Nothing with that number or a lower one is made here any more.
 
         Raises:
             Conflict: it is meant for another registration (reason ``WRONG_EPOCH``).
             OSError: it can't be written down.
         """
-        self.check_epoch(epoch)
+        self.check_epoch(epoch, incarnation)
         papers = rules.close(self.papers, Orders(incarnation=self.papers.incarnation, closed_seq=closed_seq))
         if papers != self.papers:
             self._write(papers)

@@ -62,7 +62,7 @@ class Inventory:
 
     async def sync(self, call: api.Sync) -> api.Synced:
         try:
-            self._enrolment.close(call.epoch, call.closed_seq)
+            self._enrolment.close(call.epoch, call.closed_seq, call.incarnation)
         except OSError as error:  # then nothing more is closed; what is to go goes all the same, and makes room
             log.error("can't write down what is closed", closed_seq=call.closed_seq, error=str(error))
         if self._warm:

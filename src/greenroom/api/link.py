@@ -228,8 +228,9 @@ class AgentHub(link_pb2_grpc.AgentLinkServicer):
         while (frames := await gather_frames(peer.out)) is not None:
             await context.write(Frames(frames=frames))
 
-    def acknowledge(self, worker: str) -> None:
-        if (peer := self._peers.get(worker)) is not None:
+    def acknowledge(self, hello: Hello) -> None:
+        peer = self._peers.get(hello.worker)
+        if peer is not None and peer.hello is hello:  # another one may have the name by now
             peer.acknowledged = True
             self._answer(peer, 0)
 

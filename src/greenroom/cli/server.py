@@ -311,12 +311,20 @@ class Server:
 async def _empty_workers(engine: Engine, workers: list[str]) -> None:
     if not engine.config.exclusive:  # other replicas would wake actors there again
         for worker in workers:
-            await engine.members.cordon(worker, LEAVING)
+            await _of_one(worker, engine.members.cordon(worker, LEAVING))
     for operation in await engine.suspend_all(workers):
         if operation.error is not None:
             log.error("could not suspend", actor=str(operation.key), error=operation.error.message)
     for worker in workers:
-        await engine.uploads.flush(worker)
+        await _of_one(worker, engine.uploads.flush(worker))
+
+
+async def _of_one(worker: str, step: Awaitable[object]) -> None:
+    """What fails on one worker, which may be gone, keeps none of the others from being emptied."""
+    try:
+        await step
+    except GreenroomError as error:
+        log.warning("worker not emptied as the server ends", worker=worker, reason=error.reason, error=error.message)
 
 
 def _link_server(hub: AgentHub, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> grpc.aio.Server:

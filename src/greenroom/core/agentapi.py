@@ -85,6 +85,8 @@ class Sync(Call, frozen=True, kw_only=True):
 
     Attributes:
         epoch: which registration the sender speaks to.
+        incarnation: of which disk; a name whose worker was retired begins with the first epoch again. "": an older
+            sender says none.
         drain: the worker is being emptied: it keeps nothing warm.
         known: the digest of the last list that the sender has got.
 
@@ -93,6 +95,7 @@ class Sync(Call, frozen=True, kw_only=True):
 
     epoch: int
     closed_seq: int
+    incarnation: str = ""
     destroy: tuple[str, ...] = ()
     drain: bool = False
     known: str = ""
@@ -296,7 +299,8 @@ class Shutdown(Call, frozen=True, kw_only=True):
     """The agent destroys its pooled sandboxes and network and ends. With ``wipe`` also every resident actor. With
     ``erase`` its state disk too: when it answers, all of it is gone. -> `Done`
 
-    ``epoch``, ``closed_seq``: with ``erase``, as in `Sync`: nothing of a higher number is to be erased.
+    ``epoch``, ``incarnation``, ``closed_seq``: with ``erase``, as in `Sync`: nothing of a higher number is to be
+    erased.
 
     Raises, with ``erase``: `Conflict` (reason ``WRONG_EPOCH``) as `Sync`; `FailedPrecondition` (reason
     ``WORKER_IN_USE``) when something was made here since that was decided, or (``STILL_MOUNTED``) when something is
@@ -307,6 +311,7 @@ class Shutdown(Call, frozen=True, kw_only=True):
     erase: bool = False
     epoch: int = -1
     closed_seq: int = -1
+    incarnation: str = ""
 
 
 # --- answers ----------------------------------------------------------------------------------------------

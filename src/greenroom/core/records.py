@@ -397,7 +397,8 @@ class Evicted(Record, frozen=True, kw_only=True):
 
 class Replica(Record, frozen=True, kw_only=True):
     """One process of the control plane, among those that share a store. ``incarnation`` is new with each process of
-    the name. ``link``: where agents connect to it. It counts as gone ``seen_at`` plus a lease's life later.
+    the name. ``link``: where agents connect to it; ``place``: where it is (`greenroom.sandbox.dial.place`), "" when it
+    has not said so. It counts as gone ``seen_at`` plus a lease's life later.
     ``worker_return_s``: how long it gives a worker that is away. ``uses``: actors (uid) that were in use through it
     since it last said so, and when (epoch seconds), so that no other replica takes them for idle. By pool: ``waiting``,
     how many wake-ups wait for a slot there, and ``wakes_per_s``, how many came to a good end there lately."""
@@ -405,6 +406,7 @@ class Replica(Record, frozen=True, kw_only=True):
     name: str
     incarnation: str
     link: str = ""
+    place: str = ""
     started_at: float = 0.0
     seen_at: float = 0.0
     worker_return_s: float = 0.0

@@ -11,6 +11,8 @@ wakes elsewhere is not alive twice. No clock is compared with another's for that
   replicas have different r, the longest of them counts here, and the shortest everywhere else.)
 - Nobody routes to a worker unless it knows that that was written down in the last 0.9 r: so not to a sandbox whose
   agent is dead, or stands still, and could not freeze it.
+- Only who is registered counts as heard: another agent may have the name, and one that can't be registered is lost like
+  one that is away. (Who is alone with the store writes nothing down for its answers, and so answers none but these.)
 - A replica that did not look for a while (it was away from the store, or did not run) begins to look anew.
 - What a worker froze goes on only by a `Thaw` that was decided after the worker was heard again (its ``epoch``), and
   in a new generation: then a crash that was decided before finds that it is too old.
@@ -19,6 +21,7 @@ wakes elsewhere is not alive twice. No clock is compared with another's for that
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -94,6 +97,8 @@ class Census:
         self._differed: dict[str, frozenset[tuple[str, int]]] = {}
         #: By worker: what it said last of its images.
         self._stock: dict[str, Stock] = {}
+        #: The agents (boot id) that have said that they are to end; each says it once, maybe before it is registered.
+        self._farewells: dict[str, str] = {}
         self._leaving: set[str] = set()
         self._emptying: set[str] = set()
         self._abandoning: dict[str, asyncio.Task[None]] = {}
@@ -110,6 +115,8 @@ class Census:
     # --- workers come and go ------------------------------------------------------------------------------
 
     def worker_connected(self, hello: api.Hello) -> None:
+        self._engine.members.gone(hello.worker)  # whoever had its name before
+        self._missing(hello.worker)  # until it is registered
         if not self._ops.closed:
             self._engine.spawn(self._welcome(hello), f"welcome-{hello.worker}")
 
@@ -125,7 +132,8 @@ class Census:
     def worker_heard(self, worker: str, heartbeat: api.Heartbeat) -> bool:
         self._notice(worker, heartbeat)
         if self._engine.config.exclusive:
-            return True  # nobody else can count it as lost, and this process only after it has not heard it
+            # Nobody else can count it as lost, and this process only when it has not been registered for long.
+            return self._engine.members.is_enrolled(worker)
         backed = self._backed.get(worker)
         limit_s = BACKED_SHARE * self._engine.replicas.shortest_return_s
         return backed is not None and clock.monotonic() - backed <= limit_s
@@ -177,6 +185,7 @@ class Census:
 
     def worker_leaving(self, worker: str, boot_id: str) -> None:
         """Its agent was asked to end: its actors are suspended first, then it may go."""
+        self._farewells[worker] = boot_id
         if not self._ops.closed and worker not in self._leaving:
             self._leaving.add(worker)
             self._engine.spawn(self._see_off(worker, boot_id), f"see-off-{worker}")
@@ -185,10 +194,10 @@ class Census:
         self._welcomed.discard(worker)
         self._kept.pop(worker, None)
         self._stock.pop(worker, None)
+        self._farewells.pop(worker, None)
         self._engine.inventories.forget(worker)
         self._engine.members.gone(worker)
-        if not self._ops.closed:
-            self._missing(worker)
+        self._missing(worker)
 
     def sandbox_exited(self, worker: str, event: api.SandboxExited) -> None:
         if not self._ops.closed:
@@ -201,8 +210,9 @@ class Census:
         while self._engine.hub.connected().get(hello.worker) is hello:
             try:
                 self._backed[hello.worker] = await self._engine.members.register(hello)
-                waits = ""
-                self._engine.hub.acknowledge(hello.worker)
+                if self._farewells.get(hello.worker) == hello.boot_id:  # of one that was not registered nothing came
+                    self.worker_leaving(hello.worker, hello.boot_id)
+                self._engine.hub.acknowledge(hello)
                 under_way = await self._engine.reconciler.compare(hello.worker, anew=True)
             except NotOnRoster as error:
                 if waits != error.message:  # it may take long, and is said once
@@ -211,7 +221,9 @@ class Census:
                 await self._engine.rosters.wait(hello.pool)
                 continue
             except GreenroomError as error:
-                log.warning("worker not welcomed, tries again", worker=hello.worker, error=error.message)
+                if waits != error.message:  # so may this
+                    log.warning("worker not welcomed, tries again", worker=hello.worker, error=error.message)
+                waits = error.message
                 await asyncio.sleep(self._engine.config.retry_s)
                 continue
             self._welcomed.add(hello.worker)
@@ -238,33 +250,36 @@ class Census:
     async def expect_all(self) -> None:
         """At the start: workers of an earlier process that are not here (yet)."""
         for worker in await self.all(Worker):
-            if worker.name not in self._engine.hub.connected():
+            if not self._engine.members.is_enrolled(worker.name):
                 if self._engine.config.exclusive:
                     await self._mark_away(worker.name)
                 self._missing(worker.name)
 
     def _missing(self, worker: str) -> None:
-        """A worker is away; however often it goes, one task waits for it."""
+        """A worker is not registered here (any more); however often it comes and goes, one task waits for it."""
         waiting = worker in self._away
         self._away[worker] = clock.monotonic()
-        if not waiting:
+        if not waiting and not self._ops.closed:
             self._engine.spawn(self._expect(worker), f"expect-{worker}")
 
     async def _expect(self, worker: str) -> None:
         """Waits for a worker that is away; when nobody hears it any more, its actors are lost."""
         try:
             marked = 0.0
-            while worker not in self._engine.hub.connected():
+            while not self._engine.members.is_enrolled(worker):
                 since = self._away[worker]
                 if since != marked:
                     if self._engine.config.exclusive:
                         await self._ops.insist(lambda: self._mark_away(worker))
                     marked = since
-                elif clock.monotonic() < since + self._engine.config.worker_return_s:
-                    await self.wait_for_worker(worker, since + self._engine.config.worker_return_s)
+                elif (left_s := since + self._engine.config.worker_return_s - clock.monotonic()) > 0:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(left_s):
+                            await self.arrival.wait()
                 else:
                     await self._ops.insist(lambda: self._abandon_if_lost(worker))
-                    return
+                    if self._away[worker] == since:  # else it was here, and has gone again
+                        return
         finally:
             del self._away[worker]
 
@@ -286,8 +301,11 @@ class Census:
         return self.unheard_s(record) < self._engine.replicas.longest_return_s
 
     def is_alive(self, record: Worker | None) -> bool:
-        """Whether the process that is registered under that name may be heard by somebody."""
-        return record is not None and record.state not in AWAY and self._is_fresh(record)
+        """Whether the process that is registered under that name may be heard by somebody, or come back before it
+        counts as lost. (Who is alone with the store writes at once that one is away, however short its link breaks.)"""
+        if record is None or record.state is WorkerState.GONE:
+            return False
+        return (self._engine.config.exclusive or record.state not in AWAY) and self._is_fresh(record)
 
     def unheard_s(self, record: Worker) -> float:
         """For how long this process has watched a worker's record without a gap and seen no sign of it."""
@@ -297,8 +315,9 @@ class Census:
         return clock.monotonic() - seen[1]
 
     def _hears(self, worker: str) -> bool:
-        """Whether it is connected to this process and not silent: one that stands still keeps its connection open."""
-        heard = self._engine.hub.heard().get(worker)
+        """Whether it is registered with this process and not silent: one that stands still keeps its connection open,
+        and who can't be registered need not be that worker."""
+        heard = self._engine.hub.heard().get(worker) if self._engine.members.is_enrolled(worker) else None
         return heard is not None and clock.monotonic() - heard < self._engine.config.worker_return_s
 
     async def alive_elsewhere(self, worker: str) -> bool:
@@ -465,7 +484,8 @@ class Census:
         def change(record: Worker) -> Worker | None:
             if record.boot_id != boot_id or record.state is WorkerState.GONE or record.cordon == RETIRING:
                 return None
-            return replace(record, state=state_of(LEAVING), cordon=LEAVING)
+            # Somebody's drain outlives this agent: the next one does not end it.
+            return record if record.cordon == ASKED else replace(record, state=state_of(LEAVING), cordon=LEAVING)
 
         return await self._engine.members.change(worker, change) is not None
 
@@ -524,21 +544,20 @@ class Census:
 
     async def _sweep(self) -> None:
         await self._engine.rosters.sweep()
-        connected = self._engine.hub.connected()
         workers = await self.all(Worker)
         self._engine.members.forget_all_but([worker.name for worker in workers])
         for worker in workers:
             try:
                 if worker.state is WorkerState.GONE:
                     await self._engine.decommission.settle(worker)
-                elif worker.name in connected:
+                elif self._engine.members.is_enrolled(worker.name):
                     # Who began to empty it has died, or did not get it done.
-                    if worker.cordon == ASKED and worker.used:
-                        self.empty(worker.name)
-                    elif worker.cordon == LEAVING:
-                        self.worker_leaving(worker.name, worker.boot_id)
-                    elif worker.cordon == RETIRING:
+                    if worker.cordon == RETIRING:
                         self._engine.decommission.begin(worker.name)
+                    elif worker.cordon == LEAVING or self._farewells.get(worker.name) == worker.boot_id:
+                        self.worker_leaving(worker.name, worker.boot_id)
+                    elif worker.cordon == ASKED and worker.used:
+                        self.empty(worker.name)
                 elif worker.name not in self._away:
                     await self._abandon_if_lost(worker.name)
                     await self._engine.decommission.give_up(worker)

@@ -473,8 +473,12 @@ class Drivers:
 BLAMED = frozenset({"STALLED", "WORKER_HANGS", "WORKER_IO", "WORKER_OVERLOADED", "DISK_FULL"})
 
 
+#: Reasons that are one worker's alone, whatever the class of the error: another one has another disk.
+_OF_ONE_WORKER = frozenset({"STALLED", "WORKER_IO"})
+
+
 def may_succeed_elsewhere(error: GreenroomError) -> bool:
-    return isinstance(error, Unavailable | Internal | ResourceExhausted) or error.reason == "STALLED"
+    return isinstance(error, Unavailable | Internal | ResourceExhausted) or error.reason in _OF_ONE_WORKER
 
 
 def is_workers_fault(error: GreenroomError) -> bool:

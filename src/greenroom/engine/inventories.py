@@ -216,6 +216,7 @@ class Inventories:
             self._ordered.setdefault(worker, {}).update((h, entries[h]) for h in orders if h in entries)
         call = api.Sync(
             epoch=record.epoch,
+            incarnation=record.incarnation,
             closed_seq=max(control.closable(member_of(record), rows), 0),
             destroy=orders,
             drain=bool(record.cordon),

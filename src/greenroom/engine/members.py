@@ -63,11 +63,14 @@ class Members:
 
     def enrolled(self) -> list[str]:
         """Workers that are connected to this process and registered: those on which anything may be made."""
-        connected = self._engine.hub.connected()
-        return [name for name, hello in connected.items() if self._enrolled.get(name) is hello]
+        return [*self._enrolled]
+
+    def is_enrolled(self, worker: str) -> bool:
+        """Whether it is one of these."""
+        return worker in self._enrolled
 
     def gone(self, worker: str) -> None:
-        """Its connection is."""
+        """Its connection is, or has another in its place."""
         self._enrolled.pop(worker, None)
 
     def door(self, worker: str) -> Door | None:
@@ -105,8 +108,7 @@ class Members:
                     raise Unavailable(f"another worker {hello.worker} is alive, with another disk", reason="NAME_TAKEN")
                 continue
             assert isinstance(decision.answer, gc.Registered)
-            if self._engine.hub.connected().get(hello.worker) is not hello:
-                raise Unavailable(f"worker {hello.worker} has gone again", reason="WORKER_DISCONNECTED")
+            self._check_connected(hello)
             new = _enrolled(known, hello, decision.member, self._engine.now())
             new = replace(new, message=decision.alarm or new.message)
             asked = clock.monotonic()
@@ -118,11 +120,16 @@ class Members:
                 log.error("a worker is quarantined", worker=hello.worker, why=decision.alarm)
             # What is under way there belongs to its operation, which asks the worker itself: nothing of it is closed.
             await self.ask(hello.worker, api.Enrol(registered=replace(decision.answer, closed_seq=0)))
+            self._check_connected(hello)  # from here on its end is heard of
             self._enrolled[hello.worker] = hello
             self._doors[hello.worker] = Door(hello.place, hello.entrance)
             await self._engine.rosters.hold(hello)  # it was dropped since it was looked up, or before
             return asked
         raise Conflict(f"worker {hello.worker} keeps changing")
+
+    def _check_connected(self, hello: api.Hello) -> None:
+        if self._engine.hub.connected().get(hello.worker) is not hello:
+            raise Unavailable(f"worker {hello.worker} has gone again", reason="WORKER_DISCONNECTED")
 
     async def _check_roster(self, hello: api.Hello, known: Worker | None, said: gc.Register) -> None:
         """One that is registered and was dropped from its roster is let in, to be emptied.
@@ -140,8 +147,7 @@ class Members:
     def register_again(self, worker: str) -> None:
         """One that is connected turns out not to be what is registered under its name. Of one that is being welcomed
         that is old news: it registers, and whatever it was asked before is in vain."""
-        if self._engine.census.welcome_again(worker):
-            self._enrolled.pop(worker, None)
+        self._engine.census.welcome_again(worker)
 
     async def distrust(self, worker: str, why: str, alarm: str, seen: int) -> None:
         """Nothing is destroyed or given up there from now on, until somebody has looked. ``seen``: as `raise_seq`."""
@@ -175,7 +181,7 @@ class Members:
 
     async def cordon(self, name: str, why: str) -> Worker | None:
         """No actor is woken there from now on (``why``: `ASKED`, `LEAVING`, `RETIRING`), or again (""). Returns None
-        when there is no such worker.
+        when there is no such worker. `LEAVING` goes with its agent, so it takes the place of no other reason.
 
         Raises:
             FailedPrecondition: it is gone (reason ``WORKER_GONE``).
@@ -188,6 +194,8 @@ class Members:
                     f"{name}` removes its tombstone, and an agent with an empty disk takes its name",
                     reason="WORKER_GONE",
                 )
+            if why == LEAVING and worker.cordon:
+                return worker
             return replace(worker, cordon=why, state=worker.state if worker.state in AWAY else state_of(why))
 
         return await self.change(name, change)

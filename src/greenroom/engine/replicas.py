@@ -64,7 +64,7 @@ class Replicas:
     async def check_name(self) -> None:
         """Raises:
         FailedPrecondition: another process that seems to live has this replica's name (reason
-            ``REPLICA_NAME_TAKEN``). One that took agents at the same place has died before this one began.
+            ``REPLICA_NAME_TAKEN``). One that took agents where this one does has died before this one began.
         """
         config = self._engine.config
         if config.exclusive:
@@ -73,12 +73,19 @@ class Replicas:
             other = await self._store.get(Replica, config.replica)
         except NotFound:
             return
-        if other.link != config.link and other.seen_at + config.lease_ttl_s > self._engine.now():
+        if not self._is_here(other) and other.seen_at + config.lease_ttl_s > self._engine.now():
+            where = other.link if other.link != config.link else f"{other.link}, on another machine or in a container"
             raise FailedPrecondition(
-                f"another replica of the control plane is called {config.replica!r} (it takes agents at {other.link}); "
+                f"another replica of the control plane is called {config.replica!r} (it takes agents at {where}); "
                 f"give this one another name with --name, or wait {config.lease_ttl_s:g} s if that one has ended",
                 reason="REPLICA_NAME_TAKEN",
             )
+
+    def _is_here(self, other: Replica) -> bool:
+        """Whether it takes agents where this one does. A path is another one on each machine, and in each root."""
+        config = self._engine.config
+        same_place = other.place in ("", config.place) or not config.link.startswith("unix:")
+        return other.link == config.link and same_place
 
     async def loop(self) -> None:
         if self._engine.config.exclusive:
@@ -142,7 +149,12 @@ class Replicas:
                 current = await self._store.get(Replica, config.replica)
             except NotFound:
                 current = Replica(name=config.replica, incarnation="", started_at=now)
-        about = {"incarnation": config.owner, "link": config.link, "worker_return_s": config.worker_return_s}
+        about = {
+            "incarnation": config.owner,
+            "link": config.link,
+            "place": config.place,
+            "worker_return_s": config.worker_return_s,
+        }
         mine = replace(current, **about, seen_at=now, **said)
         try:
             return await self._store.put(mine)

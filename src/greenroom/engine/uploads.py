@@ -8,13 +8,15 @@ uploaded with it: then the actor is CRASHED, says since when, and goes back to t
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import structlog
 
 from greenroom.core import agentapi as api
 from greenroom.core.commands import FinishUpload, LoseSnapshot
-from greenroom.core.errors import DataLoss, DeadlineExceeded, GreenroomError, NotFound
+from greenroom.core.errors import DataLoss, DeadlineExceeded, GreenroomError, NotFound, Unavailable
 from greenroom.core.records import Key, Snapshot, SnapshotState, Worker, WorkerState
 from greenroom.engine import clock
 
@@ -25,7 +27,9 @@ log = structlog.get_logger(__name__)
 
 #: Uploads at a time from one replica: enough to fill a link, few enough to leave it usable.
 MAX_UPLOADS = 4
-#: Uploads that `Uploads.sweep` begins, most of which wait for their turn.
+#: Of these from one worker: one that hangs leaves room to the others.
+MAX_OF_ONE = 2
+#: Uploads of one worker that `Uploads.sweep` begins, most of which wait for their turn.
 MAX_BEGUN = 100
 
 
@@ -35,6 +39,11 @@ class Uploads:
         self._ops = engine.ops
         self._under_way: dict[str, asyncio.Task[None]] = {}
         self._turns = asyncio.Semaphore(MAX_UPLOADS)
+        #: By worker, as long as anybody has or wants one.
+        self._turns_of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        #: Workers from which nothing moved: until when (loop time) they are left out. So one that hangs costs a turn
+        #: now and then, not one for each of its snapshots.
+        self._silent: dict[str, float] = {}
         #: Why uploads from a worker fail, as it was said.
         self._said: dict[str, str] = {}
 
@@ -42,10 +51,26 @@ class Uploads:
         """Uploads it; joins an upload that is under way. What fails is tried again by `sweep`."""
         task = self._under_way.get(snapshot.id)
         if task is None:
-            task = self._engine.spawn(self._upload(snapshot), f"upload-{snapshot.id}")
+            task = self._engine.spawn(self._in_turn(snapshot), f"upload-{snapshot.id}")
             self._under_way[snapshot.id] = task
             task.add_done_callback(lambda _: self._under_way.pop(snapshot.id))
         return task
+
+    async def _in_turn(self, snapshot: Snapshot) -> None:
+        worker = snapshot.worker
+        async with self._turns_of.setdefault(worker, asyncio.Semaphore(MAX_OF_ONE)):
+            if (left_s := self._silent.get(worker, 0.0) - clock.monotonic()) > 0:
+                raise Unavailable(
+                    f"snapshot {snapshot.id} is not uploaded: nothing has moved from worker {worker} for another one; "
+                    f"it is tried again in {left_s:.0f} s",
+                    retry_after_s=left_s,
+                )
+            self._silent.pop(worker, None)
+            try:
+                await self._upload(snapshot)
+            except DeadlineExceeded:
+                self._silent[worker] = clock.monotonic() + self._engine.config.stall_s
+                raise
 
     async def _upload(self, snapshot: Snapshot) -> None:
         worker = snapshot.worker
@@ -98,9 +123,11 @@ class Uploads:
             return
         workers = {w.name: w for w in await self._engine.census.all(Worker)}
         here = frozenset(self._engine.members.enrolled())
+        begun = Counter(snapshot.worker for snapshot in local if snapshot.id in self._under_way)
         for snapshot in local:
             if snapshot.worker in here:
-                if len(self._under_way) < MAX_BEGUN:
+                if snapshot.id not in self._under_way and begun[snapshot.worker] < MAX_BEGUN:
+                    begun[snapshot.worker] += 1
                     self.begin(snapshot)
             elif self.is_gone(workers.get(snapshot.worker)):
                 await self._lose(snapshot, f"it was on worker {snapshot.worker} only, which is gone")

@@ -60,8 +60,9 @@ class WorkerHub(Protocol):
     def heard(self) -> dict[str, float]:
         """When each of them was last heard (loop time)."""
 
-    def acknowledge(self, worker: str) -> None:
-        """The worker's `Hello` may be answered: it is written down that it lives. Unknown is fine."""
+    def acknowledge(self, hello: Hello) -> None:
+        """It may be answered: it is written down that this worker lives. It is the object that stands for a connection;
+        one that is not there any more is fine."""
 
     async def call(self, worker: str, call: AgentCall, on_progress: OnProgress | None = None) -> Record:
         """Sends a call and waits for its answer. A caller that is cancelled does not stop the work on the worker.

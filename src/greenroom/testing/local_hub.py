@@ -59,9 +59,10 @@ class LocalHub:
         now = asyncio.get_running_loop().time()
         return dict.fromkeys(self._links, now)  # who is in the same process is heard all the time
 
-    def acknowledge(self, worker: str) -> None:
-        if worker in self._links:
-            self._links[worker].welcome()
+    def acknowledge(self, hello: Hello) -> None:
+        link = self._links.get(hello.worker)
+        if link is not None and link.hello is hello:
+            link.welcome()
 
     async def call(self, worker: str, call: AgentCall, on_progress: OnProgress | None = None) -> Record:
         return await self._link(worker).send(call, _Reporter(on_progress))

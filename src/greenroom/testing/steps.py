@@ -213,8 +213,8 @@ class SteppedHub:
     def heard(self) -> dict[str, float]:
         return self._hub.heard()
 
-    def acknowledge(self, worker: str) -> None:
-        self._hub.acknowledge(worker)
+    def acknowledge(self, hello: Hello) -> None:
+        self._hub.acknowledge(hello)
 
     async def call(self, worker: str, call: AgentCall, on_progress: OnProgress | None = None) -> Record:
         name = type(call).__name__

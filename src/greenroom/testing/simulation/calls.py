@@ -264,7 +264,7 @@ class Calls:
 
     def _sync(self, call: api.Sync) -> api.Synced:
         """See `greenroom.agent.inventory`."""
-        self.enrolment.close(call.epoch, call.closed_seq)
+        self.enrolment.close(call.epoch, call.closed_seq, call.incarnation)
         here = {e.handle: e for e in self._sandboxes()}
         for wake in self._wakes.values():
             if wake.identity.handle in call.destroy:

@@ -111,8 +111,9 @@ class SimHub:
     def open(self, worker: str, call: StreamingCall) -> CallStream:
         raise _disconnected(worker)
 
-    def acknowledge(self, worker: str) -> None:
-        if (link := self._links.get(worker)) is not None:
+    def acknowledge(self, hello: Hello) -> None:
+        link = self._links.get(hello.worker)
+        if link is not None and link.hello is hello:
             link.down(link.agent.welcomed, link, self.welcome, 0)
 
     async def call(self, worker: str, call: AgentCall, on_progress: OnProgress | None = None) -> Record:

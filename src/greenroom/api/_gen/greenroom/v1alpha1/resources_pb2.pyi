@@ -1618,12 +1618,15 @@ class Replica(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     WAITING_FIELD_NUMBER: _builtins.int
     WAKES_PER_S_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     incarnation: _builtins.str
     """new with each process"""
     link: _builtins.str
     """where agents connect to it"""
     version: _builtins.int
+    place: _builtins.str
+    """names its machine, and what of it the process sees"""
     @_builtins.property
     def started_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -1657,10 +1660,11 @@ class Replica(_message.Message):
         version: _builtins.int = ...,
         waiting: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         wakes_per_s: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        place: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["seen_at", b"seen_at", "started_at", b"started_at", "worker_return", b"worker_return"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "link", b"link", "name", b"name", "seen_at", b"seen_at", "started_at", b"started_at", "uses", b"uses", "version", b"version", "waiting", b"waiting", "wakes_per_s", b"wakes_per_s", "worker_return", b"worker_return"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "link", b"link", "name", b"name", "place", b"place", "seen_at", b"seen_at", "started_at", b"started_at", "uses", b"uses", "version", b"version", "waiting", b"waiting", "wakes_per_s", b"wakes_per_s", "worker_return", b"worker_return"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
