@@ -64,6 +64,18 @@ async def test_never_more_than_allowed_and_none_is_lost(pool: Database, postgres
             await asyncio.sleep(0.02)
 
 
+async def test_what_is_given_up_while_it_is_made_is_closed(pool: Database, postgres: PostgresServer) -> None:
+    """Also while somebody keeps the error: a task that is not looked at does, or a report of it."""
+    tasks = [asyncio.ensure_future(pool.run(one)) for _ in range(60)]
+    for task in tasks:
+        await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.wait([task])
+    async with asyncio.timeout(60):
+        while int(str((await asyncio.to_thread(postgres.execute, OPEN))[0][0])) > pool._made:
+            await asyncio.sleep(0.02)
+
+
 async def test_who_waits_too_long_is_told(pool: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(postgres_pool, "CONNECTION_WAIT_S", 0.05)
     free = asyncio.Event()

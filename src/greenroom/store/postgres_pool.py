@@ -15,6 +15,7 @@ import os
 import select
 import socket
 import time
+import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
@@ -116,7 +117,12 @@ class Database:
 
     async def connect(self) -> Connection:
         """A connection of its own, for the caller to close. Raises `psycopg.Error`."""
-        connection = await AsyncConnection.connect(**self._parameters)
+        try:
+            connection = await AsyncConnection.connect(**self._parameters)
+        except BaseException as error:
+            # One that is half made is closed with the last who knows of it: psycopg's frames, which this error keeps.
+            traceback.clear_frames(error.__traceback__)
+            raise
         connection.prepared_max = MAX_PREPARED
         return connection
 
