@@ -34,7 +34,7 @@ def _no_zombies_of_others(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("gvisor"):
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
-                name, _, rest = stat.read_text().partition("(")[2].rpartition(")")
+                name, _, rest = stat.read_text(errors="replace").partition("(")[2].rpartition(")")
                 state, parent = rest.split()[:2]
                 if name == "exe" and state == "Z" and parent == str(os.getpid()):
                     os.waitpid(int(stat.parent.name), os.WNOHANG)

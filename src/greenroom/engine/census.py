@@ -490,14 +490,14 @@ class Census:
         return await self._engine.members.change(worker, change) is not None
 
     async def wait_for_worker(self, worker: str, until: float) -> bool:
-        """Whether the worker is connected, waiting for it until ``until`` (monotonic seconds)."""
-        while worker not in self._engine.hub.connected():
+        """Whether the worker is connected and registered here, waiting for it until ``until`` (monotonic seconds)."""
+        while not self._engine.members.is_enrolled(worker):
             try:
                 async with asyncio.timeout(until - clock.monotonic()):
                     await self.arrival.wait()
             except TimeoutError:
                 break
-        return worker in self._engine.hub.connected()
+        return self._engine.members.is_enrolled(worker)
 
     async def door(self, worker: str) -> Door:
         """Where it is. A replica that has just begun waits for the worker's link, for `DOOR_WAIT_S`.
