@@ -81,6 +81,16 @@ class TestScript(BackendTools):
         assert running.phases[0].seconds >= 0.05
         await backend.close(keep_running=False)
 
+    async def test_a_gate_holds_a_call_until_it_is_set(self) -> None:
+        backend, _ = await self.opened_sim()
+        go = backend.gates["start"] = asyncio.Event()
+        starting = asyncio.ensure_future(backend.start(CLASS, identity()))
+        await asyncio.sleep(0.02)
+        assert backend.calls["start"] == 1 and not starting.done()
+        go.set()
+        assert backend.state((await starting).sid) is ResidentState.RUNNING
+        await backend.close(keep_running=False)
+
     async def test_script_from_a_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         script = tmp_path / "script.json"
         script.write_text('{"fingerprint": "sim-x", "methods": {"start": {"failures": [{"code": "UNAVAILABLE"}]}}}')

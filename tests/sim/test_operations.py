@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -153,15 +152,18 @@ async def test_a_delete_does_not_wait_for_a_boot_that_is_never_ready(world: SimW
 
 
 async def test_a_wake_in_which_nothing_moves_goes_to_another_worker(make_world: Callable[..., Any]) -> None:
-    async with make_world(config=replace(QUICK, stall_s=0.2)) as world:
-        await world.apply(readyz=Probe(path="/healthz", timeout_s=0.1))
+    async with make_world() as world:
+        await world.apply(readyz=Probe(path="/healthz", timeout_s=1.0))
         key = await world.create("a")
         script(world, "w0", restore=MethodScript(latency_s=NEVER_S))
         script(world, "w1")
         for _ in range(2):  # wherever it would have gone first
+            world.configure(stall_s=1.2)  # with the probe's second more than a busy machine stands still
             op = await world.engine.resume(key)
             assert op.state is OperationState.DONE, op
-            await world.engine.suspend(key)
+            world.configure(stall_s=QUICK.stall_s)
+            suspended = await world.engine.suspend(key)
+            assert suspended.state is OperationState.DONE, suspended
         assert {op.worker} == {"w1"}
         operations = await world.store.list(Operation, where={"kind": "Resume"})
         tried = [r for o in operations for r in o.rejected if r.worker == "w0"]

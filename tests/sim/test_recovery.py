@@ -54,6 +54,16 @@ async def world(make_world: Callable[..., Any]) -> AsyncIterator[SimWorld]:
         yield world
 
 
+#: How long a worker may be away where a test waits for it to be given up.
+SOON_S = 0.4
+
+
+def gives_up_soon(world: SimWorld) -> None:
+    """From now on the control plane does; the agents have been told another time, so that one that is there does not
+    freeze what runs on it when this process stands still."""
+    world.configure(worker_return_s=SOON_S)
+
+
 def script(world: SimWorld, **methods: MethodScript) -> None:
     for backend in world.backends.values():
         backend.script = SimScript(methods=methods)
@@ -154,9 +164,10 @@ async def test_a_request_before_the_worker_has_come_back_waits_for_it(world: Sim
 
 
 async def test_a_worker_that_does_not_come_back(make_world: Callable[..., Any]) -> None:
-    async with make_world(config=replace(QUICK, worker_return_s=0.4)) as world:
+    async with make_world() as world:
         await world.apply()
         key, actor = await running(world, "a")
+        gives_up_soon(world)
         away = world.agents.pop(actor.worker)
         world.hub.disconnect(actor.worker)
         with pytest.raises(Unavailable):
@@ -232,11 +243,13 @@ async def test_a_worker_that_is_slow_to_register_loses_nothing(make_world: Calla
 
 async def test_a_revenant_on_the_worker_of_its_successor(make_world: Callable[..., Any]) -> None:
     """The link was away, the worker was not: the old sandbox is still there when the actor is resumed there again."""
-    async with make_world(workers=1, config=replace(QUICK, worker_return_s=0.5)) as world:
+    async with make_world(workers=1) as world:
         await world.apply()
         key, actor = await running(world, "a")
+        gives_up_soon(world)
         world.hub.disconnect("w0")
         await reached(world, key, ActorState.CRASHED)
+        world.configure(worker_return_s=QUICK.worker_return_s)
         resuming = asyncio.ensure_future(world.engine.resume(key))
         await asyncio.sleep(0.01)
         world.hub.connect(world.agents["w0"])
@@ -252,14 +265,15 @@ async def test_a_revenant_on_the_worker_of_its_successor(make_world: Callable[..
 
 @pytest.mark.parametrize("method", ["restore", "checkpoint", "freeze", "thaw", "destroy"])
 async def test_a_worker_that_goes_for_good_in_an_operation(make_world: Callable[..., Any], method: str) -> None:
-    async with make_world(config=replace(QUICK, worker_return_s=0.4)) as world:
+    async with make_world() as world:
         await world.apply()
         key, actor = await running(world, "a")
         if method == "restore":
             await world.engine.suspend(key)
         if method == "thaw":
             await world.engine.pause(key)
-        script(world, **{method: MethodScript(latency_s=10.0)})
+        gives_up_soon(world)
+        script(world, **{method: MethodScript(latency_s=60.0)})
         act = {
             "restore": world.engine.resume,
             "checkpoint": world.engine.suspend,
@@ -485,7 +499,7 @@ async def test_one_actor_that_can_not_be_settled_keeps_nobody_waiting(world: Sim
 
 async def test_more_operations_than_a_page_are_taken_up(make_world: Callable[..., Any]) -> None:
     many = 1050
-    patient = replace(QUICK, operation_deadline_s=120.0)
+    patient = replace(QUICK, operation_deadline_s=120.0, worker_return_s=60.0)
     async with make_world(workers=1, slots=many, config=patient) as world:
         await world.apply()
         keys = [await world.create(f"a{n:04}") for n in range(many)]
@@ -743,9 +757,10 @@ async def test_what_was_published_before_the_actor_was_let_run_again_is_not_all_
 ) -> None:
     """Its suspend failed after it was published, it was put back and ran on, and then it was lost: it is CRASHED, goes
     on from that snapshot, and says that what it did since then is lost."""
-    async with make_world(config=replace(QUICK, worker_return_s=0.5)) as world:
+    async with make_world() as world:
         await world.apply()
         key, actor = await running(world, "a")
+        gives_up_soon(world)
 
         async def around(what: Any, go_on: Callable[[], Awaitable[Any]]) -> Any:
             done = await go_on()
@@ -770,9 +785,10 @@ async def test_what_was_published_before_the_actor_was_let_run_again_is_not_all_
 
 
 async def test_a_snapshot_published_after_the_suspend_had_failed_is_removed(make_world: Callable[..., Any]) -> None:
-    async with make_world(config=replace(QUICK, worker_return_s=0.5)) as world:
+    async with make_world() as world:
         await world.apply()
         key, actor = await running(world, "a")
+        gives_up_soon(world)
         publish = world.snapshots.publish
         published = asyncio.Event()
 

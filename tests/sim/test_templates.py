@@ -54,7 +54,7 @@ async def preparing(world: SimWorld, **latency_s: float) -> Operation:
 
 
 async def ended(world: SimWorld, operation: Operation) -> Operation:
-    return await world.engine.wait_operation(operation.id, wait_s=5)
+    return await world.engine.wait_operation(operation.id, wait_s=60)
 
 
 async def nothing_left(world: SimWorld) -> None:

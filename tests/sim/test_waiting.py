@@ -31,6 +31,14 @@ def slow(world: SimWorld, **latency_s: float) -> None:
         backend.script = script
 
 
+def held(world: SimWorld, method: str) -> asyncio.Event:
+    """Calls of that method wait until it is set."""
+    go = asyncio.Event()
+    for backend in world.backends.values():
+        backend.gates[method] = go
+    return go
+
+
 async def reached(world: SimWorld, key: Key, state: ActorState) -> None:
     async def there() -> bool:
         return (await world.actor(key)).state is state
@@ -44,6 +52,18 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
             if await condition():
                 return
             await asyncio.sleep(0.001)
+
+
+async def resuming(world: SimWorld, key: Key) -> Operation:
+    """A wake-up that has begun and is driven, and that nobody waits for. (Who waits for it too short a time to begin
+    gets no operation.)"""
+    world.engine.spawn(world.engine.resume(key), "begun")
+
+    async def driven() -> bool:
+        return (await world.actor(key)).operation in world.engine.ops.running
+
+    await until(driven)
+    return await world.store.get(Operation, (await world.actor(key)).operation)
 
 
 async def operations(world: SimWorld, key: Key, kind: OperationKind) -> list[Operation]:
@@ -73,13 +93,14 @@ async def test_resume_and_wake_join_each_other(world: SimWorld) -> None:
 
 async def test_a_caller_that_gives_up_does_not_cancel(world: SimWorld) -> None:
     key = await world.create("a")
-    slow(world, restore=0.05)
+    go = held(world, "restore")
     callers = [asyncio.ensure_future(world.engine.wake(key)) for _ in range(3)]
     await reached(world, key, ActorState.RESUMING)
     for caller in callers:
         caller.cancel()
     await asyncio.wait(callers)
     assert all(c.cancelled() for c in callers)
+    go.set()
     await reached(world, key, ActorState.RUNNING)
     assert (await world.request(key)).count == 1
     still = await world.engine.suspend(key, wait_s=0)
@@ -89,11 +110,13 @@ async def test_a_caller_that_gives_up_does_not_cancel(world: SimWorld) -> None:
 
 async def test_giving_up_the_wait_returns_the_operation_as_it_is(world: SimWorld) -> None:
     key = await world.create("a")
-    slow(world, restore=0.05)
-    begun = await world.engine.resume(key, wait_s=0.01)
-    assert begun.state is OperationState.RUNNING
+    go = held(world, "restore")
+    begun = await resuming(world, key)
+    joined = await world.engine.resume(key, wait_s=0.01)
+    assert (joined.id, joined.state) == (begun.id, OperationState.RUNNING)
     assert (await world.engine.wait_operation(begun.id, wait_s=0.001)).state is OperationState.RUNNING
-    ended = await world.engine.wait_operation(begun.id, wait_s=5)
+    go.set()
+    ended = await world.engine.wait_operation(begun.id, wait_s=60)
     assert ended.state is OperationState.DONE and ended.id == begun.id
     with pytest.raises(NotFound):
         await world.engine.wait_operation("0" * 32)
@@ -101,10 +124,13 @@ async def test_giving_up_the_wait_returns_the_operation_as_it_is(world: SimWorld
 
 async def test_a_repeated_request_id_waits_for_the_operation_of_the_first_time(world: SimWorld) -> None:
     key = await world.create("a")
-    slow(world, restore=0.02)
+    go = held(world, "restore")
     first = asyncio.ensure_future(world.engine.resume(key, request_id="r"))
     await reached(world, key, ActorState.RESUMING)
-    second = await world.engine.resume(key, request_id="r")
+    joining = asyncio.ensure_future(world.engine.resume(key, request_id="r"))
+    await asyncio.sleep(0.01)
+    go.set()
+    second = await joining
     assert second.state is OperationState.DONE and second.id == (await first).id
     assert (await world.engine.resume(key, request_id="r")).id == second.id
 
@@ -112,10 +138,13 @@ async def test_a_repeated_request_id_waits_for_the_operation_of_the_first_time(w
 async def test_a_wake_while_suspending_waits_and_then_wakes(world: SimWorld) -> None:
     key = await world.create("a")
     await world.request(key)
-    slow(world, checkpoint=0.03)
+    go = held(world, "checkpoint")
     suspending = asyncio.ensure_future(world.engine.suspend(key))
     await reached(world, key, ActorState.SUSPENDING)
-    answers = await asyncio.gather(*(world.request(key) for _ in range(5)))
+    requests = [asyncio.ensure_future(world.request(key)) for _ in range(5)]
+    await asyncio.sleep(0.03)
+    go.set()
+    answers = await asyncio.gather(*requests)
     assert sorted(a.count for a in answers) == [2, 3, 4, 5, 6]
     assert (await suspending).state is OperationState.DONE
     assert len(await operations(world, key, OperationKind.RESUME)) == 2
@@ -124,6 +153,7 @@ async def test_a_wake_while_suspending_waits_and_then_wakes(world: SimWorld) -> 
 
 async def test_a_wake_while_requests_in_flight_are_waited_for(world: SimWorld) -> None:
     """The actor is about to be suspended and runs still: the wake waits for that, and does not spin."""
+    world.configure(drain_grace_s=60.0)
     key = await world.create("a")
     binding = (await world.engine.wake(key)).binding
     binding.acquire()
@@ -143,13 +173,16 @@ async def test_a_wake_while_requests_in_flight_are_waited_for(world: SimWorld) -
 
 
 async def test_suspend_pause_and_delete_while_resuming(world: SimWorld) -> None:
-    slow(world, restore=0.03)
     acts = [world.engine.suspend, world.engine.pause, world.engine.delete]
     for number, act in enumerate(acts):
         key = await world.create(f"a{number}")
+        go = held(world, "restore")
         waking = asyncio.ensure_future(world.engine.wake(key))
         await reached(world, key, ActorState.RESUMING)
-        assert (await act(key)).state is OperationState.DONE
+        acting = asyncio.ensure_future(act(key))
+        await asyncio.sleep(0.03)
+        go.set()
+        assert (await acting).state is OperationState.DONE
         await asyncio.wait([waking])
         if act == world.engine.delete:
             with pytest.raises(NotFound):
@@ -171,11 +204,17 @@ async def test_delete_in_every_busy_state_and_twice(world: SimWorld) -> None:
     ):
         key = await world.create(f"a{number}")
         await world.request(key)
-        slow(world, checkpoint=0.03, freeze=0.03, destroy=0.03)
+        slow(world, checkpoint=60.0, freeze=60.0)
+        go = held(world, "destroy")
         first = asyncio.ensure_future(act(key))
         await reached(world, key, state)
-        await world.engine.delete(key)
-        done = await first  # what was under way is given up for the delete, unless that came too late
+        deleting = asyncio.ensure_future(world.engine.delete(key))
+        await reached(world, key, ActorState.DELETING)
+        for _ in range(50):  # until it waits for the deletion that is under way
+            await asyncio.sleep(0)
+        go.set()
+        await deleting
+        done = await first  # what was under way is given up for the delete
         cancelled = done.error is not None and done.error.reason == "OPERATION_CANCELLED"
         assert cancelled if act != world.engine.delete else done.state is OperationState.DONE, done
         with pytest.raises(NotFound):
@@ -212,8 +251,8 @@ async def test_who_waits_when_the_engine_closes_is_told_so(world: SimWorld) -> N
     running, other, doomed = [await world.create(name) for name in ("a", "b", "c")]
     await world.request(running)
     await world.request(doomed)
-    slow(world, restore=0.5, checkpoint=0.5, destroy=0.5)
-    begun = await world.engine.resume(other, wait_s=0.02)
+    gates = [held(world, method) for method in ("restore", "checkpoint", "destroy")]
+    begun = await resuming(world, other)
     waiting = {
         "wake": asyncio.ensure_future(world.engine.wake(other)),
         "resume": asyncio.ensure_future(world.engine.resume(other)),
@@ -233,7 +272,8 @@ async def test_who_waits_when_the_engine_closes_is_told_so(world: SimWorld) -> N
         with pytest.raises(Unavailable):
             await late
     await world.crash_control()  # a new one
-    slow(world)
+    for go in gates:
+        go.set()
     await world.settle()
     assert await world.request(running) and await world.request(other)
 
@@ -266,31 +306,33 @@ async def test_who_waits_for_a_worker_or_for_others_when_the_engine_closes_is_to
 
 async def test_a_caller_that_is_cancelled_while_the_engine_closes_is_cancelled(world: SimWorld) -> None:
     key = await world.create("a")
-    slow(world, restore=0.5)
+    go = held(world, "restore")
     caller = asyncio.ensure_future(world.engine.wake(key))
     await reached(world, key, ActorState.RESUMING)
     caller.cancel()
     await world.engine.close()
     with pytest.raises(asyncio.CancelledError):
         await caller
+    go.set()
     await world.crash_control()
 
 
 async def test_watchers_of_those_who_gave_up_are_gone(world: SimWorld) -> None:
     """Without a collection of garbage: else each of them would gather every event until then."""
     key = await world.create("a")
-    slow(world, restore=0.3)
-    begun = await world.engine.resume(key, wait_s=0.01)
-    operation = world.engine.ops.running[begun.id]
-    world.engine.ops.running.clear()  # as if another process drove it: then its end is watched for
+    go = held(world, "restore")
+    begun = await resuming(world, key)
+    operation = world.engine.ops.running.pop(begun.id)  # as if another process drove it: then its end is watched for
+    assert world.engine.ops.claim(begun.id)  # the janitor is not to take it up meanwhile
     gc.disable()
     try:
         before = len(world.store._broadcast._watchers)
         impatient = [world.engine.wait_operation(begun.id, wait_s=0.02) for _ in range(5)]
         waiting = [asyncio.ensure_future(world.engine.ops.outcome(begun)) for _ in range(5)]
-        await asyncio.sleep(0.005)
         assert all(o.state is OperationState.RUNNING for o in await asyncio.gather(*impatient))
-        assert len(world.store._broadcast._watchers) == before + 5
+        async with asyncio.timeout(60):
+            while len(world.store._broadcast._watchers) != before + 5:
+                await asyncio.sleep(0.001)
         for task in waiting:
             task.cancel()
         await asyncio.wait(waiting)
@@ -301,6 +343,8 @@ async def test_watchers_of_those_who_gave_up_are_gone(world: SimWorld) -> None:
     finally:
         gc.enable()
         world.engine.ops.running[begun.id] = operation
+        world.engine.ops.release(begun.id)
+    go.set()
     await world.settle()
 
 
@@ -324,12 +368,13 @@ async def test_a_watcher_that_is_too_slow_looks_again(world: SimWorld, monkeypat
     watch = world.store.watch
     monkeypatch.setattr(world.store, "watch", lambda capacity=0: watch(capacity=1))
     key = await world.create("a")
-    slow(world, restore=0.05)
-    begun = await world.engine.resume(key, wait_s=0.01)
+    go = held(world, "restore")
+    begun = await resuming(world, key)
     ended = asyncio.ensure_future(world.engine.ops._watch_end(begun.id))
     await asyncio.sleep(0)
     for number in range(5):
         await world.create(f"b{number}")  # faster than it reads
+    go.set()
     assert (await ended).state is OperationState.DONE
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -240,7 +239,7 @@ async def test_a_fresh_disk_takes_the_name_of_a_tombstone(world: SimWorld) -> No
     actor = await saved_and_awake(world)
     await world.kill_agent(actor.worker)
     await forget(world, actor.worker, accept_loss=True)
-    shutil.rmtree(world.root / actor.worker)
+    (world.root / actor.worker).rename(world.root / "before")  # which a thread of its agent may still be at
     await world.start_agent(actor.worker)
     await world.settle()
     fresh = await record(world, actor.worker)

@@ -142,7 +142,8 @@ class _Sandbox:
 
 
 class SimBackend:
-    """See the module docstring. ``script`` may be replaced at any time; ``calls`` counts the calls by method."""
+    """See the module docstring. ``script`` may be replaced at any time; ``calls`` counts the calls by method. A call of
+    a method that has one of the ``gates`` waits until it is set, before anything of the script."""
 
     name = "sim"
     capabilities = Capabilities(
@@ -152,6 +153,7 @@ class SimBackend:
     def __init__(self, script: SimScript | None = None) -> None:
         self.script = script if script is not None else _script_from_environment()
         self.calls: Counter[str] = Counter()
+        self.gates: dict[str, asyncio.Event] = {}
         self._random = random.Random(self.script.seed)
         self._sandboxes: dict[str, _Sandbox] = {}
         self._resident: dict[str, _Sandbox] = {}
@@ -294,10 +296,12 @@ class SimBackend:
     async def _play(self, method: str) -> None:
         """Takes the time and raises the error that the script has for this call."""
         self.calls[method] += 1
+        call = self.calls[method]
+        if (gate := self.gates.get(method)) is not None:
+            await gate.wait()
         script = self.script.methods.get(method)
         if script is None:
             return
-        call = self.calls[method]
         if script.latency_s or script.jitter_s:
             await asyncio.sleep(script.latency_s + self._random.random() * script.jitter_s)
         for failure in script.failures:
