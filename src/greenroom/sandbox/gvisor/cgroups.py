@@ -83,7 +83,9 @@ class Cgroups:
         version 2."""
         roots: dict[str, Path] = {}
         unified = None
-        for line in (mounts if mounts is not None else Path("/proc/self/mounts").read_text()).splitlines():
+        for line in (
+            mounts if mounts is not None else Path("/proc/self/mounts").read_text(errors="surrogateescape")
+        ).splitlines():
             _, point, kind, options, *_ = line.split()
             if kind == "cgroup":
                 roots |= {c: Path(point) for c in (*CONTROLLERS, "cpuacct") if c in options.split(",")}
