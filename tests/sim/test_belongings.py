@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from greenroom.engine import belongings
 from greenroom.engine.engine import Engine
 from greenroom.testing.local_hub import LocalHub
 from greenroom.testing.world import QUICK, SimWorld
-from tests.sim.test_durability import until
 
 
 @pytest.fixture
@@ -24,6 +23,12 @@ async def world(make_world: Callable[..., Any]) -> AsyncIterator[SimWorld]:
     async with make_world() as world:
         await world.apply()
         yield world
+
+
+async def until(check: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(60):
+        while not await check():
+            await asyncio.sleep(0.002)
 
 
 async def counted_twice(world: SimWorld, name: str = "a") -> Key:
