@@ -60,18 +60,22 @@ async def test_the_epoch_grows_with_each_process_and_not_with_each_connection(wo
     assert (second.incarnation, second.epoch) == (first.incarnation, 2) and second.claim != first.claim
 
 
-async def test_a_worker_is_asked_by_the_name_of_its_disk(world: SimWorld) -> None:
-    asked: list[api.Sync] = []
-    call = world.engine.hub.call
+async def test_a_worker_is_asked_and_erased_by_the_name_of_its_disk(world: SimWorld) -> None:
+    asked: list[api.Sync | api.Shutdown] = []
+    call, incarnation = world.engine.hub.call, (await record(world)).incarnation
 
     async def listening(worker: str, what: api.AgentCall, *more: Any) -> Any:
-        if isinstance(what, api.Sync):
+        if isinstance(what, api.Sync | api.Shutdown):
             asked.append(what)
         return await call(worker, what, *more)
 
     world.engine.hub.call = listening  # type: ignore[method-assign]
     await world.engine.reconciler.compare("w0", anew=True)
-    assert {what.incarnation for what in asked} == {(await record(world)).incarnation}
+    await world.engine.retire_worker("w0")
+    async with asyncio.timeout(60):
+        await world.agents["w0"].shutdown
+    assert {type(what) for what in asked} == {api.Sync, api.Shutdown}
+    assert {what.incarnation for what in asked} == {incarnation}
 
 
 async def test_t24_an_empty_disk_is_another_incarnation(world: SimWorld) -> None:

@@ -98,7 +98,13 @@ class Decommission:
                 return  # somebody has undone it, or has to look first
             if await self.losses(name) != Losses():
                 return  # it was undone and asked for again: what was placed meanwhile goes with the next sweep
-            call = api.Shutdown(wipe=True, erase=True, epoch=record.epoch, closed_seq=record.seq - 1)
+            call = api.Shutdown(
+                wipe=True,
+                erase=True,
+                epoch=record.epoch,
+                incarnation=record.incarnation,
+                closed_seq=record.seq - 1,
+            )
             await self._engine.members.ask(name, call)
             await self._has_retired(record)
         except NotFound:
