@@ -585,8 +585,15 @@ async def test_a_long_operation_keeps_its_lease(make_world: Callable[..., Any]) 
     async with make_world(config=replace(QUICK, lease_ttl_s=lease_s)) as world:
         await world.apply()
         key = await world.create("a")
-        script(world, restore=MethodScript(latency_s=1.25 * lease_s))
-        operation = await world.engine.resume(key)
+        go = asyncio.Event()
+        for backend in world.backends.values():
+            backend.gates["restore"] = go
+        resuming = asyncio.ensure_future(world.engine.resume(key))
+        begun = await reached(world, key, ActorState.RESUMING)
+        await asyncio.sleep(1.25 * lease_s)
+        assert (await world.store.get(Lease, begun.uid)).expires_at > world.engine.now(), "nobody else can take it up"
+        go.set()
+        operation = await resuming
         assert (operation.state, operation.generation) == (OperationState.DONE, 1)
 
 
