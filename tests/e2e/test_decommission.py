@@ -16,7 +16,9 @@ from kit import Kit, until
 from shell import Shell, document
 
 from greenroom.agent.enrolment import PAPERS
+from greenroom.core.errors import FailedPrecondition
 from greenroom.core.records import ActorState, WorkerState
+from greenroom.snapshots.store import MARK
 from greenroom.testing.leaks.places import Place, look
 from greenroom.testing.leftovers import leftovers
 from greenroom.testing.live import LiveServer
@@ -196,6 +198,10 @@ def test_a_directory_that_no_record_speaks_of_goes_with_all_that_runs_there(data
     place = left(data_dir, "default-1")
     assert place.netns and place.cgroups and place.processes and place.uses
     live.workers = 1
+    with pytest.raises(FailedPrecondition) as refused:  # what the snapshots went with is gone: somebody has to say so
+        live.start()
+    assert "remove that object" in refused.value.message
+    (data_dir / "snapshots" / MARK).unlink()
     live.start()
     try:
         until(lambda: [path.name for path in (data_dir / "workers").iterdir()], lambda names: names == ["default-0"])

@@ -19,7 +19,7 @@ from greenroom.core.errors import Unavailable
 from greenroom.core.gc import blobs
 from greenroom.core.records import ActorState, Key, OperationState, Retention, Snapshot, SnapshotState
 from greenroom.engine.operations import failure_of
-from greenroom.snapshots.store import ObjectSnapshotStore
+from greenroom.snapshots.store import MARK, ObjectSnapshotStore
 from greenroom.testing.contracts.snapshots import make_snapshot, stage
 from greenroom.testing.contracts.store_world import list_all
 from greenroom.testing.s3 import S3Server, find_program
@@ -55,7 +55,7 @@ class Place:
 
     def listed(self) -> list[str]:
         listed = obstore.list(self.server.store(self.name))
-        return sorted(entry["path"] for batch in listed for entry in batch if entry["path"] != "clock")
+        return sorted(entry["path"] for batch in listed for entry in batch if entry["path"] not in ("clock", MARK))
 
     def put(self, key: str, data: bytes) -> None:
         obstore.put(self.server.store(self.name), key, data)

@@ -27,6 +27,7 @@ from greenroom.core.records import (
     WorkerState,
 )
 from greenroom.images.uses import WARM
+from greenroom.snapshots.store import MARK
 from greenroom.store.port import KEPT_OPERATIONS
 from greenroom.testing.leaks.places import Machine, Place
 from greenroom.testing.leaks.rows import Rows
@@ -136,7 +137,7 @@ def _workers(rows: Rows, wanted: Wanted) -> set[str]:
 
 def _objects(rows: Rows, machine: Machine) -> Iterator[str]:
     owed = {key: s for s in rows.snapshots if s.state is not SnapshotState.LOCAL for key in objects_of(s)}
-    for key in machine.objects - owed.keys():
+    for key in machine.objects - owed.keys() - {MARK}:
         yield f"object: {key} belongs to no snapshot"
     for key in owed.keys() - machine.objects:
         snapshot = owed[key]
