@@ -170,6 +170,7 @@ class Server:
         self.engine = Engine(store, hub, ObjectSnapshotStore(snapshots), config)
         with contextlib.suppress(Unavailable):  # the engine asks again; but one that may not begin answers nobody
             await self.engine.replicas.check_name()
+        await self.engine.belongings.check()
         limits = Limits(clients=min(Limits().clients, options.max_files // 2))  # each needs another one to its actor
         self.gateway = Gateway(self.engine, domain=options.domain, limits=limits)
         await self.gateway.start(*options.listen)

@@ -35,14 +35,18 @@ class Belongings:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._store = engine.store
+        self._begun = False
         self.mark = ""
 
     async def check(self) -> None:
-        """At the start; goes on by itself as long as database or store do not answer.
+        """At the start, once; goes on by itself as long as database or store do not answer.
 
         Raises:
             FailedPrecondition: the snapshot store is another installation's (reason ``SNAPSHOT_STORE_FOREIGN``).
         """
+        if self._begun:
+            return
+        self._begun = True
         first = self._engine.spawn(self._check(), "belongings")
         await asyncio.wait({first}, timeout=START_WAIT_S)
         if first.done():
