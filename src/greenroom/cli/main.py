@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+from typing import NoReturn
 
 import click
 
@@ -83,4 +86,18 @@ def main() -> None:
     # exec, so its fork handlers are not needed.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    cli.main()
+    try:
+        cli.main()
+    except SystemExit as end:
+        _leave(end.code)
+
+
+def _leave(code: int | str | None) -> NoReturn:
+    """As `sys.exit`, at once. A thread of gRPC that the interpreter stops while it ends may hold what the end of its
+    channel waits for: one command of some thousand had said all, and did not end (grpc issue 20026 is of that kind)."""
+    if isinstance(code, str):
+        click.echo(code, err=True)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads any more, or it is closed
+            stream.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
