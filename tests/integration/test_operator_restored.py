@@ -14,6 +14,7 @@ import pytest
 from operator_kit import Setting, setting, until
 
 from greenroom.api._gen.greenroom.v1alpha1 import api_pb2 as pb
+from greenroom.snapshots.store import MARK
 from greenroom.testing.live import LiveServer
 
 
@@ -48,6 +49,7 @@ async def test_a_control_plane_that_lost_its_database_is_told_all_again(there: S
     for path in there.plane.data_dir.iterdir():
         if path.name.startswith("greenroom.db"):
             path.unlink()
+    (there.plane.data_dir / "snapshots" / MARK).unlink()  # somebody has agreed that what was there is nobody's now
     assert operator.process is not None
     operator.process.send_signal(signal.SIGSTOP)  # or it might be quicker than the look
     await asyncio.to_thread(there.plane.start)
