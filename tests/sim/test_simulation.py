@@ -41,6 +41,7 @@ FAILED_ONCE = {
     278: "the same",
     1576: "after an outage of the store every worker refused to wake, as none had been answered again yet",
     50001: "the exit of a sandbox whose answer was lost crashed the one that the same call had made since",
+    1939: "a replica that was closed while it looked for its snapshot store: CancelledError out of its start",
     26: "a drained worker's record forgot why, and the worker stayed drained",
 }
 

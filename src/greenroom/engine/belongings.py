@@ -51,7 +51,7 @@ class Belongings:
         await asyncio.wait({first}, timeout=START_WAIT_S)
         if first.done():
             try:
-                return await first
+                return await self._engine.ops.attend(first)
             except Unavailable as error:
                 log.warning("starts without the snapshot store, goes on when it is there", error=error.message)
         self._engine.spawn(self._later(first), "belongings-later")
