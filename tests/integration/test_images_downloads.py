@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -256,9 +256,14 @@ async def test_another_process_sees_the_progress(upstream: str, pushed: str, tmp
                 await asyncio.sleep(0.01)
 
         proxy.before_chunk = wait_for_looks
-        started = asyncio.Event()
-        one = asyncio.create_task(first.prepare(f"{proxy.host}/{pushed}", lambda phase, layers: started.set()))
-        await started.wait()
+        begun = asyncio.Event()
+
+        def tell(phase: str, layers: Sequence[LayerProgress]) -> None:
+            if any(layer.done_bytes for layer in layers):  # so it is the first that has the image's lock
+                begun.set()
+
+        one = asyncio.create_task(first.prepare(f"{proxy.host}/{pushed}", tell))
+        await begun.wait()
         two = asyncio.create_task(
             second.prepare(
                 f"{proxy.host}/{pushed}", lambda phase, layers: seen.append(sum(x.done_bytes for x in layers))
