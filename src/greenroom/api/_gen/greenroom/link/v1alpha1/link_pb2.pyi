@@ -22,7 +22,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 @_typing.final
 class Frames(_message.Message):
     """What waits to be sent goes out as one message: most of a message's cost does not depend on its size. At most 256
-    frames or about 256 KiB.
+    frames or about 256 KiB, but for one long body; a body has at most 3 MiB (an answer or call that would be longer is an
+    error), and data at most 64 KiB.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
